@@ -1,0 +1,688 @@
+"""Stage 3: fine-tune a model on the trajectories; loss on exactly the tokens that the model must generate.
+
+    accelerate launch 03_sft.py                                        # the recipe: GLM-4.5, all parameters
+    python 03_sft.py --config recipes/demo/sft.yaml --dry_run          # look at the tokens and labels, train nothing
+
+Reads  data/train.jsonl (02_format_trajectories.py): {"query_id", "messages", "tools", "meta"} per line
+Writes outputs/limi/  bf16 checkpoint that vLLM loads, tokenizer with its chat template, recipe.json (all settings,
+                      versions, commit, data hash, loss curve); --dry_run: tokenized.jsonl and sample.html only
+
+What carries loss: for every assistant message the tokens from the end of the generation prompt up to and including the
+stop token, rendered once with the model's own inference template. GLM-4.5 ends a turn with the next role token
+(<|user|>, <|observation|>), Qwen3 with <|im_end|>; leave it out and the model never learns to stop.
+"""
+
+import hashlib
+import html
+import json
+import math
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from safetensors import SafetensorError, safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback, set_seed
+from transformers.utils import cached_file
+from trl import SFTConfig, SFTTrainer, TrlParser
+
+# The recipe. Values of the released run (LIMI scripts/train/*.sh; all models the same) unless a comment says ours.
+# Any of them can be given in a YAML (--config) or as a flag, e.g. --learning_rate 3e-5
+RECIPE = dict(
+    output_dir="outputs/limi",
+    learning_rate=1e-5,  # --lr 1e-5
+    lr_scheduler_type="cosine_with_min_lr",  # --lr-decay-style cosine
+    lr_scheduler_kwargs={"min_lr": 1e-6},  # --min-lr 1e-6
+    warmup_steps=2,  # --lr-warmup-iters 2; theirs was overridden by a second flag, a warm-up over 90 % of training
+    adam_beta1=0.9,
+    adam_beta2=0.98,  # --adam-beta2 0.98
+    weight_decay=0.1,  # --weight-decay 0.1
+    max_grad_norm=1.0,  # Megatron's default, not set by the scripts
+    num_train_epochs=8,  # --num-epoch 4 over a file that holds every sample twice
+    max_length=125_000,  # --max_tokens 125000 of their data preparation: longer samples are dropped, not cut
+    per_device_train_batch_size=1,  # ours: no padding, so sdpa needs no mask; see --global_batch_size
+    router_aux_loss_coef=0.0,  # GLM-4.5 balances experts by a bias that training leaves alone
+    gradient_checkpointing=True,  # --recompute-granularity full
+    logging_steps=1,
+    logging_nan_inf_filter=False,  # ours: a loss that is not a number must be seen
+    save_strategy="no",  # 9 updates; --save_strategy steps --save_steps 1 for machines that may be taken away
+    save_total_limit=1,
+    report_to="none",
+    seed=42,
+)
+
+
+@dataclass
+class Settings:
+    model_name_or_path: str = field(
+        default="zai-org/GLM-4.5", metadata={"help": "Base model: folder or Hub id, with its tokenizer."}
+    )
+    train_file: str = field(default="data/train.jsonl", metadata={"help": "Rows of 02_format_trajectories.py."})
+    global_batch_size: int = field(
+        default=64, metadata={"help": "Samples per update over all processes (LIMI --global-batch-size 64)."}
+    )
+    dry_run: bool = field(
+        default=False, metadata={"help": "Tokenise, write tokenized.jsonl and sample.html, load no model."}
+    )
+    from_scratch: bool = field(
+        default=False, metadata={"help": "Random weights from the model's config.json: tests, benchmarks."}
+    )
+    lora: bool = field(
+        default=False, metadata={"help": "Train low-rank adapters on attention only; use --learning_rate 1e-4."}
+    )
+    lora_r: int = field(default=32, metadata={"help": "Rank of the adapters; alpha is twice that."})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
+        metadata={"help": "Names of the linear layers that get an adapter."},
+    )
+
+
+# What must be the same when a run goes on from a checkpoint; the number of processes may differ
+SAME_RUN = ["model_name_or_path", "global_batch_size", "from_scratch", "lora", "lora_r", "lora_target_modules"]
+SAME_RUN += ["learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "adam_beta1", "adam_beta2"]
+SAME_RUN += ["weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "max_length", "seed"]
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense bf16, NVIDIA's data sheets
+ROLES = ("system", "user", "assistant", "tool")
+
+
+class InputError(ValueError):
+    """A mistake in the user's input, told in one line that names file, line, field and remedy; exit code 2."""
+
+
+def parse_settings(parser):
+    """Defaults < --config YAML < flags; an unknown or misspelt one is an error."""
+    try:
+        return parser.parse_args_and_config()
+    except (ValueError, IndexError, yaml.YAMLError) as error:
+        raise InputError(" ".join(str(error).split())) from None
+
+
+def make_parser():
+    """TRL's settings and ours. bf16 compute on a GPU, unless accelerate's YAML says otherwise; on a CPU fp32 is faster."""
+    on_gpu = torch.cuda.is_available()
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16" if on_gpu else "no")
+    parser = TrlParser((Settings, SFTConfig))
+    offload = {"offload": True} if on_gpu else None  # of checkpoints to the host's memory
+    parser.set_defaults(**RECIPE, use_cpu=not on_gpu, bf16=precision == "bf16", gradient_checkpointing_kwargs=offload)
+    return parser
+
+
+def read_jsonl(path, append_only=False):
+    """Yield ("path:line", row) for every object of a JSONL file.
+
+    append_only: a kill may have cut the last line of such a file; a last line without a newline is left out.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip() or append_only and not line.endswith(b"\n"):
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}:{number}: not valid JSON ({error}); one JSON object a line") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+            yield f"{path}:{number}", row
+
+
+def write_jsonl(path, rows):
+    """Write rows under a temporary name, then rename: a reader sees the old file or the whole new one."""
+    path, count = Path(path), 0
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "w") as file:
+            for row in rows:
+                file.write(json.dumps(row) + "\n")  # ASCII: a lone surrogate in a log cannot break the file
+                count += 1
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+    return count
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Rows -> input_ids and labels
+
+
+def read_rows(path):
+    """Rows of train.jsonl. They never pass through an Arrow schema, which would fill tool arguments with nulls.
+
+    Raises InputError naming the line and the field of what no template renders, or renders wrongly.
+    """
+    if not Path(path).exists():
+        raise InputError(f"{path}: no such file; 02_format_trajectories.py writes it, --train_file names another")
+    rows = []
+    for where, row in read_jsonl(path):
+        messages = row.get("messages")
+        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+            raise InputError(f"{where}: messages must be a list of objects")
+        for i, message in enumerate(messages):
+            if message.get("role") not in ROLES:
+                raise InputError(f"{where}: messages[{i}].role is {message.get('role')!r}, not one of {', '.join(ROLES)}")
+            if not isinstance(message.get("content"), str):
+                raise InputError(f"{where}: messages[{i}].content must be a string")
+            for j, call in enumerate(message.get("tool_calls") or []):
+                function = call.get("function") if isinstance(call, dict) else None
+                arguments = function.get("arguments") if isinstance(function, dict) else None
+                if not isinstance(arguments, dict) or None in arguments.values():
+                    name = f"messages[{i}].tool_calls[{j}].function.arguments"
+                    raise InputError(f"{where}: {name} must be an object without a null; leave the argument out")
+        if not any(message["role"] == "assistant" for message in messages):
+            raise InputError(f"{where}: messages hold no assistant message, so there is nothing to train")
+        if messages[-1].get("tool_calls"):  # the stop token of a call is not that of an answer: no end to train
+            raise InputError(f"{where}: messages end with a tool call without its result")
+        rows.append(row | {"where": where, "query_id": str(row.get("query_id", where))})
+    if not rows:
+        raise InputError(f"{path}: no rows in it")
+    return rows
+
+
+def load_tokenizer(model):
+    """The tokenizer with two more attributes: stop_ids, the token ids at which the engine stops (vLLM reads the same
+    generation_config.json), and end_id, the one that ends a conversation's last turn if the template writes none."""
+    if Path(model).is_dir() and not Path(model, "tokenizer_config.json").exists():
+        raise InputError(f"{model}: no tokenizer_config.json there; the folder must hold the model and its tokenizer")
+    config, tok = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+    if not tok.chat_template:
+        raise InputError(f"{model}: the tokenizer has no chat template")
+    try:
+        stops = GenerationConfig.from_pretrained(model).eos_token_id
+    except OSError:  # not every checkpoint has the file
+        stops = config.eos_token_id
+    stops = stops if stops is not None else tok.eos_token_id
+    tok.stop_ids = {stops} if isinstance(stops, int) else set(stops)
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    two, three = (tok.apply_chat_template(talk[:n], tokenize=False) for n in (2, 3))
+    following = tok(three.removeprefix(two), add_special_tokens=False)["input_ids"][0]
+    tok.end_id = following if three.startswith(two) and following in tok.stop_ids else None
+    return tok
+
+
+def segments(messages):
+    """Samples of one conversation: [(messages, index of the first message that may carry loss)].
+
+    One sample for all, unless inference would drop reasoning once the next user message is there (GLM-4.5 and Qwen3
+    templates do): then one sample per user message, so that every turn is trained in the context it is served in.
+    """
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"] or [0]
+    if not any(m.get("reasoning_content") or "</think>" in m["content"] for m in messages[: users[-1]]):
+        return [(messages, 0)]
+    parts = [(messages[:end], start) for start, end in zip([0] + users[1:], users[1:] + [len(messages)])]
+    return [(part, first) for part, first in parts if any(m["role"] == "assistant" for m in part[first:])]
+
+
+def encode(tok, messages, tools, first=0):
+    """(input_ids, labels): labels are -100 but for what the engine must generate, stop token included.
+
+    first: index of the first message that may carry loss. Raises ValueError if the template does not keep the text of
+    the conversation so far as a prefix, or leaves a turn without a stop token: then no mask would be right.
+    """
+
+    def render(part, **kwargs):
+        return tok.apply_chat_template(part, tools=tools or None, tokenize=False, **kwargs)
+
+    text, starts = render(messages), []
+    for i, message in enumerate(messages):
+        if message["role"] == "assistant" and i >= first:
+            prompt = render(messages[:i], add_generation_prompt=True)
+            if not text.startswith(prompt):
+                raise ValueError(f"the chat template rewrites what stands before message {i}")
+            starts.append(len(prompt))
+    encoded = tok(text, add_special_tokens=False, return_offsets_mapping=True)
+    ids, labels, generating, turn = encoded["input_ids"], [], False, 0
+    for token, (start, _) in zip(ids, encoded["offset_mapping"]):
+        if turn < len(starts) and start >= starts[turn]:
+            if generating:
+                raise ValueError(f"assistant turn {turn - 1} has no stop token")
+            generating, turn = True, turn + 1
+        labels.append(token if generating else -100)
+        if generating and token in tok.stop_ids:
+            generating = False
+    if generating:
+        if tok.end_id is None:
+            raise ValueError("the last assistant turn has no stop token")
+        ids.append(tok.end_id)
+        labels.append(tok.end_id)
+    return ids, labels
+
+
+def tokenize(tok, rows, max_length):
+    """(samples {"query_id", "input_ids", "labels"}, Counter of dropped samples by reason)."""
+    stops, samples, dropped = tok.convert_ids_to_tokens(sorted(tok.stop_ids)), [], Counter()
+    for row in rows:
+        answers = json.dumps([m for m in row["messages"] if m["role"] == "assistant"], ensure_ascii=False)
+        if any(stop in answers for stop in stops):  # written out, it becomes the token: loss would end in mid-answer
+            dropped["an assistant message spells out a stop token"] += 1
+            continue
+        for messages, first in segments(row["messages"]):
+            try:
+                ids, labels = encode(tok, messages, row.get("tools"), first)
+            except ValueError as error:
+                raise InputError(f"{row['where']}: {error}; its labels would not be exact") from None
+            if len(ids) > max_length:
+                dropped[f"longer than max_length {max_length:,} tokens"] += 1
+            else:
+                samples.append({"query_id": row["query_id"], "input_ids": ids, "labels": labels})
+    return samples, dropped
+
+
+def sample_page(tok, samples, limit=60_000):
+    """HTML page of the first samples, up to `limit` tokens: trained tokens coloured, stop tokens marked."""
+    parts, shown = [], 0
+    for sample in samples:
+        if shown and shown + len(sample["input_ids"]) > limit:
+            break
+        shown += len(sample["input_ids"])
+        runs = []  # [kind, ids]: tokens of a run are decoded together, a character may span several
+        for token, label in zip(sample["input_ids"], sample["labels"]):
+            kind = "context" if label == -100 else "stop" if token in tok.stop_ids else "trained"
+            if not runs or runs[-1][0] != kind or kind == "stop":
+                runs.append((kind, []))
+            runs[-1][1].append(token)
+        body = "".join(f'<span class="{kind}">{html.escape(tok.decode(ids))}</span>' for kind, ids in runs)
+        trained = sum(label != -100 for label in sample["labels"])
+        parts.append(f"<h2>{html.escape(sample['query_id'])}</h2><p>{len(sample['input_ids']):,} tokens, "
+                     f"{trained:,} trained</p><pre>{body}</pre>")  # fmt: skip
+    return (
+        '<!doctype html><meta charset="utf-8"><title>trained tokens</title><style>'
+        "body{font:14px system-ui;margin:2em auto;max-width:70em;color:#1f2328}"
+        "pre{white-space:pre-wrap;overflow-wrap:anywhere;font:12px/1.5 ui-monospace,monospace;background:#f6f8fa;"
+        "padding:1em;border-radius:6px}.context{color:#57606a}.trained{background:#b7ebc0}"
+        ".stop{background:#cf222e;color:#fff;border-radius:3px}</style>"
+        f"<h1>What the model learns</h1><p><span class=trained>trained</span> <span class=stop>stop token, trained"
+        f"</span> <span class=context>context, no loss</span>; {len(parts)} of {len(samples)} samples shown</p>"
+        + "".join(parts)
+    )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def global_batches(lengths, num_samples, batch_size, seed):
+    """Sample indices in training order: shuffled passes over the data, one after the other, `num_samples` in all.
+
+    The same on any number of processes; inside a batch sorted by length, so that processes wait little on each other.
+    """
+    rng, order = random.Random(seed), []
+    while len(order) < num_samples:
+        order += rng.sample(range(len(lengths)), len(lengths))
+    batches = [order[start : start + batch_size] for start in range(0, num_samples, batch_size)]
+    return [i for batch in batches for i in sorted(batch, key=lambda i: -lengths[i])]
+
+
+def layout(args):
+    """(sharded over all processes by FSDP2?, processes that share one sample by context parallelism).
+
+    Both come from accelerate's YAML, which its launcher passes on as environment variables.
+    """
+    sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", 1)) for name in ("DP_REPLICATE", "DP_SHARD", "CP")}
+    fsdp, product = os.environ.get("ACCELERATE_USE_FSDP") == "true", math.prod(sizes.values())
+    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true" and product != args.world_size:
+        told = " x ".join(f"{name.lower()} {size}" for name, size in sizes.items())
+        raise InputError(f"accelerate's parallelism_config gives {told} = {product}, but {args.world_size} processes run")
+    if sizes["CP"] > 1 and not fsdp:
+        raise InputError("context parallelism needs distributed_type: FSDP in accelerate's YAML")
+    return fsdp, sizes["CP"]
+
+
+def fit_window(config, longest):
+    """Stretch the rotary embedding where the data is longer than the model's window; a sentence about it, or None.
+
+    Qwen3 (window 40,960) is made for YaRN over its first 32,768 positions (its model cards); the export carries the
+    setting, so vLLM serves what was trained.
+    """
+    window, rope = config.max_position_embeddings, config.rope_parameters
+    if longest <= window:
+        return None
+    if config.model_type not in ("qwen3", "qwen3_moe") or rope["rope_type"] != "default":
+        raise InputError(f"the longest sample has {longest:,} tokens, the model's window {window:,}; lower --max_length")
+    factor = math.ceil(longest / 32_768)
+    config.rope_parameters = rope | {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": 32_768}
+    config.max_position_embeddings = factor * 32_768
+    return f"YaRN factor {factor}: window {window:,} -> {config.max_position_embeddings:,} tokens, the longest sample has {longest:,}"
+
+
+def load_model(settings, args, config, fsdp, source):
+    """fp32 weights: the optimizer's updates at 1e-5 are too small for bf16, which would apply about a tenth of them.
+
+    source: the base, or a checkpoint: the trainer restores an MoE's experts only under FSDP, so elsewhere the model is
+    built from the checkpoint. Under FSDP2 transformers gives each process its own shard, because accelerate would
+    build the whole fp32 model in the memory of every process, and its way around that fails on GLM-4.5's router bias.
+    Tied embeddings (Qwen3-4B and smaller) are left to accelerate: with transformers' plan their gradient as output
+    layer would not be summed over the processes, and a loss that falls all the same hides it.
+    """
+    native = fsdp and not config.tie_word_embeddings
+    if fsdp:
+        os.environ["FSDP_AUTO_WRAP_POLICY"] = "NO_WRAP" if native else "TRANSFORMER_BASED_WRAP"
+    options = dict(dtype=torch.float32, attn_implementation="sdpa")
+    if settings.from_scratch and source == settings.model_name_or_path:
+        if fsdp:
+            raise InputError("--from_scratch builds the whole model in every process; not with FSDP")
+        set_seed(0)
+        return AutoModelForCausalLM.from_config(config, **options)
+    if native:
+        from transformers.distributed import DistributedConfig
+
+        options["distributed_config"] = DistributedConfig(fsdp_size=args.world_size, fsdp_mixed_precision=args.bf16)
+    model = AutoModelForCausalLM.from_pretrained(source, config=config, **options)
+    if native:  # from here on accelerate's: context parallelism, clipping, saving and resuming
+        model._is_distributed_loading_by_transformers = False
+        model.config.distributed_config = None  # else save_pretrained gathers once more, and only on one process
+    return model
+
+
+def base_names(model_name_or_path):
+    """Tensor names of a checkpoint, without its weights."""
+    index = cached_file(model_name_or_path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
+    if index:
+        return set(json.loads(Path(index).read_text())["weight_map"])
+    with safe_open(cached_file(model_name_or_path, "model.safetensors"), "pt") as file:
+        return set(file.keys())
+
+
+def export(model, tok, output_dir, names=None, main_process=True):
+    """Write the model, adapters merged, in bf16 with the base's tensor names; the old one stays until the new one is complete.
+
+    names: of the base's tensors; another set is refused. Called by every process: shards are gathered one by one.
+    """
+    state, router_bias = {}, "e_score_correction_bias"  # fp32 in GLM-4.5's own checkpoints
+    adapters = {f"{name}.weight": part for name, part in model.named_modules() if hasattr(part, "get_delta_weight")}
+    for name, tensor in model.state_dict().items():
+        name = name.replace(".base_layer.", ".")
+        if name in model.all_tied_weights_keys or ".lora_" in name:  # the base does not store tied ones twice
+            continue
+        keep = name.endswith(router_bias) or name in adapters or not tensor.is_floating_point()
+        tensor = tensor.detach().to(tensor.dtype if keep else torch.bfloat16)
+        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        if name in adapters:
+            tensor = (tensor + adapters[name].get_delta_weight("default")).to(torch.bfloat16)
+        if main_process:
+            state[name] = tensor.cpu()
+    if not main_process:
+        return
+    partial = Path(output_dir, "export.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial, state_dict=state, max_shard_size="5GB")
+        tok.save_pretrained(partial)
+        config = json.loads((partial / "config.json").read_text()) | {"dtype": "bfloat16", "use_cache": True}
+        (partial / "config.json").write_text(json.dumps(config, indent=2))
+        ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["$^"]))  # GLM-4.5's MTP layer
+        written = base_names(partial)
+        lost = {name for name in (names or written) - written if not ignored.search(name)}
+        if wrong := sorted(lost - model.all_tied_weights_keys.keys() | written - (names or written)):
+            raise InputError(f"the export's tensors are not the base's: {len(wrong)} differ, such as {wrong[0]}")
+        for old in set(Path(output_dir).glob("*.safetensors*")) - {Path(output_dir, f.name) for f in partial.iterdir()}:
+            old.unlink()
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # what makes it loadable, last
+            file.replace(Path(output_dir, file.name))
+    except SafetensorError as error:  # a full disk
+        raise OSError(f"{partial}: {error}") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def last_checkpoint(output_dir):
+    """The newest complete checkpoint-N folder, or None: the trainer writes trainer_state.json last."""
+    complete = [file.parent for file in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
+    return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+
+
+class Trainer(SFTTrainer):
+    """TRL's trainer whose log lines also tell the speed, and end a run whose loss is not a number."""
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm", 0.0)):
+                raise InputError(f"step {self.state.global_step}: loss {logs['loss']}, grad_norm {logs.get('grad_norm')}; "
+                                 "the last checkpoint and the last export are untouched; lower --learning_rate")  # fmt: skip
+            seconds = time.monotonic() - self.watch.step_started
+            tokens, flops = self.watch.work[self.state.global_step - 1]
+            logs["tokens_per_second"] = round(tokens / seconds)
+            if torch.cuda.is_available():
+                logs["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
+                if peak := next((peak for chip, peak in PEAK_FLOPS.items() if chip in torch.cuda.get_device_name()), None):
+                    logs["mfu"] = round(flops / seconds / peak / self.args.world_size, 3)
+        super().log(logs, start_time)
+
+
+class Watch(TrainerCallback):
+    """Times the steps; on SIGTERM (SLURM takes the machine away) saves after the running update and stops.
+
+    work: per step (tokens, floating point operations).
+    """
+
+    def __init__(self, work):
+        self.work, self.stop = work, False
+        signal.signal(signal.SIGTERM, self.on_signal)
+
+    def on_signal(self, *_):
+        self.stop = True
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step_started = time.monotonic()
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.world_size > 1:  # the signal reaches the processes at different steps
+            stop = torch.tensor(float(self.stop), device=args.device)
+            torch.distributed.all_reduce(stop, torch.distributed.ReduceOp.MAX)
+            self.stop = bool(stop)
+        if self.stop:
+            control.should_save = control.should_training_stop = True
+
+
+def git_commit():
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    return result.stdout.strip() or None
+
+
+def census(config):
+    """Parameters: (all, those that work on one token without embedding and output layer, of the largest layer)."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    layers, active = Counter(), 0
+    for name, parameter in model.named_parameters():
+        if ".layers." in name:
+            layers[name.split(".layers.")[1].split(".")[0]] += parameter.numel()
+            share = config.num_experts_per_tok / parameter.shape[0] if ".experts." in name else 1
+            active += share * parameter.numel()
+    return model.num_parameters(), active, max(layers.values())
+
+
+def head_dim(config):
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
+def sample_flops(config, active, tokens, trained):
+    """Of one sample, forward and backward, without what checkpointing computes twice: 6 per weight and token, causal
+    attention, the output layer for trained tokens only."""
+    attention = config.num_hidden_layers * config.num_attention_heads * head_dim(config) * tokens**2
+    return 6 * (active * tokens + config.vocab_size * config.hidden_size * trained + attention)
+
+
+def memory_per_device(config, total, layer, longest, devices, cp, fsdp, lora):
+    """GB of {"weights", "optimizer", "gradients", "activations"}: a calculation, not a measurement.
+
+    fp32 weights and gradients, AdamW's two fp32 moments. Activations: one layer being recomputed (the inputs of all
+    others are offloaded to the host), the output layer's gradients, and the layers that FSDP2 gathers in bf16 (or
+    autocast's bf16 copy of all weights without it).
+    """
+    shards, trained = devices if fsdp else 1, 0.01 if lora else 1.0
+    k = getattr(config, "num_experts_per_tok", 0)
+    width = (k + 1) * config.moe_intermediate_size if k else config.intermediate_size
+    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * head_dim(config)
+    per_token = 20 * config.hidden_size + 8 * heads + 10 * width + 4 * k * config.hidden_size
+    output = 6 * config.vocab_size * config.hidden_size
+    gathered = (4 + 4 * trained) * layer if fsdp else 2 * total
+    parts = {
+        "weights": 4 * total / shards,
+        "optimizer": 8 * total * trained / shards,
+        "gradients": 4 * total * trained / shards,
+        "activations": longest / cp * per_token + output + gathered,
+    }
+    return {name: part / 1e9 for name, part in parts.items()}
+
+
+def print_memory(config, longest, here, lora):
+    """The dry run's table: the layout at hand, then the usual ones, and what to change where it does not fit."""
+    total, active, layer = census(config)
+    card = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 80.0
+    print(f"{total / 1e9:,.2f} billion parameters, {active / 1e9:,.2f} active. Memory per device in GB, calculated for the "
+          f"longest sample ({longest:,} tokens), checkpoints offloaded to the host:")  # fmt: skip
+    fits = []
+    for devices, cp, fsdp in [here, *((n, cp, True) for n, cp in ((2, 1), (8, 1), (8, 8), (16, 8), (32, 8), (64, 8)))]:
+        parts = memory_per_device(config, total, layer, longest, devices, cp, fsdp, lora)
+        fits.append(sum(parts.values()) < 0.9 * card)  # the allocator needs some room
+        print(f"{devices:3} device(s) {'FSDP2' if fsdp else '-----'} context parallel {cp}: "
+              + ", ".join(f"{name} {part:.1f}" for name, part in parts.items())
+              + f" = {sum(parts.values()):.0f}{'' if fits[-1] else f', over 90 % of {card:.0f}'}")  # fmt: skip
+    if not fits[0]:
+        print("the layout at hand (first line) does not fit: more devices by accelerate launch --config_file "
+              "recipes/NAME/accelerate.yaml, --lora, or a lower --max_length")  # fmt: skip
+
+
+def lora_config(settings, model):
+    """peft's settings; refuses what peft skips without a word, such as the linear layers that an MoE has fused."""
+    from peft import LoraConfig
+
+    present = Counter(name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear))
+    if absent := [name for name in settings.lora_target_modules if name not in present]:
+        raise InputError(f"--lora_target_modules: no linear layer of the model is named {', '.join(absent)}")
+    print("LoRA on " + ", ".join(f"{present[name]} x {name}" for name in settings.lora_target_modules))
+    rank = settings.lora_r
+    return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=settings.lora_target_modules)
+
+
+def loss_curve(path, curve):
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    figure.subplots().plot(range(1, len(curve) + 1), curve, marker="o", markersize=3)
+    figure.axes[0].set(xlabel="update", ylabel="loss per trained token")
+    figure.savefig(path, dpi=120)
+
+
+def main(settings, args):
+    from importlib.metadata import version
+
+    main_process, output_dir, (fsdp, cp) = args.process_index == 0, Path(args.output_dir), layout(args)
+    say = print if main_process else lambda *_, **__: None
+    rows = read_rows(settings.train_file)
+    packages = ("torch", "transformers", "trl", "accelerate", "datasets")
+    recipe = {
+        "settings": asdict(settings) | args.to_dict(),
+        "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
+        "commit": git_commit(),
+        "train_file_sha256": hashlib.sha256(Path(settings.train_file).read_bytes()).hexdigest(),
+        "processes": args.world_size,
+    }
+    started, tok = time.monotonic(), load_tokenizer(settings.model_name_or_path)
+    samples, dropped = tokenize(tok, rows, args.max_length)
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    trained = [sum(label != -100 for label in sample["labels"]) for sample in samples]
+    recipe["data"] = {"rows": len(rows), "samples": len(samples), "dropped": dict(dropped), "tokens": sum(lengths),
+                      "trained_tokens": sum(trained), "longest": max(lengths, default=0)}  # fmt: skip
+    say(f"tokenised in {time.monotonic() - started:.1f} s: " + ", ".join(f"{k}: {v}" for k, v in recipe["data"].items()))
+    if not samples:
+        raise InputError(f"{settings.train_file}: every sample was dropped: {dict(dropped)}")
+    config = AutoConfig.from_pretrained(settings.model_name_or_path)
+    if stretched := fit_window(config, max(lengths)):
+        say(stretched)
+    if settings.dry_run:
+        if main_process:
+            write_jsonl(output_dir / "tokenized.jsonl", samples)
+            (output_dir / "sample.html").write_text(sample_page(tok, samples), encoding="utf-8")
+            print_memory(config, max(lengths), (args.world_size, cp, fsdp), settings.lora)
+            print(f"wrote {output_dir / 'tokenized.jsonl'} and {output_dir / 'sample.html'}; nothing was trained")
+        return
+
+    # The order of the samples
+    per_step = args.world_size // cp * args.per_device_train_batch_size
+    if settings.global_batch_size % per_step:
+        raise InputError(f"--global_batch_size {settings.global_batch_size} is no multiple of {per_step} processes x batch")
+    args.gradient_accumulation_steps = settings.global_batch_size // per_step
+    passes = args.num_train_epochs
+    steps = args.max_steps if args.max_steps > 0 else int(len(samples) * passes) // settings.global_batch_size
+    if steps == 0:
+        raise InputError(
+            f"{len(samples)} samples x {passes:g} passes do not fill one batch of {settings.global_batch_size}; "
+            "lower --global_batch_size or raise --num_train_epochs"
+        )
+    from datasets import Dataset
+
+    order = global_batches(lengths, steps * settings.global_batch_size, settings.global_batch_size, args.seed)
+    dataset = Dataset.from_list([{key: s[key] for key in ("input_ids", "labels")} for s in samples]).select(order)
+    # The order is made; nothing may shuffle, cut or re-tokenise it
+    args.num_train_epochs, args.train_sampling_strategy, args.max_length = 1, "sequential", None
+    args.dataset_kwargs = {"skip_prepare_dataset": True}
+    if cp > 1:
+        args.pad_to_multiple_of = 2 * cp  # the ring cuts a sample into twice as many pieces as processes
+    if fsdp:  # else whole gradients stay on every device until the last micro-batch
+        args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
+    say(f"{steps} updates of {settings.global_batch_size} samples = {args.world_size // cp} data-parallel x "
+        f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated", flush=True)  # fmt: skip
+
+    # A run goes on from its own last checkpoint; the same command after a kill is enough
+    resume = args.resume_from_checkpoint or last_checkpoint(output_dir)
+    fixed = {name: recipe["settings"][name] for name in SAME_RUN} | {"train_file_sha256": recipe["train_file_sha256"]}
+    run_file = output_dir / "run.json"
+    if resume:
+        before = json.loads(run_file.read_text())
+        if changed := [f"{name} was {before.get(name)!r}" for name in fixed if before.get(name) != fixed[name]]:
+            raise InputError(f"{resume} is of another run ({changed[0]}); delete it or choose another --output_dir")
+        say(f"going on from {resume}")
+    elif main_process:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        run_file.write_text(json.dumps(fixed, indent=2))
+
+    from_base = resume is None or fsdp or settings.lora
+    model = load_model(settings, args, config, fsdp, settings.model_name_or_path if from_base else resume)
+    peft_config = lora_config(settings, model) if settings.lora else None
+    _, active, _ = census(config)
+    flops = [sample_flops(config, active, *pair) for pair in zip(lengths, trained)]
+    batches = [order[i : i + settings.global_batch_size] for i in range(0, len(order), settings.global_batch_size)]
+    watch = Watch([(sum(lengths[i] for i in batch), sum(flops[i] for i in batch)) for batch in batches])
+    trainer = Trainer(model, args, train_dataset=dataset, processing_class=tok, peft_config=peft_config, callbacks=[watch])
+    if settings.lora and fsdp:  # the adapters are not sharded: equal at the start, gradients averaged
+        trainer._sync_replicated_trainable_parameters(trainer.model)
+    trainer.watch, started = watch, time.monotonic()
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    seconds = time.monotonic() - started
+    if watch.stop:
+        say(f"stopped by SIGTERM after update {trainer.state.global_step}; the same command goes on from there")
+        sys.exit(143)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    if settings.lora:
+        model = model.get_base_model()
+    names = None if settings.from_scratch else base_names(settings.model_name_or_path)
+    export(model, tok, output_dir, names, main_process)
+    curve = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+    recipe |= {"steps": len(curve), "seconds": round(seconds, 1), "loss": curve}
+    if main_process:
+        (output_dir / "recipe.json").write_text(json.dumps(recipe, indent=2))
+        loss_curve(output_dir / "loss.png", curve)
+        tokens = sum(lengths[i] for i in order)
+        print(f"steps: {len(curve)}\nloss: {curve[0]:.4f} -> {curve[-1]:.4f}\nseconds: {seconds:.1f}")
+        print(f"tokens_per_second: {tokens / seconds:.0f}\nmodel: {output_dir}")
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    try:
+        main(*parse_settings(make_parser()))
+    except (InputError, OSError) as error:
+        print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)

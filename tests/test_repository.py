@@ -1,0 +1,70 @@
+"""What holds across the stages: shared code is the same code, --help is light, the README's commands exist."""
+
+import ast
+import inspect
+import re
+import subprocess
+import sys
+
+import pytest
+from conftest import ROOT
+
+STAGES = ["01_build_queries", "02_format_trajectories", "03_sft", "04_eval"]
+SHARED = ["InputError", "parse_settings", "read_jsonl", "write_jsonl", "open_append"]
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_code_that_several_stages_have_is_the_same(stage, name):
+    sources = [inspect.getsource(getattr(stage(s), name)) for s in STAGES if hasattr(stage(s), name)]
+    assert len(sources) > 1 and len(set(sources)) == 1
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_no_stage_imports_another_or_catches_everything(name):
+    tree = ast.parse((ROOT / f"{name}.py").read_text())
+    for node in ast.walk(tree):
+        modules = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        modules += [node.module] if isinstance(node, ast.ImportFrom) else []
+        assert not any(re.match(r"0\d_", module or "") for module in modules)
+        if isinstance(node, ast.ExceptHandler):
+            assert node.type is not None and ast.unparse(node.type) != "Exception"
+
+
+@pytest.mark.parametrize("name", ["01_build_queries", "02_format_trajectories", "04_eval"])
+def test_help_imports_nothing_heavy(name):
+    code = f"import runpy, sys; sys.argv = ['x', '--help']\ntry: runpy.run_path('{name}.py', run_name='__main__')\n"
+    code += "except SystemExit: pass\n"
+    code += "print('HEAVY', [m for m in ('torch', 'transformers', 'datasets', 'vllm', 'sklearn', 'matplotlib') "
+    code += "if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert "--config" in result.stdout or "show this help" in result.stdout, result.stderr
+    assert result.stdout.rstrip().endswith("HEAVY []"), result.stdout[-200:]
+
+
+def readme_commands():
+    """Lines of the README's bash blocks that start a program of this repository, continuation lines joined."""
+    text = (ROOT / "README.md").read_text().replace("\\\n", " ")
+    blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+    lines = [line.split(" #")[0].strip() for block in blocks for line in block.splitlines()]
+    return [line for line in lines if re.search(r"\b(0\d_\w+\.py|\w+/\S+\.(sh|py))", line)]
+
+
+def test_readme_commands_exist(run_stage):
+    commands, helps = readme_commands(), {}
+    assert len(commands) > 5
+    for command in commands:
+        script = re.search(r"(?:^|\s)((?:\w+/)*[\w.-]+\.(?:py|sh))", command)[1]
+        assert (ROOT / script).exists(), command
+        for config in re.findall(r"--config\s+(\S+)|--config_file\s+(\S+)", command):
+            assert (ROOT / "".join(config)).exists(), command
+        if re.match(r"0\d_", script):
+            helps.setdefault(script, run_stage(script, "--help").stdout)
+            for flag in re.findall(r"\s(--\w+)", command.split(script)[1]):
+                assert flag == "--config" or re.search(rf"{flag}\b", helps[script]), f"{flag} of: {command}"
+
+
+def test_unknown_flags_and_keys_are_errors(run_stage, one_line_error, tmp_path):
+    (tmp_path / "x.yaml").write_text("rouunds: 3\n")
+    one_line_error(run_stage("04_eval.py", "--config", tmp_path / "x.yaml"), "rouunds")
+    one_line_error(run_stage("02_format_trajectories.py", "x.json", "--no_such_flag", "1"), "no_such_flag")
+    one_line_error(run_stage("01_build_queries.py", "--config", tmp_path / "missing.yaml"), "missing.yaml")
