@@ -5,7 +5,7 @@
 
 Reads   --real      JSONL in task form, or a folder of *.md: YAML front matter (query_id, domain, subdomain, workspace,
                     check, rubric, licence, meta; turns: if there are several), the query as the body
-        --repos     git clones with history (git clone --mirror URL also brings refs/pull, which tell PRs from issues)
+        --repos     git clones with history, or URLs (git clone --mirror also brings refs/pull: which numbers are PRs)
 Writes  data/queries.jsonl            a task a line: {"query_id", "domain", "subdomain", "source", "turns": [{"query",
                                       "check"?, "rubric"?}], "workspace"?, "meta"}; its first n lines are a fair subset
         data/rejected_queries.jsonl   every other one, with "reasons"
@@ -68,7 +68,7 @@ TEXT_RULES = {  # after SWE-bench Lite: a statement must stand alone
 @dataclass
 class Settings:
     real: str | None = field(default=None, metadata={"help": "Real-world queries: JSONL or a folder of markdown."})
-    repos: list[str] = field(default_factory=list, metadata={"help": "Local git clones to mine pull requests from."})
+    repos: list[str] = field(default_factory=list, metadata={"help": "Git clones to mine, or their URLs."})
     output_file: str = field(default="data/queries.jsonl", metadata={"help": "Tasks; the rest goes beside it."})
     step: Literal["all", "mine", "verify", "write", "check", "review", "select"] = field(
         default="all", metadata={"help": "One step alone; all runs them in this order, but for review."})
@@ -77,7 +77,7 @@ class Settings:
         "help": "tests: one code file and its tests; paper: under 1,200 tokens and not only markdown."})
     deny: list[str] = field(default_factory=lambda: [
         "astropy", "django", "flask", "matplotlib", "pylint", "pytest", "requests", "scikit-learn", "seaborn",
-        "sphinx", "sympy", "xarray"], metadata={"help": "Repositories of benchmarks, not mined (SWE-bench's)."})
+        "sphinx", "sympy", "xarray"], metadata={"help": "Repositories of benchmarks, refused (SWE-bench's)."})
     max_tokens: int = field(default=2000, metadata={"help": "Longest code and test diff; a token is 4 characters."})
     max_candidates: int = field(default=200, metadata={"help": "PRs to verify and write, newest of each clone first."})
     # verify
@@ -199,7 +199,7 @@ class Turn(pydantic.BaseModel, extra="forbid"):
 
 
 class Task(pydantic.BaseModel, extra="forbid"):
-    query_id: str = pydantic.Field(pattern=r"^[\w.-]+$")
+    query_id: str = pydantic.Field(pattern=r"^\w[\w.-]*$")  # also a file name
     domain: Literal["vibe_coding", "research"]
     subdomain: str = ""
     source: str = "real"
@@ -258,8 +258,24 @@ def git(clone, *args):
     options = ["-c", "safe.directory=*", "-c", "core.quotePath=no", "-C", clone]
     done = subprocess.run(["git", *options, *args], env=env, capture_output=True)
     if done.returncode:
-        raise InputError(f"{clone}: git {args[0]}: {done.stderr.decode(errors='replace').strip().splitlines()[0]}")
+        problem = done.stderr.decode(errors="replace").strip().split("\n")[0]
+        raise InputError(f"{clone}: git {args[0]}: {problem}")
     return done.stdout
+
+
+def local_clone(repo, work):
+    """The folder of a repository; a URL is mirrored into the work folder, once."""
+    if "://" not in repo:
+        return repo
+    folder = work / "clones" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', repo)}.git"
+    if not folder.exists():
+        print(f"cloning {repo} into {folder}", flush=True)
+        partial = folder.with_suffix(".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        if subprocess.run(["git", "clone", "-q", "--mirror", repo, partial], stderr=subprocess.DEVNULL).returncode:
+            raise InputError(f"{repo}: cannot be cloned; try yourself: git clone --mirror {repo}")
+        partial.rename(folder)
+    return str(folder)
 
 
 def repository_name(clone):
@@ -317,14 +333,12 @@ def licence(clone, commit):
             return next((name for name, words in LICENCES.items() if words in text), None)
 
 
-def why_not(clone, name, pull, kinds, known, settings):
+def why_not(clone, pull, kinds, known, settings):
     """The reason why a pull request makes no task, or None.
 
     known: numbers "seen" so far, numbers in "refs"/pull, numbers and titles that later pull requests have "undone".
     """
     files, [code, *others] = pull["files"], kinds["code"] or [None]
-    if name.split("/")[-1].lower() in settings.deny:
-        return "repository of a benchmark"
     if pull["number"] in known["seen"]:
         return "the same number again (a backport, or a merge of branches)"
     if pull["shape"] != "merge commit" and known["refs"] and pull["number"] not in known["refs"]:
@@ -363,10 +377,13 @@ def why_not(clone, name, pull, kinds, known, settings):
 def mine(settings, work, rows):
     """Tasks from --real, and one without turns for every pull request of --repos; prints each clone's table."""
     rows, names = read_real(settings.real) if settings.real else [], {}
-    for clone in settings.repos:
+    for repo in settings.repos:
+        clone = local_clone(repo, work)
         start, name = time.monotonic(), repository_name(clone)
         if name in names:
             raise InputError(f"{clone} and {names[name]} are both called {name}: give each repository once")
+        if name.split("/")[-1].lower() in settings.deny:
+            raise InputError(f"{clone}: {name} is part of a benchmark: leave it out, or give another --deny")
         names[name] = clone
         refs = git(clone, "for-each-ref", "--format=%(refname)", "refs/pull").decode().split()
         known = {"seen": set(), "undone": set(), "refs": {int(ref.split("/")[2]) for ref in refs}}
@@ -376,8 +393,7 @@ def mine(settings, work, rows):
                    "source": "pull_request", "turns": [], "rank": reasons["passed"], "meta": {"repo": name} | {
                        key: pull[key] for key in ("number", "title", "date", "base", "commit")}}
             kinds = kinds_of(pull["files"])
-            reason = (why_not(clone, name, pull, kinds, known, settings)
-                      or add_solution(row, clone, pull, kinds, settings))
+            reason = why_not(clone, pull, kinds, known, settings) or add_solution(row, clone, pull, kinds, settings)
             known["seen"].add(pull["number"])
             shapes[pull["shape"]] += 1
             reasons[reason or "passed"] += 1
@@ -668,7 +684,7 @@ async def ask_all(settings, missing, file, dollars):
     import openai
 
     client = openai.AsyncOpenAI(base_url=settings.base_url, max_retries=settings.max_retries,
-                                api_key=os.environ.get("OPENAI_API_KEY", "EMPTY"))  # a local server wants none
+                                api_key=os.environ.get("OPENAI_API_KEY") or "EMPTY")  # a local server wants none
     gate, failures = asyncio.Semaphore(settings.concurrency), []
     progress = tqdm(desc="write", total=len(missing), unit=" queries")
 
@@ -754,12 +770,15 @@ def leaks(query, old, pr):
             yield f"repeats a line of the solution: {line}"
 
 
-def hidden(query, old, test_diff):
-    """Messages of three words or more that the tests ask for and that neither the query nor the code before has."""
-    for line in re.findall(r"(?m)^\+(.*(?:match=|Regex|message|str\(|output|stderr).*)", test_diff):
+def hidden(query, pr, base):
+    """Messages of three words or more that the tests ask for and that neither the query nor the base tree has."""
+    for line in re.findall(r"(?m)^\+(.*(?:match=|Regex|message|str\(|output|stderr).*)", pr["test_diff"]):
         for _, literal in re.findall(r"""(["'])(.*?)\1""", line):
-            if len(literal.split()) >= 3 and literal not in query and literal not in old:
-                yield f"the tests ask for a text it does not give: {literal}"
+            if len(literal.split()) >= 3 and literal not in query:
+                try:
+                    git(pr["clone"], "grep", "-F", "-e", literal, base)
+                except InputError:  # its exit status for no match
+                    yield f"the tests ask for a text it does not give: {literal}"
 
 
 def benchmark_ngrams(paths):
@@ -785,7 +804,7 @@ def check(settings, work, rows):
             changed = re.findall(r"(?m)^--- a/(.+?)\t?$", row["pr"]["code_diff"])
             old = b"\n".join(git(row["pr"]["clone"], "show", f"{row['meta']['base']}:{path}") for path in changed)
             row["reasons"] += leaks(query, old.decode(errors="replace"), row["pr"])
-            row["reasons"] += hidden(query, old.decode(errors="replace"), row["pr"]["test_diff"])
+            row["reasons"] += hidden(query, row["pr"], row["meta"]["base"])
             row["reasons"] += [f"mentions {name}" for name, rule in TEXT_RULES.items() if re.search(rule, query)]
             row["reasons"] += ["shorter than 40 words"] if len(query.split()) < 40 else []
         if re.search(SECRET, query):
@@ -877,7 +896,7 @@ def item_of(row):
     """What the page shows of a task, or of a trajectory: the texts of the user, and the rest as folded details."""
     if "messages" in row:
         queries = [message["content"] for message in row["messages"] if message["role"] == "user"]
-        detail, domain = row["messages"], row["meta"].get("domain", "vibe_coding")
+        detail, domain = row["messages"], row.get("meta", {}).get("domain", "vibe_coding")
     else:
         queries, domain = [turn["query"] for turn in row["turns"]], row["domain"]
         detail = [{key: turn[key] for key in ("rubric", "check") if key in turn} for turn in row["turns"]]
@@ -897,17 +916,8 @@ def decisions(path):
     return {key: {who: one for who, one in given.items() if one["decision"]} for key, given in found.items()}
 
 
-def review(settings, work):
-    """Serve the page on the loopback until Ctrl-C; every decision is appended the moment it is taken."""
-    if settings.review_file:
-        rows, path = list(read_jsonl(settings.review_file)), Path(settings.review_file).with_suffix(".reviews.jsonl")
-    else:
-        rows, path = [("", row) for row in step_rows(work, "4_check") if not row["reasons"]], work / "reviews.jsonl"
-    if not rows:
-        raise InputError(f"{settings.review_file or work}: there is nothing to review")
-    items = {item["key"]: item for _, row in rows for item in [item_of(row)]}
-    for key, given in decisions(path).items():
-        items.get(key, {}).update(given.get(settings.reviewer, {}))
+def page_server(items, path, reviewer, port):
+    """(server, token) of the page on the loopback; every decision is appended to path the moment it is taken."""
     token = secrets.token_urlsafe(16)
 
     class Handler(http.server.BaseHTTPRequestHandler):
@@ -928,10 +938,11 @@ def review(settings, work):
         def do_GET(self):
             if not self.allowed(self.path.removeprefix("/?token=")):
                 return self.reply(403, "open the address that was printed")
-            domains = sorted({*DOMAINS.values()})
-            data = {"TOKEN": token, "REASONS": json.dumps(REJECTIONS), "DOMAINS": json.dumps(domains),
-                    "ITEMS": json.dumps([*items.values()]).replace("<", "\\u003c")}  # no query can end the script
-            self.reply(200, re.sub("TOKEN|REASONS|DOMAINS|ITEMS", lambda match: data[match[0]], PAGE))
+            texts = {"REASONS": REJECTIONS, "DOMAINS": sorted({*DOMAINS.values()}), "ITEMS": [*items.values()]}
+            # Without a "<" no text of a query can end the script.
+            texts = {name: json.dumps(value).replace("<", "\\u003c") for name, value in texts.items()}
+            texts["TOKEN"] = token
+            self.reply(200, re.sub("|".join(texts), lambda match: texts[match[0]], PAGE))
 
         def do_POST(self):
             if not self.allowed(self.headers.get("X-Token", "")):
@@ -939,16 +950,33 @@ def review(settings, work):
             decision = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             items[decision["key"]].update(decision)
             with open_append(path) as file:
-                file.write(json.dumps(decision | {"reviewer": settings.reviewer, "time": time.time()}) + "\n")
+                file.write(json.dumps(decision | {"reviewer": reviewer, "time": time.time()}) + "\n")
             self.reply(200, "stored")
 
         def log_message(self, *args):
             """No line per request."""
 
     try:
-        server = http.server.ThreadingHTTPServer(("127.0.0.1", settings.port), Handler)
+        return http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler), token
     except OSError as error:
-        raise InputError(f"--port {settings.port}: {error.strerror}") from None
+        raise InputError(f"--port {port}: {error.strerror}") from None
+
+
+def review(settings, work):
+    """Serve the page until Ctrl-C, for the tasks that passed the checks or for trajectories of stage 2."""
+    if settings.review_file:
+        rows, path = list(read_jsonl(settings.review_file)), Path(settings.review_file).with_suffix(".reviews.jsonl")
+    else:
+        rows, path = [("", row) for row in step_rows(work, "4_check") if not row["reasons"]], work / "reviews.jsonl"
+    for where, row in rows:
+        if settings.review_file and not row.keys() >= {"query_id", "messages"}:
+            raise InputError(f"{where}: not a trajectory of stage 2: it has no query_id or no messages")
+    if not rows:
+        raise InputError(f"{settings.review_file or work}: there is nothing to review")
+    items = {item["key"]: item for _, row in rows for item in [item_of(row)]}
+    for key, given in decisions(path).items():
+        items.get(key, {}).update(given.get(settings.reviewer, {}))
+    server, token = page_server(items, path, settings.reviewer, settings.port)
     print(f"review: {len(items)} items at http://127.0.0.1:{server.server_port}/?token={token}\n(elsewhere: "
           f"ssh -L {server.server_port}:127.0.0.1:{server.server_port} HOST first; Ctrl-C ends)", flush=True)
     try:
@@ -1084,6 +1112,10 @@ def without(row, *keys):
 def main(settings):
     if not (settings.real or settings.repos or settings.step == "review"):
         raise InputError("nothing to read: give --real FILE_OR_DIR, --repos CLONE..., or both")
+    if min(settings.concurrency, settings.timeout) < 1:
+        raise InputError("--concurrency and --timeout must be 1 or more")
+    if settings.figure and Path(settings.figure).suffix not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--figure {settings.figure}: must end in .png, .svg or .pdf")
     work, rows, last = Path(settings.output_file).with_suffix(".work"), [], None
     work.mkdir(parents=True, exist_ok=True)
     if settings.step == "review":

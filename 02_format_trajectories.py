@@ -208,9 +208,8 @@ def from_sii(log):
     request = max(with_tools, key=lambda request: len(request["messages"]))
     contents = request["messages"]
     for check in requests:  # the history that the next-speaker check sees is one answer longer
-        *history, question = check["messages"]
-        if NEXT_SPEAKER in json.dumps(question) and history[: len(contents)] == contents:
-            contents = history
+        if NEXT_SPEAKER in json.dumps(check["messages"][-1]) and check["messages"][: len(contents)] == contents:
+            contents = check["messages"]
     instruction = request.get("system_instruction")
     system = {"role": "system", "content": instruction["parts"] if isinstance(instruction, dict) else instruction}
     messages = gemini_messages(contents) if any("parts" in content for content in contents) else contents
@@ -245,8 +244,8 @@ def from_gemini_cli(lines):
     latest = {}
     for line in lines[0].get("messages", []) + lines[1:]:
         if "$rewindTo" in line:
-            kept = itertools.takewhile(lambda id: id != line["$rewindTo"], latest)
-            latest = {id: latest[id] for id in kept}
+            ids = [*latest, line["$rewindTo"]]
+            latest = {id: latest[id] for id in ids[: ids.index(line["$rewindTo"])]}
         elif "id" in line:
             latest[line["id"]] = line
     messages = []
@@ -499,10 +498,12 @@ def find_units(inputs, own):
                 is_event = file.parent.name == "events" and file.name.startswith("event-")
                 if file.is_file() and file.resolve() not in own:
                     units.setdefault(file.parent if is_event else file, False)
-        elif not path.is_file() and not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-            raise InputError(f"{name}: no such file or folder; give files, folders or Hub ids (owner/name)")
+        elif path.is_file():
+            units[path] = True
+        elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not path.parent.is_dir() and path.suffix not in LOG_SUFFIXES:
+            units[name] = True
         else:
-            units[path if path.is_file() else name] = True
+            raise InputError(f"{name}: no such file or folder; give files, folders or Hub ids (owner/name)")
     return units
 
 
@@ -653,7 +654,7 @@ def clean_message(message):
 
 def normalise(messages):
     """Neutral messages -> the contract's: turns merged, pseudo-turns out, every result beside its call."""
-    turns = []  # an assistant turn holds its results until the end
+    turns = []  # each turn holds the results of its calls until the end
     for message in map(clean_message, messages):
         last = turns[-1] if turns else {"role": None}
         if message["role"] == "tool":
@@ -662,7 +663,7 @@ def normalise(messages):
             continue
         elif message["role"] == "system" and last["role"] not in (None, "system"):
             raise Reject("system_message_after_the_start")
-        elif message["role"] == last["role"] != "user" and not any(last["results"]):
+        elif message["role"] == last["role"] != "user" and all(answer is None for answer in last["results"]):
             # old Gemini CLIs log the text and each call of one model turn separately, Codex every item
             for key in ("content", "reasoning_content"):
                 if text := "\n".join(part for part in (last.get(key), message.get(key)) if part):
@@ -671,25 +672,36 @@ def normalise(messages):
                 last |= {"tool_calls": calls, "results": [None] * len(calls)}
         else:
             turns.append(message | {"results": [None] * len(message.get("tool_calls", []))})
+    return flatten(drop_pseudo_turns(turns))
+
+
+def drop_pseudo_turns(turns):
+    """Without the turns that the harness made up; the context that it told moves to the system message."""
     start = int(bool(turns) and turns[0]["role"] == "system")
     if [turn["content"].strip() == CONTEXT_ANSWER for turn in turns[start : start + 2]] == [False, True]:
         content = "\n\n".join(turn["content"] for turn in turns[: start + 1])
-        turns[: start + 2] = [{"role": "system", "content": content, "results": []}]
-    rows, seen = [], set()
+        turns = [{"role": "system", "content": content, "results": []}, *turns[start + 2 :]]
+    asked = bool(turns) and turns[-1]["role"] == "user" and turns[-1]["content"].startswith(NEXT_SPEAKER)
+    return turns[:-1] if asked else turns
+
+
+def flatten(turns):
+    """Turns -> messages, each result after its call, every id present and unique."""
+    messages, seen = [], set()
     for turn in turns:
         results, calls = turn.pop("results"), turn.get("tool_calls", [])
         if turn["role"] == "assistant" and not turn["content"] and not calls:
             raise Reject("empty_assistant_message")
-        rows.append(turn)
+        messages.append(turn)
         for call, answer in zip(calls, results):
             if not isinstance(call["id"], str) or not call["id"] or call["id"] in seen:
-                call["id"] = f"call_{len(seen)}"
+                call["id"] = next(id for n in itertools.count(len(seen)) if (id := f"call_{n}") not in seen)
             seen.add(call["id"])
             if answer is not None:
-                rows.append({"role": "tool", "tool_call_id": call["id"], "content": answer})
+                messages.append({"role": "tool", "tool_call_id": call["id"], "content": answer})
             elif turn is not turns[-1] or call["function"]["name"] not in FINISH_TOOLS:
                 raise Reject(f"call_without_result: {call['function']['name']}")
-    return rows
+    return messages
 
 
 def take_result(turn, answer):
@@ -842,14 +854,14 @@ def check_row(row, benchmark, settings):
     return reasons + [f"not_selected: {key}" for key, _, value in wanted if str(row["meta"].get(key)) != value]
 
 
-def count_tokens(tokenizer, messages, tools):
+def render(tokenizer, messages, tools, **options):
+    """The text that the chat template makes of a conversation."""
     from jinja2 import TemplateError
 
     try:
-        text = tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False)
+        return tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False, **options)
     except TemplateError as error:
         raise Reject(f"chat_template: {error}") from None
-    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
 def format_record(source, name, record, tools, tokenizer, benchmark, settings):
@@ -859,7 +871,7 @@ def format_record(source, name, record, tools, tokenizer, benchmark, settings):
         messages = normalise(log["messages"])
         if log["tools"] is None and tools is None and any("tool_calls" in message for message in messages):
             raise Reject("no_tool_schemas: give them with --tools")
-        meta = {key: value for key, value in log["meta"].items() if value is not None}
+        meta = {key: value for key, value in log["meta"].items() if value is not None and key != "n_tokens"}
         row = {"query_id": str(log["query_id"] or re.sub(r"[^\w.-]+", "-", Path(source).name)), "messages": messages,
                "tools": clean_tools(tools or [] if log["tools"] is None else log["tools"]),
                "meta": {"source": source, "format": name, **meta}}
@@ -867,7 +879,8 @@ def format_record(source, name, record, tools, tokenizer, benchmark, settings):
         reasons = check_structure(row["messages"], log["finish"], settings) + check_row(row, benchmark, settings)
         reasons += check_calls(row["messages"], row["tools"], settings.max_repeats)
         if tokenizer and not reasons:
-            row["meta"]["n_tokens"] = count_tokens(tokenizer, row["messages"], row["tools"])
+            text = render(tokenizer, row["messages"], row["tools"])
+            row["meta"]["n_tokens"] = len(tokenizer(text, add_special_tokens=False)["input_ids"])
             if row["meta"]["n_tokens"] > settings.max_length:
                 reasons.append(f"over_long: {row['meta']['n_tokens']} tokens")
     except Reject as reject:
@@ -875,7 +888,7 @@ def format_record(source, name, record, tools, tokenizer, benchmark, settings):
     except MALFORMED as error:
         reasons = [f"malformed: {type(error).__name__}: {error}"]
     if reasons:
-        return {"reasons": [reason[:200] for reason in dict.fromkeys(reasons)]}
+        return {"reasons": [repair(reason)[:200] for reason in dict.fromkeys(reasons)]}
     return {"reasons": [], "row": row, "sketch": sketch(row["messages"])}
 
 
@@ -914,7 +927,7 @@ def write_journal(path, units, tokenizer, settings):
     benchmark = load_benchmark(settings.benchmark)
     stats = [(str(unit), isinstance(unit, Path) and unit.stat().st_mtime_ns) for unit in units]
     pin = hashlib.sha256(json.dumps([asdict(settings), stats]).encode()).hexdigest()
-    done = {entry["source"] for _, entry in read_jsonl(path, append_only=True)} if path.exists() else set()
+    done = {entry.get("source") for _, entry in read_jsonl(path, append_only=True)} if path.exists() else set()
     if pin not in done:
         path.unlink(missing_ok=True)
         done = set()
@@ -954,7 +967,7 @@ def compare_rows(journal, settings):
                     lines.setdefault(line, source)
                 calls = [call["function"]["name"] for m in row["messages"] for call in m.get("tool_calls", [])]
                 cards.append({"source": source, "format": entry["format"], "key": key, "tools": calls,
-                              "messages": len(row["messages"]), "domain": row["meta"].get("domain", "unknown"),
+                              "messages": len(row["messages"]), "domain": str(row["meta"].get("domain", "unknown")),
                               "tokens": row["meta"].get("n_tokens", 0)})
         reasons[source] = why
     chosen = {card["source"] for card in stratify(cards, settings.seed)[: settings.max_samples]}
@@ -1004,18 +1017,15 @@ def trained_text(tokenizer, messages, tools):
     03_sft.py's labels as text: from the generation prompt that inference would render, user turn by user turn, up to
     and including the first special token (Qwen3's <|im_end|>; GLM-4.5 stops at the token of the next role).
     """
-    def render(part, **options):
-        return tokenizer.apply_chat_template(part, tools=tools or None, tokenize=False, **options)
-
     special = re.compile("|".join(re.escape(token) for token in sorted(tokenizer.all_special_tokens, key=len)[::-1]))
-    last_stop = special.findall(render([*messages, {"role": "user", "content": ""}]))[-1]
+    last_stop = special.findall(render(tokenizer, [*messages, {"role": "user", "content": ""}], tools))[-1]
     users = [number for number, message in enumerate(messages) if message["role"] == "user"]
     spans = {}
     for start, end in zip([0, *users[1:]], [*users[1:], len(messages)]):
-        text = render(messages[:end])
+        text = render(tokenizer, messages[:end], tools)
         for number in range(start, end):
             if messages[number]["role"] == "assistant":
-                begin = len(render(messages[:number], add_generation_prompt=True))
+                begin = len(render(tokenizer, messages[:number], tools, add_generation_prompt=True))
                 stop = special.search(text, begin)
                 spans[number] = (text[begin : stop and stop.start()], stop.group() if stop else last_stop)
     return spans
@@ -1042,7 +1052,7 @@ def draw_plots(cards, reasons):
         axis.set(title=title, ylabel="trajectories")
     for axis, (title, counter) in zip(axes[1], counts.items()):
         names, sizes = zip(*counter.most_common(15)[::-1]) if counter else ((), ())
-        axis.barh([name[:40] for name in names], sizes, color="#2563eb")
+        axis.barh([name[:40].replace("$", r"\$") for name in names], sizes, color="#2563eb")  # $ would begin a formula
         axis.set(title=title)
     picture = io.StringIO()
     figure.savefig(picture, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
@@ -1080,15 +1090,19 @@ def write_report(path, rows, reasons, cards, tokenizer):
         page.write(f"<!doctype html><meta charset='utf-8'><title>Trajectories</title><style>{STYLE}</style>"
                    f"<h1>{len(cards):,} trajectories, {sum(map(bool, reasons.values())):,} rejected</h1>"
                    f"<svg{draw_plots(cards, reasons)}"
-                   f"<details><summary>Rejected</summary><table>{rejects}</table></details><h2>Trajectories (at most {MAX_SHOWN})</h2>")
+                   f"<details><summary>Rejected</summary><table>{rejects}</table></details>"
+                   f"<h2>Trajectories (at most {MAX_SHOWN})</h2>")
         if tokenizer:
             page.write('<p><span class="trained">trained</span><span class="stop">stop token, trained too</span>')
         for row in rows:
             messages, meta = row["messages"], row["meta"]
-            spans = trained_text(tokenizer, messages, row["tools"]) if tokenizer else {}
+            try:
+                spans = trained_text(tokenizer, messages, row["tools"]) if tokenizer else {}
+            except (Reject, IndexError):  # a template that refuses a part of a conversation, or has no special tokens
+                spans = {}
             names = {call["id"]: call["function"]["name"] for m in messages for call in m.get("tool_calls", [])}
-            facts = [row["query_id"], meta.get("domain", "no domain"), f"{len(messages)} messages", f"{len(names)} tool calls",
-                     f"{meta.get('n_tokens', '?')} tokens", meta["format"], meta["source"]]
+            facts = [row["query_id"], meta.get("domain", "no domain"), f"{len(messages)} messages",
+                     f"{len(names)} tool calls", f"{meta.get('n_tokens', '?')} tokens", meta["format"], meta["source"]]
             page.write(f"<details><summary>{html.escape(' · '.join(map(str, facts)))}</summary>\n")
             page.writelines(show_message(message, names, spans.get(n)) for n, message in enumerate(messages))
             page.write("</details>\n")

@@ -1,15 +1,18 @@
 """Stage 3: fine-tune a model on the trajectories; loss on exactly the tokens that the model must generate.
 
-    accelerate launch 03_sft.py                                        # the recipe: GLM-4.5, all parameters
-    python 03_sft.py --config recipes/demo/sft.yaml --dry_run          # look at the tokens and labels, train nothing
+    accelerate launch --config_file recipes/glm-4.5-air/accelerate.yaml 03_sft.py --config recipes/glm-4.5-air/sft.yaml
+    python 03_sft.py --config recipes/demo/sft.yaml --dry_run   # tokens, labels, memory per device; trains nothing
 
 Reads  data/train.jsonl (02_format_trajectories.py): {"query_id", "messages", "tools", "meta"} per line
 Writes outputs/limi/  bf16 checkpoint that vLLM loads, tokenizer with its chat template, recipe.json (all settings,
-                      versions, commit, data hash, loss curve); --dry_run: tokenized.jsonl and sample.html only
+                      versions, commit, data hash, every step), loss.png; --dry_run: tokenized.jsonl and sample.html
 
 What carries loss: for every assistant message the tokens from the end of the generation prompt up to and including the
 stop token, rendered once with the model's own inference template. GLM-4.5 ends a turn with the next role token
 (<|user|>, <|observation|>), Qwen3 with <|im_end|>; leave it out and the model never learns to stop.
+
+The loss is the mean over all trained tokens of the global batch, on any layout: one process, several, FSDP2, context
+parallel. With --save_steps N the same command goes on from the last checkpoint; SIGTERM saves one and stops.
 """
 
 import hashlib
@@ -26,12 +29,15 @@ import sys
 import time
 from collections import Counter
 from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
 from pathlib import Path
 
 import torch
 import yaml
+from datasets import Dataset
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback, set_seed
+from transformers.trainer_utils import SaveStrategy
 from transformers.utils import cached_file
 from trl import SFTConfig, SFTTrainer, TrlParser
 
@@ -54,7 +60,7 @@ RECIPE = dict(
     gradient_checkpointing=True,  # --recompute-granularity full
     logging_steps=1,
     logging_nan_inf_filter=False,  # ours: a loss that is not a number must be seen
-    save_strategy="no",  # 9 updates; --save_strategy steps --save_steps 1 for machines that may be taken away
+    save_steps=0,  # no checkpoints: there are 9 updates; --save_steps 1 where a machine may be taken away
     save_total_limit=1,
     report_to="none",
     seed=42,
@@ -67,18 +73,10 @@ class Settings:
         default="zai-org/GLM-4.5", metadata={"help": "Base model: folder or Hub id, with its tokenizer."}
     )
     train_file: str = field(default="data/train.jsonl", metadata={"help": "Rows of 02_format_trajectories.py."})
-    global_batch_size: int = field(
-        default=64, metadata={"help": "Samples per update over all processes (LIMI --global-batch-size 64)."}
-    )
-    dry_run: bool = field(
-        default=False, metadata={"help": "Tokenise, write tokenized.jsonl and sample.html, load no model."}
-    )
-    from_scratch: bool = field(
-        default=False, metadata={"help": "Random weights from the model's config.json: tests, benchmarks."}
-    )
-    lora: bool = field(
-        default=False, metadata={"help": "Train low-rank adapters on attention only; use --learning_rate 1e-4."}
-    )
+    global_batch_size: int = field(default=64, metadata={"help": "Samples per update over all processes (LIMI: 64)."})
+    dry_run: bool = field(default=False, metadata={"help": "Tokenise, calculate the memory, load no model."})
+    from_scratch: bool = field(default=False, metadata={"help": "Random weights, from the model's config.json alone."})
+    lora: bool = field(default=False, metadata={"help": "Train low-rank adapters; use --learning_rate 1e-4 with it."})
     lora_r: int = field(default=32, metadata={"help": "Rank of the adapters; alpha is twice that."})
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
@@ -107,12 +105,11 @@ def parse_settings(parser):
 
 
 def make_parser():
-    """TRL's settings and ours. bf16 compute on a GPU, unless accelerate's YAML says otherwise; on a CPU fp32 is faster."""
-    on_gpu = torch.cuda.is_available()
-    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16" if on_gpu else "no")
-    parser = TrlParser((Settings, SFTConfig))
-    offload = {"offload": True} if on_gpu else None  # of checkpoints to the host's memory
-    parser.set_defaults(**RECIPE, use_cpu=not on_gpu, bf16=precision == "bf16", gradient_checkpointing_kwargs=offload)
+    """Our settings and TRL's."""
+    on_gpu, parser = torch.cuda.is_available(), TrlParser((Settings, SFTConfig))
+    bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16" if on_gpu else "no") == "bf16"  # slower on a CPU
+    offload = {"offload": True} if on_gpu else None  # of gradient checkpoints to the host's memory
+    parser.set_defaults(**RECIPE, use_cpu=not on_gpu, bf16=bf16, gradient_checkpointing_kwargs=offload)
     return parser
 
 
@@ -168,7 +165,7 @@ def read_rows(path):
             raise InputError(f"{where}: messages must be a list of objects")
         for i, message in enumerate(messages):
             if message.get("role") not in ROLES:
-                raise InputError(f"{where}: messages[{i}].role is {message.get('role')!r}, not one of {', '.join(ROLES)}")
+                raise InputError(f"{where}: messages[{i}].role is {message.get('role')!r}, not one of {ROLES}")
             if not isinstance(message.get("content"), str):
                 raise InputError(f"{where}: messages[{i}].content must be a string")
             for j, call in enumerate(message.get("tool_calls") or []):
@@ -200,6 +197,8 @@ def load_tokenizer(model):
     except OSError:  # not every checkpoint has the file
         stops = config.eos_token_id
     stops = stops if stops is not None else tok.eos_token_id
+    if stops is None:
+        raise InputError(f"{model}: no eos_token_id in generation_config.json, config.json or the tokenizer")
     tok.stop_ids = {stops} if isinstance(stops, int) else set(stops)
     talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     two, three = (tok.apply_chat_template(talk[:n], tokenize=False) for n in (2, 3))
@@ -240,7 +239,9 @@ def encode(tok, messages, tools, first=0):
             starts.append(len(prompt))
     encoded = tok(text, add_special_tokens=False, return_offsets_mapping=True)
     ids, labels, generating, turn = encoded["input_ids"], [], False, 0
-    for token, (start, _) in zip(ids, encoded["offset_mapping"]):
+    for token, (start, end) in zip(ids, encoded["offset_mapping"]):
+        if turn < len(starts) and start < starts[turn] < end:
+            raise ValueError(f"assistant turn {turn} begins inside a token of its prompt")
         if turn < len(starts) and start >= starts[turn]:
             if generating:
                 raise ValueError(f"assistant turn {turn - 1} has no stop token")
@@ -326,14 +327,15 @@ def layout(args):
 
     Both come from accelerate's YAML, which its launcher passes on as environment variables.
     """
-    sizes = {name: int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", 1)) for name in ("DP_REPLICATE", "DP_SHARD", "CP")}
-    fsdp, product = os.environ.get("ACCELERATE_USE_FSDP") == "true", math.prod(sizes.values())
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true" and product != args.world_size:
-        told = " x ".join(f"{name.lower()} {size}" for name, size in sizes.items())
-        raise InputError(f"accelerate's parallelism_config gives {told} = {product}, but {args.world_size} processes run")
-    if sizes["CP"] > 1 and not fsdp:
+    env = os.environ
+    sizes = [int(env.get(f"PARALLELISM_CONFIG_{name}_SIZE", 1)) for name in ("DP_REPLICATE", "DP_SHARD", "CP")]
+    fsdp, cp = env.get("ACCELERATE_USE_FSDP") == "true", sizes[2]
+    if env.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true" and math.prod(sizes) != args.world_size:
+        told = "accelerate's parallelism_config: dp_replicate {} x dp_shard {} x cp {}".format(*sizes)
+        raise InputError(f"{told} is not the number of processes, {args.world_size}")
+    if cp > 1 and not fsdp:
         raise InputError("context parallelism needs distributed_type: FSDP in accelerate's YAML")
-    return fsdp, sizes["CP"]
+    return fsdp, cp
 
 
 def fit_window(config, longest):
@@ -346,11 +348,11 @@ def fit_window(config, longest):
     if longest <= window:
         return None
     if config.model_type not in ("qwen3", "qwen3_moe") or rope["rope_type"] != "default":
-        raise InputError(f"the longest sample has {longest:,} tokens, the model's window {window:,}; lower --max_length")
-    factor = math.ceil(longest / 32_768)
-    config.rope_parameters = rope | {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": 32_768}
-    config.max_position_embeddings = factor * 32_768
-    return f"YaRN factor {factor}: window {window:,} -> {config.max_position_embeddings:,} tokens, the longest sample has {longest:,}"
+        raise InputError(f"a sample of {longest:,} tokens, but the model's window is {window:,}; lower --max_length")
+    factor, original = math.ceil(longest / 32_768), 32_768
+    yarn = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": original}
+    config.rope_parameters, config.max_position_embeddings = rope | yarn, factor * original
+    return f"YaRN factor {factor}: window {window:,} -> {factor * original:,} for the longest sample, {longest:,} tokens"
 
 
 def load_model(settings, args, config, fsdp, source):
@@ -392,7 +394,7 @@ def base_names(model_name_or_path):
 
 
 def export(model, tok, output_dir, names=None, main_process=True):
-    """Write the model, adapters merged, in bf16 with the base's tensor names; the old one stays until the new one is complete.
+    """Write the model in bf16, adapters merged, with the base's tensor names; an old one stays until this is complete.
 
     names: of the base's tensors; another set is refused. Called by every process: shards are gathered one by one.
     """
@@ -423,9 +425,11 @@ def export(model, tok, output_dir, names=None, main_process=True):
         lost = {name for name in (names or written) - written if not ignored.search(name)}
         if wrong := sorted(lost - model.all_tied_weights_keys.keys() | written - (names or written)):
             raise InputError(f"the export's tensors are not the base's: {len(wrong)} differ, such as {wrong[0]}")
-        for old in set(Path(output_dir).glob("*.safetensors*")) - {Path(output_dir, f.name) for f in partial.iterdir()}:
-            old.unlink()
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # what makes it loadable, last
+        files = sorted(partial.iterdir(), key=lambda file: file.name == "config.json")  # what makes it loadable, last
+        for old in Path(output_dir).glob("*.safetensors*"):
+            if not (partial / old.name).exists():
+                old.unlink()
+        for file in files:
             file.replace(Path(output_dir, file.name))
     except SafetensorError as error:  # a full disk
         raise OSError(f"{partial}: {error}") from None
@@ -444,16 +448,18 @@ class Trainer(SFTTrainer):
 
     def log(self, logs, start_time=None):
         if "loss" in logs:
-            if not math.isfinite(logs["loss"]) or not math.isfinite(logs.get("grad_norm", 0.0)):
-                raise InputError(f"step {self.state.global_step}: loss {logs['loss']}, grad_norm {logs.get('grad_norm')}; "
-                                 "the last checkpoint and the last export are untouched; lower --learning_rate")  # fmt: skip
+            loss, norm = logs["loss"], logs.get("grad_norm", 0.0)
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                told = f"update {self.state.global_step}: loss {loss}, grad_norm {norm}"
+                raise InputError(f"{told}; the last checkpoint and export are as they were; lower --learning_rate")
             seconds = time.monotonic() - self.watch.step_started
             tokens, flops = self.watch.work[self.state.global_step - 1]
             logs["tokens_per_second"] = round(tokens / seconds)
             if torch.cuda.is_available():
                 logs["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
-                if peak := next((peak for chip, peak in PEAK_FLOPS.items() if chip in torch.cuda.get_device_name()), None):
-                    logs["mfu"] = round(flops / seconds / peak / self.args.world_size, 3)
+                peak = [flops for chip, flops in PEAK_FLOPS.items() if chip in torch.cuda.get_device_name()]
+                if peak:
+                    logs["mfu"] = round(flops / seconds / peak[0] / self.args.world_size, 3)
         super().log(logs, start_time)
 
 
@@ -501,14 +507,10 @@ def census(config):
     return model.num_parameters(), active, max(layers.values())
 
 
-def head_dim(config):
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def sample_flops(config, active, tokens, trained):
     """Of one sample, forward and backward, without what checkpointing computes twice: 6 per weight and token, causal
     attention, the output layer for trained tokens only."""
-    attention = config.num_hidden_layers * config.num_attention_heads * head_dim(config) * tokens**2
+    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens**2
     return 6 * (active * tokens + config.vocab_size * config.hidden_size * trained + attention)
 
 
@@ -519,38 +521,35 @@ def memory_per_device(config, total, layer, longest, devices, cp, fsdp, lora):
     others are offloaded to the host), the output layer's gradients, and the layers that FSDP2 gathers in bf16 (or
     autocast's bf16 copy of all weights without it).
     """
-    shards, trained = devices if fsdp else 1, 0.01 if lora else 1.0
-    k = getattr(config, "num_experts_per_tok", 0)
+    shards, trained, k = devices if fsdp else 1, 0.01 if lora else 1.0, getattr(config, "num_experts_per_tok", 0)
     width = (k + 1) * config.moe_intermediate_size if k else config.intermediate_size
-    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * head_dim(config)
+    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
     per_token = 20 * config.hidden_size + 8 * heads + 10 * width + 4 * k * config.hidden_size
-    output = 6 * config.vocab_size * config.hidden_size
     gathered = (4 + 4 * trained) * layer if fsdp else 2 * total
-    parts = {
-        "weights": 4 * total / shards,
-        "optimizer": 8 * total * trained / shards,
-        "gradients": 4 * total * trained / shards,
-        "activations": longest / cp * per_token + output + gathered,
+    return {
+        "weights": 4 * total / shards / 1e9,
+        "optimizer": 8 * total * trained / shards / 1e9,
+        "gradients": 4 * total * trained / shards / 1e9,
+        "activations": (longest / cp * per_token + 6 * config.vocab_size * config.hidden_size + gathered) / 1e9,
     }
-    return {name: part / 1e9 for name, part in parts.items()}
 
 
 def print_memory(config, longest, here, lora):
     """The dry run's table: the layout at hand, then the usual ones, and what to change where it does not fit."""
     total, active, layer = census(config)
     card = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 80.0
-    print(f"{total / 1e9:,.2f} billion parameters, {active / 1e9:,.2f} active. Memory per device in GB, calculated for the "
-          f"longest sample ({longest:,} tokens), checkpoints offloaded to the host:")  # fmt: skip
-    fits = []
+    print(f"{total / 1e9:.3g} billion parameters, {active / 1e9:.3g} active. Memory per device in GB, calculated, for a "
+          f"sample of {longest:,} tokens with gradient checkpoints in the host's memory:")  # fmt: skip
     for devices, cp, fsdp in [here, *((n, cp, True) for n, cp in ((2, 1), (8, 1), (8, 8), (16, 8), (32, 8), (64, 8)))]:
         parts = memory_per_device(config, total, layer, longest, devices, cp, fsdp, lora)
-        fits.append(sum(parts.values()) < 0.9 * card)  # the allocator needs some room
-        print(f"{devices:3} device(s) {'FSDP2' if fsdp else '-----'} context parallel {cp}: "
-              + ", ".join(f"{name} {part:.1f}" for name, part in parts.items())
-              + f" = {sum(parts.values()):.0f}{'' if fits[-1] else f', over 90 % of {card:.0f}'}")  # fmt: skip
-    if not fits[0]:
-        print("the layout at hand (first line) does not fit: more devices by accelerate launch --config_file "
-              "recipes/NAME/accelerate.yaml, --lora, or a lower --max_length")  # fmt: skip
+        needed = sum(parts.values())
+        told = ", ".join(f"{name} {part:.3g}" for name, part in parts.items())
+        full = needed > 0.9 * card  # the allocator needs some room
+        print(f"{devices:3} device(s){', FSDP2' * fsdp}, context parallel {cp}: {told} = {needed:.3g}"
+              f"{f', too much for {card:.0f}' * full}")  # fmt: skip
+        if full and (devices, cp, fsdp) == here:
+            print("    the layout at hand does not fit: accelerate launch --config_file recipes/NAME/accelerate.yaml on "
+                  "more devices, --lora, or a lower --max_length")  # fmt: skip
 
 
 def lora_config(settings, model):
@@ -560,6 +559,9 @@ def lora_config(settings, model):
     present = Counter(name.split(".")[-1] for name, part in model.named_modules() if isinstance(part, torch.nn.Linear))
     if absent := [name for name in settings.lora_target_modules if name not in present]:
         raise InputError(f"--lora_target_modules: no linear layer of the model is named {', '.join(absent)}")
+    if any(".experts." in name for name, _ in model.named_parameters()):
+        if fused := {"gate_proj", "up_proj", "down_proj"}.intersection(settings.lora_target_modules):
+            raise InputError(f"--lora_target_modules {min(fused)}: peft takes it for the routed experts alone")
     print("LoRA on " + ", ".join(f"{present[name]} x {name}" for name in settings.lora_target_modules))
     rank = settings.lora_r
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=settings.lora_target_modules)
@@ -574,16 +576,28 @@ def loss_curve(path, curve):
     figure.savefig(path, dpi=120)
 
 
-def main(settings, args):
-    from importlib.metadata import version
+def goes_on_from(args, output_dir, recipe):
+    """The checkpoint to resume from, or None. A run goes on from its own last one: the same command after a kill."""
+    fixed = {name: recipe["settings"][name] for name in SAME_RUN} | {"train_file_sha256": recipe["train_file_sha256"]}
+    run_file, resume = output_dir / "run.json", args.resume_from_checkpoint or last_checkpoint(output_dir)
+    if resume:
+        before = json.loads(run_file.read_text())
+        if changed := [f"{name} was {before.get(name)!r}" for name in fixed if before.get(name) != fixed[name]]:
+            raise InputError(f"{resume} is of another run ({changed[0]}); delete it or choose another --output_dir")
+    elif args.process_index == 0:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        run_file.write_text(json.dumps(fixed, indent=2))
+    return resume and str(resume)
 
+
+def main(settings, args):
     main_process, output_dir, (fsdp, cp) = args.process_index == 0, Path(args.output_dir), layout(args)
     say = print if main_process else lambda *_, **__: None
     rows = read_rows(settings.train_file)
-    packages = ("torch", "transformers", "trl", "accelerate", "datasets")
     recipe = {
         "settings": asdict(settings) | args.to_dict(),
-        "versions": {name: version(name) for name in packages} | {"python": sys.version.split()[0]},
+        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "datasets")},
+        "python": sys.version.split()[0],
         "commit": git_commit(),
         "train_file_sha256": hashlib.sha256(Path(settings.train_file).read_bytes()).hexdigest(),
         "processes": args.world_size,
@@ -594,7 +608,8 @@ def main(settings, args):
     trained = [sum(label != -100 for label in sample["labels"]) for sample in samples]
     recipe["data"] = {"rows": len(rows), "samples": len(samples), "dropped": dict(dropped), "tokens": sum(lengths),
                       "trained_tokens": sum(trained), "longest": max(lengths, default=0)}  # fmt: skip
-    say(f"tokenised in {time.monotonic() - started:.1f} s: " + ", ".join(f"{k}: {v}" for k, v in recipe["data"].items()))
+    facts = ", ".join(f"{name}: {value}" for name, value in recipe["data"].items())
+    say(f"tokenised in {time.monotonic() - started:.1f} s: {facts}")
     if not samples:
         raise InputError(f"{settings.train_file}: every sample was dropped: {dict(dropped)}")
     config = AutoConfig.from_pretrained(settings.model_name_or_path)
@@ -608,81 +623,66 @@ def main(settings, args):
             print(f"wrote {output_dir / 'tokenized.jsonl'} and {output_dir / 'sample.html'}; nothing was trained")
         return
 
-    # The order of the samples
-    per_step = args.world_size // cp * args.per_device_train_batch_size
-    if settings.global_batch_size % per_step:
-        raise InputError(f"--global_batch_size {settings.global_batch_size} is no multiple of {per_step} processes x batch")
-    args.gradient_accumulation_steps = settings.global_batch_size // per_step
+    # Which samples in which update
+    size, per_step = settings.global_batch_size, args.world_size // cp * args.per_device_train_batch_size
+    if size % per_step:
+        raise InputError(f"--global_batch_size {size} is no multiple of {per_step}, processes x batch")
     passes = args.num_train_epochs
-    steps = args.max_steps if args.max_steps > 0 else int(len(samples) * passes) // settings.global_batch_size
+    steps = args.max_steps if args.max_steps > 0 else int(len(samples) * passes) // size
     if steps == 0:
-        raise InputError(
-            f"{len(samples)} samples x {passes:g} passes do not fill one batch of {settings.global_batch_size}; "
-            "lower --global_batch_size or raise --num_train_epochs"
-        )
-    from datasets import Dataset
-
-    order = global_batches(lengths, steps * settings.global_batch_size, settings.global_batch_size, args.seed)
+        told = f"{len(samples)} samples x {passes:g} passes do not fill one batch of {size}"
+        raise InputError(f"{told}; lower --global_batch_size or raise --num_train_epochs")
+    order = global_batches(lengths, steps * size, size, args.seed)
     dataset = Dataset.from_list([{key: s[key] for key in ("input_ids", "labels")} for s in samples]).select(order)
-    # The order is made; nothing may shuffle, cut or re-tokenise it
+    flops = [sample_flops(config, census(config)[1], *pair) for pair in zip(lengths, trained)]
+    batches = [order[start : start + size] for start in range(0, len(order), size)]
+    work = [(sum(lengths[i] for i in batch), sum(flops[i] for i in batch)) for batch in batches]
+    say(f"{steps} updates of {size} samples = {args.world_size // cp} data-parallel x "
+        f"{args.per_device_train_batch_size} x {size // per_step} accumulated", flush=True)  # fmt: skip
+
+    # The order is made: nothing may shuffle, cut or tokenise again
     args.num_train_epochs, args.train_sampling_strategy, args.max_length = 1, "sequential", None
-    args.dataset_kwargs = {"skip_prepare_dataset": True}
+    args.gradient_accumulation_steps, args.dataset_kwargs = size // per_step, {"skip_prepare_dataset": True}
+    args.save_strategy = SaveStrategy.STEPS if args.save_steps else SaveStrategy.NO
     if cp > 1:
         args.pad_to_multiple_of = 2 * cp  # the ring cuts a sample into twice as many pieces as processes
-    if fsdp:  # else whole gradients stay on every device until the last micro-batch
+    if fsdp:  # else every device keeps whole gradients until the last micro-batch
         args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
-    say(f"{steps} updates of {settings.global_batch_size} samples = {args.world_size // cp} data-parallel x "
-        f"{args.per_device_train_batch_size} x {args.gradient_accumulation_steps} accumulated", flush=True)  # fmt: skip
-
-    # A run goes on from its own last checkpoint; the same command after a kill is enough
-    resume = args.resume_from_checkpoint or last_checkpoint(output_dir)
-    fixed = {name: recipe["settings"][name] for name in SAME_RUN} | {"train_file_sha256": recipe["train_file_sha256"]}
-    run_file = output_dir / "run.json"
-    if resume:
-        before = json.loads(run_file.read_text())
-        if changed := [f"{name} was {before.get(name)!r}" for name in fixed if before.get(name) != fixed[name]]:
-            raise InputError(f"{resume} is of another run ({changed[0]}); delete it or choose another --output_dir")
-        say(f"going on from {resume}")
-    elif main_process:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        run_file.write_text(json.dumps(fixed, indent=2))
-
+    resume = goes_on_from(args, output_dir, recipe)
     from_base = resume is None or fsdp or settings.lora
     model = load_model(settings, args, config, fsdp, settings.model_name_or_path if from_base else resume)
     peft_config = lora_config(settings, model) if settings.lora else None
-    _, active, _ = census(config)
-    flops = [sample_flops(config, active, *pair) for pair in zip(lengths, trained)]
-    batches = [order[i : i + settings.global_batch_size] for i in range(0, len(order), settings.global_batch_size)]
-    watch = Watch([(sum(lengths[i] for i in batch), sum(flops[i] for i in batch)) for batch in batches])
+    watch = Watch(work)
     trainer = Trainer(model, args, train_dataset=dataset, processing_class=tok, peft_config=peft_config, callbacks=[watch])
-    if settings.lora and fsdp:  # the adapters are not sharded: equal at the start, gradients averaged
+    trainer.watch = watch
+    if settings.lora and fsdp:  # the adapters are not sharded: made equal at the start, their gradients averaged
         trainer._sync_replicated_trainable_parameters(trainer.model)
-    trainer.watch, started = watch, time.monotonic()
-    trainer.train(resume_from_checkpoint=resume and str(resume))
+    say(f"going on from {resume}" if resume else "training", flush=True)
+    started = time.monotonic()
+    trainer.train(resume_from_checkpoint=resume)
     seconds = time.monotonic() - started
     if watch.stop:
         say(f"stopped by SIGTERM after update {trainer.state.global_step}; the same command goes on from there")
         sys.exit(143)
+
     model = trainer.accelerator.unwrap_model(trainer.model)
-    if settings.lora:
-        model = model.get_base_model()
+    model = model.get_base_model() if settings.lora else model
     names = None if settings.from_scratch else base_names(settings.model_name_or_path)
     export(model, tok, output_dir, names, main_process)
-    curve = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-    recipe |= {"steps": len(curve), "seconds": round(seconds, 1), "loss": curve}
     if main_process:
+        curve = [log["loss"] for log in trainer.state.log_history if "loss" in log]
+        recipe |= {"steps": len(curve), "seconds": round(seconds, 1), "loss": curve, "log": trainer.state.log_history}
         (output_dir / "recipe.json").write_text(json.dumps(recipe, indent=2))
         loss_curve(output_dir / "loss.png", curve)
-        tokens = sum(lengths[i] for i in order)
         print(f"steps: {len(curve)}\nloss: {curve[0]:.4f} -> {curve[-1]:.4f}\nseconds: {seconds:.1f}")
-        print(f"tokens_per_second: {tokens / seconds:.0f}\nmodel: {output_dir}")
-    if torch.distributed.is_initialized():
-        torch.distributed.destroy_process_group()
+        print(f"tokens_per_second: {sum(tokens for tokens, _ in work) / seconds:.0f}\nmodel: {output_dir}")
 
 
 if __name__ == "__main__":
     try:
         main(*parse_settings(make_parser()))
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()
     except (InputError, OSError) as error:
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

@@ -471,14 +471,16 @@ class Sandbox:
 
     def fill(self, source):
         """Start with an empty folder, or a copy of the task's workspace (a folder or a .tar)."""
-        shutil.rmtree(self.workspace, ignore_errors=True)
+        if self.workspace.exists():  # of an episode that was cut short; the agent may have locked its folders
+            subprocess.run(["chmod", "-R", "u+rwx", self.workspace], capture_output=True)
+            shutil.rmtree(self.workspace)
         self.workspace.mkdir(parents=True)
         if source and source.is_dir():
             shutil.copytree(source, self.workspace, symlinks=True, dirs_exist_ok=True)
         elif source:
             command = ["tar", "-xf", source, "-C", self.workspace, "--no-same-owner"]
-            if error := subprocess.run(command, capture_output=True, text=True).stderr:
-                raise InputError(f"{source}: {error.splitlines()[0]}")
+            if (result := subprocess.run(command, capture_output=True, text=True)).returncode:
+                raise InputError(f"{source}: {result.stderr.splitlines()[0]}")
         if os.getuid() == 0 and self.settings.sandbox == "bwrap":
             user = str(100_000 + self.slot)
             subprocess.run(["chown", "-R", "--no-dereference", f"{user}:{user}", self.workspace], check=True)

@@ -6,6 +6,8 @@ import json
 import os
 import re
 import shutil
+import signal
+import socket
 import subprocess
 import sys
 import tarfile
@@ -27,7 +29,7 @@ needs_bwrap = pytest.mark.skipif(not shutil.which("bwrap"), reason="verify needs
 
 @pytest.fixture(autouse=True)
 def no_keys(monkeypatch):
-    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    monkeypatch.setenv("OPENAI_API_KEY", "")
     monkeypatch.delenv("GITHUB_TOKEN", raising=False)
 
 
@@ -161,8 +163,9 @@ def test_mined_diff_equals_the_diff_of_the_pull_requests_own_branch(demo_clone):
 
 def test_the_users_git_settings_change_nothing(demo_clone, monkeypatch, tmp_path):
     plain = list(stage.pull_requests(str(demo_clone)))
-    (tmp_path / "config").write_text("[diff]\nnoprefix = true\ncontext = 9\n[color]\nui = always\n")
-    monkeypatch.setenv("GIT_CONFIG_GLOBAL", str(tmp_path / "config"))
+    (tmp_path / ".gitconfig").write_text("[diff]\nsuppressBlankEmpty = true\nmnemonicPrefix = true\n"
+                                         "interHunkContext = 9\n[core]\nabbrev = 4\n[log]\nshowSignature = true\n")
+    monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("GIT_DIR", "/nowhere")
     assert list(stage.pull_requests(str(demo_clone))) == plain
 
@@ -227,23 +230,34 @@ def test_newest_of_each_repository_first(small_repo, demo_clone):
 def test_bad_repositories(tmp_path, small_repo, demo_clone):
     repo, commit = small_repo
     flags = "--output_file", tmp_path / "out" / "queries.jsonl", "--repos"
-    (tmp_path / "folder").mkdir()
-    assert "not a git repository" in refused(*flags, tmp_path / "folder")
+    (repo / "folder").mkdir()
+    assert "not a git repository" in refused(*flags, repo / "folder")  # nor is the repository around it meant
     git(tmp_path, "clone", "-q", "--depth", "1", f"file://{demo_clone}", "shallow")
     assert "fetch --unshallow" in refused(*flags, tmp_path / "shallow")
     git(tmp_path, "init", "-q", "empty")
     assert "empty: git log" in refused(*flags, tmp_path / "empty")
     assert "both called pr_repo" in refused(*flags, demo_clone, demo_clone)
     assert "nothing to read" in refused()
+    assert "must be 1 or more" in refused(*flags, demo_clone, "--concurrency", 0)
+    assert "must end in .png" in refused(*flags, demo_clone, "--figure", "pool.xyz")
     commit({"a.py": "x = 2\n"}, "No tests (#1)")
     assert "no query is left" in refused(*flags, repo)
     assert not (tmp_path / "out" / "queries.jsonl").exists()
     assert rows_of(tmp_path / "out" / "rejected_queries.jsonl")[0]["reasons"] == ["no test file changed"]
 
 
-def test_repository_of_a_benchmark_is_not_mined(demo_clone):
-    rows = stage.mine(stage.Settings(repos=[str(demo_clone)], deny=["pr_repo"]), None, [])
-    assert {*sum((row["reasons"] for row in rows), [])} == {"repository of a benchmark"}
+def test_a_url_is_mirrored_once(demo_clone, tmp_path, capsys):
+    settings = stage.Settings(repos=[f"file://{demo_clone}"])
+    assert len(stage.mine(settings, tmp_path, [])) == len(stage.mine(settings, tmp_path, [])) == 11
+    assert capsys.readouterr().out.count("cloning") == 1
+    with pytest.raises(stage.InputError, match="cannot be cloned"):
+        stage.mine(stage.Settings(repos=[f"file://{tmp_path}/nowhere"]), tmp_path, [])
+
+
+def test_repository_of_a_benchmark_is_refused(demo_clone, tmp_path):
+    flags = "--repos", demo_clone, "--output_file", tmp_path / "queries.jsonl", "--step", "mine"
+    assert "pr_repo is part of a benchmark" in refused(*flags, "--deny", "other", "pr_repo")
+    assert "11 pull requests" in run(*flags, "--deny", "other")
 
 
 # ---- verify ----
@@ -255,7 +269,10 @@ def test_sandbox_has_no_network_no_files_of_the_host_and_a_time_limit(tmp_path):
     workspace.mkdir()
     assert stage.sandbox(str(workspace), f"ls {tmp_path}", 10)[0] != 0
     assert stage.sandbox(str(workspace), "touch /usr/x", 10)[0] != 0
-    assert stage.sandbox(str(workspace), "exec 3<>/dev/tcp/127.0.0.1/9", 10)[0] != 0
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        assert subprocess.run(["bash", "-c", f"exec 3<>/dev/tcp/127.0.0.1/{port}"]).returncode == 0
+        assert stage.sandbox(str(workspace), f"exec 3<>/dev/tcp/127.0.0.1/{port}", 10)[0] != 0
     assert stage.sandbox(str(workspace), "env; touch made; pwd", 10)[1].count("OPENAI") == 0
     assert (workspace / "made").exists()
     assert stage.sandbox(str(workspace), "sleep 30", 1) is None
@@ -306,12 +323,10 @@ def endpoint():
     given = []
 
     class Handler(BaseHTTPRequestHandler):
-        calls = 0
-
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            Handler.calls += 1
-            status, body, share = server.script(Handler.calls)
+            server.calls += 1
+            status, body, share = server.script(server.calls)
             data = (body if isinstance(body, str) else json.dumps(body)).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
@@ -325,7 +340,7 @@ def endpoint():
             pass
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.given, server.url = given, f"http://127.0.0.1:{server.server_port}/v1"
+    server.calls, server.given, server.url = 0, given, f"http://127.0.0.1:{server.server_port}/v1"
     threading.Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -351,7 +366,7 @@ def test_killed_and_failing_run_pays_every_answer_once(endpoint, tmp_path):
         return (500, "busy", 1) if call % 5 == 0 else (200, completion(json.dumps(DRAFT)), 1)
 
     endpoint.script, answers = script, tmp_path / "queries.work" / "answers.jsonl"
-    flags = [*map(str, candidates(tmp_path, 30)), "--base_url", endpoint.url, "--concurrency", "1"]
+    flags = [*map(str, candidates(tmp_path, 20)), "--base_url", endpoint.url, "--concurrency", "1"]
     process = subprocess.Popen(command(*flags), stderr=subprocess.DEVNULL)
     while not answers.exists() or len(answers.read_bytes().splitlines()) < 8:
         time.sleep(0.01)
@@ -361,11 +376,11 @@ def test_killed_and_failing_run_pays_every_answer_once(endpoint, tmp_path):
         file.write('{"key": "cut by the ki')
     before = len(set(endpoint.given))
     assert "replayed" in run(*flags)
-    assert len({row["key"] for row in rows_of(answers)}) == len(rows_of(answers)) == 30
+    assert len({row["key"] for row in rows_of(answers)}) == len(rows_of(answers)) == 20
     assert len(endpoint.given) - len(set(endpoint.given)) <= 1  # only the call that was under way at the kill
-    assert 8 <= before < 30
+    assert 8 <= before < 20
     calls = len(endpoint.given)
-    assert "0 answers asked for, 30 replayed" in run(*flags) and len(endpoint.given) == calls
+    assert "0 answers asked for, 20 replayed" in run(*flags) and len(endpoint.given) == calls
 
 
 @pytest.mark.parametrize("script, message", [
@@ -380,6 +395,7 @@ def test_endpoint_that_gives_no_answer(endpoint, tmp_path, script, message):
     flags = candidates(tmp_path, 3)
     line = refused(*flags, "--base_url", endpoint.url, "--max_retries", 0, "--concurrency", 1)
     assert message in line and "1 of 3 answers are stored, run again" in line
+    assert endpoint.calls == 2  # none starts after a failure
     assert len(rows_of(tmp_path / "queries.work" / "answers.jsonl")) == 1
 
 
@@ -463,7 +479,7 @@ CODE_DIFF = """diff --git a/a.py b/a.py
 @@ -1,2 +1,3 @@
  def load(path):
 -    return old_reader(path)
-+    raw_text = fast_reader(path)
++    raw_text = fast_reader(path, old_reader, public_name)
 +    return [line.split("=", 1) for line in raw_text if line and not line.startswith("#")]
 """
 
@@ -483,12 +499,17 @@ def test_leaks(query, reasons):
     assert list(stage.leaks(query, "def load(path):\n    return old_reader(path)\n", pr)) == reasons
 
 
-def test_hidden_messages():
-    tests = '+    with pytest.raises(ValueError, match="too many open files"):\n+    assert str(e) == "no such file"\n'
-    wanted = ["the tests ask for a text it does not give: too many open files",
-              "the tests ask for a text it does not give: no such file"]
-    assert list(stage.hidden("load fails", "", tests)) == wanted
-    assert list(stage.hidden('it says "too many open files"', "raise ValueError('no such file')", tests)) == []
+def test_hidden_messages(small_repo):
+    repo, commit = small_repo
+    commit({"b.py": "TEXT = 'no such file here'\n"}, "text")
+    pr = {"clone": str(repo), "test_diff": '+    with pytest.raises(ValueError, match="too many open files"):\n'
+                                           '+    assert str(e) == "no such file here"\n+    assert f("a b c") == 1\n'}
+    assert list(stage.hidden("load fails", pr, "HEAD")) == [
+        "the tests ask for a text it does not give: too many open files"]
+    assert list(stage.hidden("load fails", pr, "HEAD^")) == [
+        "the tests ask for a text it does not give: too many open files",
+        "the tests ask for a text it does not give: no such file here"]
+    assert list(stage.hidden('it says "too many open files"', pr, "HEAD")) == []
 
 
 def test_text_rules_on_whole_tasks(small_repo, tmp_path):
@@ -575,7 +596,7 @@ def test_real_queries_alone(tmp_path):
     (("check: test -f out.txt\n", ""), "turn needs a check"),
     (("check:", "chek:"), "chek: Extra inputs"),
     (("domain: research", "domain: cooking"), "domain: Input should be 'vibe_coding' or 'research'"),
-    (("query_id: fit-1", "query_id: ../x"), "query_id: String should match"),
+    (("query_id: fit-1", "query_id: .."), "query_id: String should match"),
     (("workspace: data", "workspace: other"), "other does not exist"),
     (("---\nquery", "query"), "front matter"),
     (("licence: CC0-1.0", "licence: ["), "one.md"),
@@ -652,13 +673,14 @@ def page():
     started = []
 
     def start(*flags):
-        process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, text=True)
+        process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, text=True,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # also under nohup
         started.append(process)
         return process, re.search(r"http://\S+", process.stdout.readline())[0]
 
     yield start
     for process in started:
-        process.send_signal(2)
+        process.send_signal(signal.SIGINT)
         process.wait(10)
 
 
@@ -681,7 +703,8 @@ def test_page_takes_reviews_of_its_own_origin_only(page, tmp_path):
     review = {"key": stage.item_of(rows[0])["key"], "query_id": "q0", "decision": "accept", "reason": "",
               "domain": "research", "queries": ["edited"]}
     good = {"X-Token": token, "Origin": address}
-    for wrong in ({"X-Token": "guess"}, {"Origin": "http://evil.example"}, {"Host": "evil.example"}):
+    for wrong in ({"X-Token": "guess"}, {"Origin": "http://evil.example"},
+                  {"Host": "evil.example", "Origin": "http://evil.example"}):
         assert call(address, review, **(good | wrong)) == (403, "this did not come from the page of this run")
     assert call(address)[0] == call(f"{address}/?token=guess")[0] == 403
     assert not (tmp_path / "queries.work" / "reviews.jsonl").exists()
@@ -712,14 +735,16 @@ def test_trajectories_are_reviewed_too(page, tmp_path):
     rows = [{"query_id": "q", "meta": {}, "tools": [], "messages": [
         {"role": "user", "content": "do it"}, {"role": "assistant", "content": answer}]} for answer in ("yes", "no")]
     file = tmp_path / "train.jsonl"
-    stage.write_jsonl(file, rows)
     flags = "--output_file", tmp_path / "q.jsonl", "--step", "review", "--port", "0", "--review_file", file
+    stage.write_jsonl(file, [{"query_id": "q"}])
+    assert "train.jsonl:1: not a trajectory" in refused(*flags)
+    stage.write_jsonl(file, rows)
     process, url = page(*flags)
     address, token = url.split("/?token=")
     for row, decision in zip(rows, ("reject", "accept")):
         review = stage.item_of(row) | {"decision": decision, "reason": ""}
         assert call(address, review, **{"X-Token": token})[0] == 200
-    process.send_signal(2)
+    process.send_signal(signal.SIGINT)
     process.wait(10)
     assert rows_of(tmp_path / "train.accepted.jsonl") == rows[1:]
     assert len(rows_of(tmp_path / "train.reviews.jsonl")) == 2

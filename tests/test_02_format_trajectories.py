@@ -67,7 +67,9 @@ def run_here(folder, *inputs, **settings):
 
 def format_rows(folder, *records, good=True, **settings):
     """Run the stage on the records and one good row; returns (rows but the good one, {line: reasons})."""
-    extra = [row(query_id="good", messages=edited(1, content="A different question: what is in a.txt?")["messages"])] * good
+    extra = [
+        row(query_id="good", messages=edited(1, content="A different question: what is in a.txt?")["messages"])
+    ] * good
     rows = run_here(folder, write(folder / "in.jsonl", *records, *extra), **settings)
     rejects = read(folder / "data/rejected_trajectories.jsonl")
     return ([r for r in rows if r["query_id"] != "good"],
@@ -106,8 +108,12 @@ def truth(path, reasoning=True):
 
 def test_real_logs_equal_their_ground_truth(shared, tmp_path):
     logs = shared / "logs"
-    result = run(logs / "qwen-code", *(logs / "sii-cli").glob("*.json"), *(logs / "mini-swe-agent").glob("*.traj.json"),
-                 cwd=tmp_path)
+    result = run(
+        logs / "qwen-code",
+        *(logs / "sii-cli").glob("*.json"),
+        *(logs / "mini-swe-agent").glob("*.traj.json"),
+        cwd=tmp_path,
+    )
     assert result.returncode == 0, result.stderr
     rows = {r["meta"]["format"]: r for r in read(tmp_path / "data/train.jsonl")}
     assert len(rows) == len(read(tmp_path / "data/train.jsonl")) == 3
@@ -120,9 +126,21 @@ def test_real_logs_equal_their_ground_truth(shared, tmp_path):
     assert turns_of(rows["sii"]) == sii
     for name in ("openai_dump", "sii"):
         system, user, *rest = rows[name]["messages"]
-        assert user == {"role": "user", "content": "Write a hello.py with a greet function, run it, and report its output."}
+        assert user == {
+            "role": "user",
+            "content": "Write a hello.py with a greet function, run it, and report its output.",
+        }
         assert "setting up the context for our chat" in system["content"]
-        assert [m["role"] for m in rest] == ["assistant", "tool", "assistant", "tool", "tool", "assistant", "tool", "assistant"]
+        assert [m["role"] for m in rest] == [
+            "assistant",
+            "tool",
+            "assistant",
+            "tool",
+            "tool",
+            "assistant",
+            "tool",
+            "assistant",
+        ]
     assert "File not found" in rows["sii"]["messages"][6]["content"]
     types = {t["function"]["parameters"]["type"] for t in rows["sii"]["tools"]}
     assert types == {"object"} and len(rows["sii"]["tools"]) == 11
@@ -152,7 +170,7 @@ def test_normal_form_of_loose_messages():
             {"function": {"name": "a", "arguments": '{"x": {"y": null, "z": [1]}, "w": null}'}},
             {"function": {"name": "b", "arguments": ""}}]},
         {"role": "tool", "name": "b", "content": "B"},
-        {"role": "tool", "name": "a", "content": "A"},
+        {"role": "tool", "name": "a", "content": None},
         {"role": "assistant", "content": "Do"},
         {"role": "assistant", "content": "ne."},
     ])
@@ -162,16 +180,23 @@ def test_normal_form_of_loose_messages():
         {"role": "assistant", "content": "", "tool_calls": [
             {"id": "call_0", "type": "function", "function": {"name": "a", "arguments": {"x": {"z": [1]}}}},
             {"id": "call_1", "type": "function", "function": {"name": "b", "arguments": {}}}]},
-        {"role": "tool", "tool_call_id": "call_0", "content": "A"},
+        {"role": "tool", "tool_call_id": "call_0", "content": ""},
         {"role": "tool", "tool_call_id": "call_1", "content": "B"},
         {"role": "assistant", "content": "Do\nne."},
     ]
 
 
 def test_ids_are_unique_over_a_row():
-    turn = [{"role": "assistant", "tool_calls": [call(id="x")]}, {"role": "tool", "tool_call_id": "x", "content": "1"}]
-    messages = stage.normalise([{"role": "user", "content": "Go."}, *turn, *turn])
-    assert [m["tool_call_id"] for m in messages if m["role"] == "tool"] == ["x", "call_1"]
+    def turn(id):  # an empty result is a result: the next turn stays its own
+        return [
+            {"role": "assistant", "tool_calls": [call(id=id)]},
+            {"role": "tool", "tool_call_id": id, "content": ""},
+        ]
+
+    messages = stage.normalise([{"role": "user", "content": "Go."}, *turn("call_1"), *turn("call_1"), *turn(None)])
+    assert [m.get("tool_call_id") for m in messages] == [None, None, "call_1", None, "call_2", None, "call_3"]
+    messages = stage.normalise([{"role": "user", "content": "Go."}, *turn("call_1"), *turn(""), *turn("a")])
+    assert [m["tool_call_id"] for m in messages if m["role"] == "tool"] == ["call_1", "call_2", "a"]
 
 
 def test_dumps_of_two_sessions_with_the_same_query(tmp_path):
@@ -207,6 +232,10 @@ FAULTS = {
     "undeclared_tool: rm": edited(2, tool_calls=[call(name="rm")]),
     "missing_argument: read_file path": edited(2, tool_calls=[call(path=None)]),
     "arguments_not_json: read_file": edited(2, tool_calls=[BAD_CALL]),
+    "arguments_not_an_object: read_file": edited(
+        2, tool_calls=[call() | {"function": {"name": "read_file", "arguments": [1]}}]
+    ),
+    "system_message_after_the_start": edited(4, role="system"),
     "no_final_answer: ends with tool": row(messages=row()["messages"][:4]),
     "no_final_answer: ends with user": row(messages=row()["messages"] + [{"role": "user", "content": "More."}]),
     "starts_with: assistant": row(messages=row()["messages"][:1] + row()["messages"][2:]),
@@ -226,6 +255,20 @@ def test_each_fault_is_rejected_with_its_reason(tmp_path):
     for line, reason in enumerate(FAULTS, 1):
         assert [why for why in rejects[line] if why.startswith(reason)], (reason, rejects[line])
         assert len(rejects[line]) == 1, rejects[line]
+
+
+def test_a_submission_ends_a_trajectory():
+    submit = {"type": "function", "function": {"name": "submit", "description": "", "parameters": {"type": "object"}}}
+    end = {"role": "assistant", "content": "", "tool_calls": [call(name="submit", id="c2")]}
+    answered = [end, {"role": "tool", "tool_call_id": "c2", "content": "submitted"}]
+    for last in ([end], answered):
+        entry = format_one("row", row(messages=row()["messages"][:4] + last, tools=[READ_FILE, submit]))
+        assert entry["row"]["messages"][-1]["role"] == last[-1]["role"]
+    early = row()["messages"][:2] + answered + edited(2, tool_calls=[call(id="c3")])["messages"][2:3]
+    early += [{"role": "tool", "tool_call_id": "c3", "content": "42"}]
+    assert format_one("row", row(messages=early, tools=[READ_FILE, submit]))["reasons"] == [
+        "no_final_answer: ends with tool"
+    ]
 
 
 def test_a_bad_call_that_the_agent_repaired_stays(tmp_path):
@@ -251,7 +294,11 @@ def test_loops_are_identical_failing_calls_in_a_row(tmp_path):
 
 
 def test_keep_flags_and_duplicates(tmp_path):
-    records = (row(meta={"solved": False, "domain": "research"}), row(messages=row()["messages"][:4]), row(query_id="q2"))
+    records = (
+        row(meta={"solved": False, "domain": "research"}),
+        row(messages=row()["messages"][:4]),
+        row(query_id="q2"),
+    )
     rows, rejects = format_rows(tmp_path, *records, keep_failed=True, keep_unfinished=True)
     assert [r["query_id"] for r in rows] == ["q1", "q1"] and rows[0]["meta"]["domain"] == "research"
     assert rejects == {3: [f"duplicate: of {tmp_path}/in.jsonl:1"]}
@@ -273,7 +320,9 @@ def text(value, type="text"):
 
 
 def claude(id, parent, role, *blocks, message="m1", **more):
-    content = {"role": role, "content": list(blocks)} | ({"id": message, "model": "claude-x"} if role == "assistant" else {})
+    content = {"role": role, "content": list(blocks)} | (
+        {"id": message, "model": "claude-x"} if role == "assistant" else {}
+    )
     return {"type": role, "uuid": id, "parentUuid": parent, "sessionId": "s", "message": content} | more
 
 
@@ -289,14 +338,17 @@ CLAUDE = [
     {"type": "summary", "summary": "x", "leafUuid": "u9"},
     claude("u0", None, "user", text("What does a.txt say?")),
     claude("u1", "u0", "assistant", text("I try.")),  # rewound: another branch
+    claude("v1", "u1", "user", text("Not so.")),
     claude("u2", "u0", "assistant", {"type": "thinking", "thinking": "Read both.", "signature": "s"}, message="m2"),
     claude("u3", "u2", "assistant", text("I look."), message="m2"),
     claude("u4", "u3", "assistant", use("c1", "a.txt"), message="m2"),
     claude("u5", "u4", "user", answer("c1", "42")),  # off the branch: its call ran in parallel
     claude("u6", "u4", "assistant", use("c2", "b.txt"), message="m2"),
-    claude("u7", "u6", "user", answer("c2", [text("Error:"), {"type": "tool_reference", "tool_name": "no such file"}])),
-    claude("s1", "u7", "assistant", text("sub-agent"), message="m8", isSidechain=True),
+    claude(
+        "u7", "u6", "user", answer("c2", [text("Error:"), {"type": "tool_reference", "tool_name": "no such file"}])
+    ),
     claude("u8", "u7", "assistant", text("It says 42."), message="m3"),
+    claude("s1", "u7", "assistant", text("sub-agent"), message="m8", isSidechain=True),
 ]
 
 
@@ -305,7 +357,11 @@ def codex(type, **payload):
 
 
 CODEX = [
-    {"timestamp": "t", "type": "session_meta", "payload": {"id": "s", "base_instructions": {"text": "You are an agent."}}},
+    {
+        "timestamp": "t",
+        "type": "session_meta",
+        "payload": {"id": "s", "base_instructions": {"text": "You are an agent."}},
+    },
     codex("message", role="user", content=[text("What does a.txt say?", "input_text")]),
     {"type": "event_msg", "payload": {"type": "agent_message", "message": "I look."}},
     codex("function_call", name="read_file", arguments='{"path": "a.txt"}', call_id="c1"),
@@ -330,8 +386,16 @@ GEMINI = [
     {"id": "1", "type": "user", "content": [{"text": "What does a.txt say?"}]},
     {"id": "2", "type": "gemini", "content": "I look."},
     {"$set": {"lastUpdated": "now"}},
-    {"id": "2", "type": "gemini", "content": "I look.", "thoughts": [{"subject": "Read", "description": "both."}], "toolCalls": [
-        gemini_call("c1", "a.txt", output="42"), gemini_call("c2", "b.txt", error="Error: no such file")]},
+    {
+        "id": "2",
+        "type": "gemini",
+        "content": "I look.",
+        "thoughts": [{"subject": "Read", "description": "both."}],
+        "toolCalls": [
+            gemini_call("c1", "a.txt", output="42"),
+            gemini_call("c2", "b.txt", error="Error: no such file"),
+        ],
+    },
     {"id": "3", "type": "user", "content": gemini_call("c1", "a.txt", output="42")["result"]},
     {"id": "4", "type": "gemini", "content": "It says 42."},
 ]
@@ -362,12 +426,20 @@ def v0_result(id, content):
             "tool_call_metadata": {"tool_call_id": id, "model_response": RESPONSE}}
 
 
-OPENHANDS = {"instance_id": "s", "history": [
-    {"action": "system", "source": "agent", "args": {"content": "You are an agent.", "tools": [READ_FILE]}},
-    {"action": "message", "source": "user", "args": {"content": "What does a.txt say?"}},
-    {"action": "recall", "source": "user", "args": {"query": "x"}}, {"observation": "recall", "content": "", "source": "x"},
-    v0("read", "c1"), v0_result("c1", "42"), v0("read", "c2"), v0_result("c2", "Error: no such file"),
-    {"action": "message", "source": "agent", "args": {"content": "It says 42."}}]}
+OPENHANDS = {
+    "instance_id": "s",
+    "history": [
+        {"action": "system", "source": "agent", "args": {"content": "You are an agent.", "tools": [READ_FILE]}},
+        {"action": "message", "source": "user", "args": {"content": "What does a.txt say?"}},
+        {"action": "recall", "source": "user", "args": {"query": "x"}},
+        {"observation": "recall", "content": "", "source": "x"},
+        v0("read", "c1"),
+        v0_result("c1", "42"),
+        v0("read", "c2"),
+        v0_result("c2", "Error: no such file"),
+        {"action": "message", "source": "agent", "args": {"content": "It says 42."}},
+    ],
+}
 
 
 def v1(kind, **more):
@@ -382,7 +454,8 @@ def v1_call(id, path, **more):
 OPENHANDS_EVENTS = [
     v1("SystemPromptEvent", system_prompt=text("You are an agent."), tools=[READ_FILE]),
     v1("MessageEvent", llm_message={"role": "user", "content": [text("What does a.txt say?")]}),
-    v1_call("c1", "a.txt", thought=[text("I look.")], reasoning_content="Read both."), v1_call("c2", "b.txt", thought=[]),
+    v1_call("c1", "a.txt", thought=[text("I look.")], reasoning_content="Read both."),
+    v1_call("c2", "b.txt", thought=[]),
     v1("ObservationEvent", tool_call_id="c1", observation={"content": [text("42")]}),
     v1("AgentErrorEvent", tool_call_id="c2", error="Error: no such file"),
     v1("MessageEvent", llm_message={"role": "assistant", "content": [text("It says 42.")]}),
@@ -393,16 +466,36 @@ SWE_AGENT = {"info": {"exit_status": "submitted"}, "history": [
     | {"thought": "I look.", "thinking_blocks": [{"type": "thinking", "thinking": "Read both."}]},
     {"role": "tool", "content": "42", "tool_call_ids": ["c1"]},
     {"role": "tool", "content": "Error: no such file", "tool_call_ids": ["c2"]}, script()[4]]}
-ATIF = {"schema_version": "ATIF-v1.8", "session_id": "s", "agent": {"name": "x", "tool_definitions": [READ_FILE]}, "steps": [
-    {"source": "user", "message": "copied", "is_copied_context": True}, {"source": "user", "message": "What does a.txt say?"},
-    {"source": "agent", "message": "I look.", "reasoning_content": "Read both.", "tool_calls": [
-        {"tool_call_id": id, "function_name": "read_file", "arguments": {"path": path}}
-        for id, path in (("c1", "a.txt"), ("c2", "b.txt"))],
-     "observation": {"results": [{"source_call_id": "c1", "content": "42"},
-                                 {"source_call_id": "c2", "content": [text("Error: no such file")]}]}},
-    {"source": "agent", "message": "It says 42."}]}
+ATIF = {
+    "schema_version": "ATIF-v1.8",
+    "session_id": "s",
+    "agent": {"name": "x", "tool_definitions": [READ_FILE]},
+    "steps": [
+        {"source": "user", "message": "copied", "is_copied_context": True},
+        {"source": "user", "message": "What does a.txt say?"},
+        {
+            "source": "agent",
+            "message": "I look.",
+            "reasoning_content": "Read both.",
+            "tool_calls": [
+                {"tool_call_id": id, "function_name": "read_file", "arguments": {"path": path}}
+                for id, path in (("c1", "a.txt"), ("c2", "b.txt"))
+            ],
+            "observation": {
+                "results": [
+                    {"source_call_id": "c1", "content": "42"},
+                    {"source_call_id": "c2", "content": [text("Error: no such file")]},
+                ]
+            },
+        },
+        {"source": "agent", "message": "It says 42."},
+    ],
+}
 CC_BENCH = {"task_id": 7, "trajectory": json.dumps(CLAUDE), "task_category": "data_analysis", "model_name": "GLM-4.5"}
-ALPACA = {"instruction": "What does a.txt say?", "output": "<read>a.txt</read><observation>42</observation>It says 42."}
+ALPACA = {
+    "instruction": "What does a.txt say?",
+    "output": "<read>a.txt</read><observation>42</observation>It says 42.",
+}
 SII_MESSAGES = [
     {"role": "user", "parts": [{"text": "This is the SII Cli."}]},
     {"role": "model", "parts": [{"text": "Got it. Thanks for the context!"}]},
@@ -418,8 +511,16 @@ NEXT_SPEAKER = {"role": "user", "parts": [{"text": stage.NEXT_SPEAKER + " (your 
 
 
 def sii_request(messages, *functions):
-    return {"type": "api_request_full", "data": {"full_request": {
-        "system_instruction": "You are an agent.", "messages": messages, "tools": [{"functionDeclarations": functions}][:len(functions)]}}}
+    return {
+        "type": "api_request_full",
+        "data": {
+            "full_request": {
+                "system_instruction": "You are an agent.",
+                "messages": messages,
+                "tools": [{"functionDeclarations": functions}][: len(functions)],
+            }
+        },
+    }
 
 
 FUNCTION = READ_FILE["function"] | {"parameters": {
@@ -427,12 +528,31 @@ FUNCTION = READ_FILE["function"] | {"parameters": {
 SII = {"id": "s", "events": [
     {"type": "start"}, sii_request(SII_MESSAGES[:3], FUNCTION), sii_request(SII_MESSAGES[:6], FUNCTION),
     sii_request([*SII_MESSAGES, NEXT_SPEAKER]), sii_request([NEXT_SPEAKER] * 20)]}
-DUMP = {"request": {"messages": script()[:4], "tools": [READ_FILE]}, "response": {"choices": [{"message": script()[4]}]}}
-MINI = {"trajectory_format": "mini-swe-agent-1.1", "info": {"exit_status": "Submitted", "config": {"model": {"model_name": "m"}}},
-        "messages": [*script(), {"role": "exit", "content": ""}]}
-LOGS = {"row": {"messages": script(), "tools": [READ_FILE]}, "claude_code": CLAUDE, "codex": CODEX, "gemini_cli": GEMINI,
-        "opencode": OPENCODE, "openhands": OPENHANDS, "openhands_events": OPENHANDS_EVENTS, "swe_agent": SWE_AGENT,
-        "atif": ATIF, "cc_bench": CC_BENCH, "alpaca": ALPACA, "sii": SII, "openai_dump": DUMP, "mini_swe_agent": MINI}
+DUMP = {
+    "request": {"messages": script()[:4], "tools": [READ_FILE]},
+    "response": {"choices": [{"message": script()[4]}]},
+}
+MINI = {
+    "trajectory_format": "mini-swe-agent-1.1",
+    "info": {"exit_status": "Submitted", "config": {"model": {"model_name": "m"}}},
+    "messages": [*script(), {"role": "exit", "content": ""}],
+}
+LOGS = {
+    "row": {"messages": script(), "tools": [READ_FILE]},
+    "claude_code": CLAUDE,
+    "codex": CODEX,
+    "gemini_cli": GEMINI,
+    "opencode": OPENCODE,
+    "openhands": OPENHANDS,
+    "openhands_events": OPENHANDS_EVENTS,
+    "swe_agent": SWE_AGENT,
+    "atif": ATIF,
+    "cc_bench": CC_BENCH,
+    "alpaca": ALPACA,
+    "sii": SII,
+    "openai_dump": DUMP,
+    "mini_swe_agent": MINI,
+}
 
 
 def format_one(name, log, **settings):
@@ -460,16 +580,22 @@ def test_every_format_gives_the_same_session(name):
         for number, id in enumerate(("call_0", "call_1")):
             expected[1]["tool_calls"][number]["id"] = expected[2 + number]["tool_call_id"] = id
     if name == "alpaca":
-        expected = [expected[0], {"role": "assistant", "content": "<read>a.txt</read>"}, {"role": "user", "content": "42"},
-                    expected[-1]]
+        expected = [
+            expected[0],
+            {"role": "assistant", "content": "<read>a.txt</read>"},
+            {"role": "user", "content": "42"},
+            expected[-1],
+        ]
     assert messages == expected
     if name == "cc_bench":
         assert entry["row"]["meta"]["domain"] == "data_analysis" and entry["row"]["meta"]["model"] == "GLM-4.5"
 
 
 # Whatever a log holds: a row that keeps the contract, or reasons
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-                    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+)
 
 
 def mutate(data, value):
@@ -536,11 +662,20 @@ def test_fuzzed_files_are_read_or_refused(name, data, tmp_path_factory):
 
 # Checks that need more than one row, or a setting
 SHAPES = {
-    "aws_access_key": "AKIA" + "Q" * 16, "github_token": "ghp_" + "a1" * 18, "github_pat": "github_pat_" + "a1" * 20,
-    "gitlab_token": "glpat-" + "a1" * 10, "anthropic_key": "sk-ant-api03-" + "a1" * 20, "openrouter_key": "sk-or-v1-" + "a1" * 20,
-    "openai_key": "sk-proj-" + "a1" * 24, "huggingface_token": "hf_" + "aB" * 17, "google_key": "AIza" + "a1-_x" * 7,
-    "slack_token": "xoxb-" + "1" * 12 + "-abc", "npm_token": "npm_" + "a1" * 18, "jwt": "eyJ" + "a" * 10 + ".eyJ" + "b" * 10 + "." + "c" * 20,
-    "private_key": "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----", "password_in_url": "https://me:hunter2@host/x",
+    "aws_access_key": "AKIA" + "Q" * 16,
+    "github_token": "ghp_" + "a1" * 18,
+    "github_pat": "github_pat_" + "a1" * 20,
+    "gitlab_token": "glpat-" + "a1" * 10,
+    "anthropic_key": "sk-ant-api03-" + "a1" * 20,
+    "openrouter_key": "sk-or-v1-" + "a1" * 20,
+    "openai_key": "sk-proj-" + "a1" * 24,
+    "huggingface_token": "hf_" + "aB" * 17,
+    "google_key": "AIza" + "a1-_x" * 7,
+    "slack_token": "xoxb-" + "1" * 12 + "-abc",
+    "npm_token": "npm_" + "a1" * 18,
+    "jwt": "eyJ" + "a" * 10 + ".eyJ" + "b" * 10 + "." + "c" * 20,
+    "private_key": "-----BEGIN RSA PRIVATE KEY-----\nMIIE\n-----END RSA PRIVATE KEY-----",
+    "password_in_url": "https://me:hunter2@host/x",
 }
 
 
@@ -555,9 +690,13 @@ def test_a_key_of_each_shape_is_found_and_redacted(shape):
 
 
 def test_ordinary_text_is_no_secret_and_private_names_go_everywhere():
-    harmless = "task-list-for-the-whole-project-in-2025 sk-learn hf_hub npm_config https://host:80/a@b 6f1ed002ab5595859014ebf0951522d9"
+    harmless = (
+        "task-list-for-the-whole-project-in-2025 sk-learn hf_hub npm_config https://host:80/a@b 6f1ed002ab559585901"
+    )
     assert format_one("row", edited(1, content=harmless))["reasons"] == []
-    place = edited(2, content="ask ann.b@corp.example or git@github.com:a/b, react@18.2.0", tool_calls=[call("/home/ann/a.txt")])
+    place = edited(
+        2, content="ask ann.b@corp.example or git@github.com:a/b, react@18.2.0", tool_calls=[call("/home/ann/a.txt")]
+    )
     place["messages"][3]["content"] = r"C:\Users\ann\a.txt /Users/ann/b"
     place["meta"] = {"source": "/home/ann/logs/1.json"}
     redacted = format_one("row", place, redact=True)["row"]
@@ -585,7 +724,9 @@ def test_near_duplicates_share_what_the_assistant_wrote(tmp_path):
     def essay(start, last):
         return edited(4, content="\n".join([f"line {n}" for n in range(start, start + 18)] + [last]))
 
-    rows, rejects = format_rows(tmp_path, essay(0, "a"), essay(0, "b"), essay(9, "c"))  # 20 lines with the first turn's 2
+    rows, rejects = format_rows(
+        tmp_path, essay(0, "a"), essay(0, "b"), essay(9, "c")
+    )  # 20 lines with the first turn's 2
     assert len(rows) == 2 and rejects == {2: [f"near_duplicate: of {tmp_path}/in.jsonl:1"]}
     assert len(format_rows(tmp_path, essay(0, "a"), essay(0, "b"), near_duplicate=2)[0]) == 2
 
@@ -611,9 +752,39 @@ def test_tools_file_serves_logs_without_schemas(tmp_path):
     assert rows[0]["tools"] == [READ_FILE] and rejects == {2: ["undeclared_tool: read_file"]}
 
 
-def test_limi_rows_lose_the_tool_list_of_the_system_prompt():
-    system = "Be brief.\n\nYou have access to the following tools:\n\n1. **read_file**: Read a file.\n   Parameters:\n   - path\n"
-    assert format_one("row", edited(0, content=system))["row"]["messages"][0]["content"] == "Be brief."
+def test_rows_as_limi_released_them_are_corrected():
+    """Tools in the system prompt, no call ids, one turn in two, a turn no model wrote, a helper's question."""
+    user, look, first, second, final = script()
+    tools = (
+        "\n\nYou have access to the following tools:\n\n1. **read_file**: Read a file.\n   Parameters:\n   - path\n"
+    )
+    calls = [{"id": ""} | {key: call[key] for key in ("type", "function")} for call in look["tool_calls"]]
+    messages = [
+        {"role": "system", "content": "Be brief." + tools},
+        {"role": "user", "content": "This is the SII Cli."},
+        {"role": "assistant", "content": stage.CONTEXT_ANSWER},
+        user,
+        {"role": "assistant", "content": "I look."},
+        {"role": "assistant", "content": "", "tool_calls": calls},
+        first | {"tool_call_id": "read_file-1"},
+        second | {"tool_call_id": "read_file-2"},
+        final,
+        {"role": "user", "content": stage.NEXT_SPEAKER + "..."},
+    ]
+    entry = format_one("row", {"messages": messages, "tools": [READ_FILE]})
+    expected = script()
+    del expected[1]["reasoning_content"]
+    for number, id in enumerate(("call_0", "call_1")):
+        expected[1]["tool_calls"][number]["id"] = expected[2 + number]["tool_call_id"] = id
+    system = {"role": "system", "content": "Be brief.\n\nThis is the SII Cli."}
+    assert entry["row"]["messages"] == [system, *expected]
+
+
+def test_the_longest_request_of_an_sii_log_counts():
+    log = {"events": [sii_request(SII_MESSAGES, FUNCTION), sii_request(SII_MESSAGES[2:3], FUNCTION)]}
+    assert format_one("sii", log)["row"]["messages"][-1]["content"] == "It says 42."
+    log = {"events": SII["events"][:3]}
+    assert format_one("sii", log)["reasons"] == ["no_final_answer: ends with tool"]
 
 
 def test_half_an_emoji_is_replaced():
@@ -723,18 +894,32 @@ def tokenizer(request, tmp_path_factory):
 TWO_USERS = row()["messages"] + [{"role": "user", "content": "And b.txt?"},
                                  {"role": "assistant", "content": "I know.", "reasoning_content": "Guess."}]
 TRAINED = {
-    "glm4moe": {2: ("\n<think>Read it.</think>\nI look.\n<tool_call>read_file\n<arg_key>path</arg_key>\n"
-                    "<arg_value>a.txt</arg_value>\n</tool_call>", "<|observation|>"),
-                4: ("\n<think></think>\nIt says 42.", "<|user|>"), 6: ("\n<think>Guess.</think>\nI know.", "<|user|>")},
-    "qwen3": {2: ('<think>\nRead it.\n</think>\n\nI look.\n<tool_call>\n{"name": "read_file", "arguments": '
-                  '{"path": "a.txt"}}\n</tool_call>', "<|im_end|>"),
-              4: ("<think>\n\n</think>\n\nIt says 42.", "<|im_end|>"), 6: ("<think>\nGuess.\n</think>\n\nI know.", "<|im_end|>")},
+    "glm4moe": {
+        2: (
+            "\n<think>Read it.</think>\nI look.\n<tool_call>read_file\n<arg_key>path</arg_key>\n"
+            "<arg_value>a.txt</arg_value>\n</tool_call>",
+            "<|observation|>",
+        ),
+        4: ("\n<think></think>\nIt says 42.", "<|user|>"),
+        6: ("\n<think>Guess.</think>\nI know.", "<|user|>"),
+    },
+    "qwen3": {
+        2: (
+            '<think>\nRead it.\n</think>\n\nI look.\n<tool_call>\n{"name": "read_file", "arguments": '
+            '{"path": "a.txt"}}\n</tool_call>',
+            "<|im_end|>",
+        ),
+        4: ("<think>\n\n</think>\n\nIt says 42.", "<|im_end|>"),
+        6: ("<think>\nGuess.\n</think>\n\nI know.", "<|im_end|>"),
+    },
 }
 
 
 def test_report_shows_what_the_engine_must_generate(tokenizer, tmp_path):
     name, folder = tokenizer
-    rows, rejects = format_rows(tmp_path, row(messages=TWO_USERS), tokenizer=str(folder), report=str(tmp_path / "r.html"))
+    rows, rejects = format_rows(
+        tmp_path, row(messages=TWO_USERS), tokenizer=str(folder), report=str(tmp_path / "r.html")
+    )
     assert stage.trained_text(stage.load_tokenizer(folder), rows[0]["messages"], rows[0]["tools"]) == TRAINED[name]
     page = (tmp_path / "r.html").read_text()
     for text, stop in TRAINED[name].values():
@@ -747,13 +932,19 @@ def test_report_shows_what_the_engine_must_generate(tokenizer, tmp_path):
     tokens = rows[0]["meta"]["n_tokens"]
     with pytest.raises(stage.InputError, match="over_long"):
         format_rows(tmp_path, row(messages=TWO_USERS), good=False, tokenizer=str(folder), max_length=tokens - 1)
-    assert len(format_rows(tmp_path, row(messages=TWO_USERS), good=False, tokenizer=str(folder), max_length=tokens)[0]) == 1
+    assert (
+        len(format_rows(tmp_path, row(messages=TWO_USERS), good=False, tokenizer=str(folder), max_length=tokens)[0])
+        == 1
+    )
 
 
 def test_a_full_disk_leaves_nothing_half_written(tmp_path):
     import resource
 
-    write(tmp_path / "in.jsonl", *(row(query_id=f"q{n}", messages=edited(4, content=f"{n} " * 500)["messages"]) for n in range(9)))
+    write(
+        tmp_path / "in.jsonl",
+        *(row(query_id=f"q{n}", messages=edited(4, content=f"{n} " * 500)["messages"]) for n in range(9)),
+    )
     result = subprocess.run([sys.executable, str(SCRIPT), "in.jsonl"], cwd=tmp_path, capture_output=True, text=True,
                             preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (9_000, 9_000)))
     assert_one_line_error(result, "File too large")
@@ -779,7 +970,8 @@ def test_bad_files(tmp_path, content, parts):
 def test_bad_arguments(tmp_path):
     good = write(tmp_path / "in.jsonl", row())
     write(tmp_path / "bad.json", {"tools": 7})
-    assert_one_line_error(run("absent.jsonl", cwd=tmp_path), "absent.jsonl", "no such file")
+    for absent in ("absent.jsonl", "absent/train.jsonl", f"{tmp_path.parent.name}/absent"):
+        assert_one_line_error(run(absent, cwd=tmp_path.parent.parent), absent, "no such file")
     assert_one_line_error(run(cwd=tmp_path), "no inputs")
     assert_one_line_error(run(good, "--tols", "x", cwd=tmp_path), "--tols")
     assert_one_line_error(run(good, "--tools", "absent.json", cwd=tmp_path), "absent.json")

@@ -1,5 +1,6 @@
 """Stage 3: which tokens carry loss, the same loss on any layout, what is saved, and what is refused."""
 
+import contextlib
 import json
 import os
 import resource
@@ -207,9 +208,21 @@ def test_no_label_is_invented(stage, glm_base):
     tok = sft.load_tokenizer(str(glm_base))
     with pytest.raises(ValueError, match="no stop token"):  # two assistant messages in a row
         sft.encode(tok, [user("U"), assistant("C"), assistant("D")], None)
-    tok.chat_template = "{{ messages | length }}" + tok.chat_template
+    glm = tok.chat_template
+    tok.chat_template = "{{ messages | length }}" + glm
     with pytest.raises(ValueError, match="rewrites what stands before message 1"):
         sft.encode(tok, [user("U"), assistant("C")], None)
+
+
+def test_a_turn_that_begins_inside_a_token_is_refused(stage, make_model):
+    """Qwen3's prompt ends with a newline; where a tokenizer joins two of them, the engine would see other tokens."""
+    sft = stage("03_sft")
+    tok = make_model.make_tokenizer(["a" + "\n" * 2] * 9, vocab_size=278)
+    tok.chat_template = files("trl").joinpath("chat_templates/qwen3.jinja").read_text()
+    tok.stop_ids, tok.end_id = {tok.convert_tokens_to_ids("<|user|>")}, tok.convert_tokens_to_ids("<|user|>")
+    assert len(tok("\n\n")["input_ids"]) == 1
+    with pytest.raises(ValueError, match="turn 0 begins inside a token"):
+        sft.encode(tok, [user("U"), assistant("\nC"), user("V")], None)
 
 
 def test_dropped_samples_are_counted_by_reason(stage, glm_base):
@@ -252,7 +265,7 @@ def train_file(work):
 
 
 FLAGS = ["--global_batch_size", 4, "--max_steps", 3, "--learning_rate", 1e-3, "--gradient_checkpointing", "false",
-         "--save_strategy", "steps", "--save_steps", 3, "--logging_nan_inf_filter", "false"]  # fmt: skip
+         "--save_steps", 2, "--save_total_limit", 5]  # fmt: skip
 
 
 def train(sft, base, train_file, output_dir, *flags):
@@ -305,25 +318,30 @@ def test_loss_is_the_mean_over_all_trained_tokens_of_the_global_batch(stage, glm
     assert recipe["loss"][2] < recipe["loss"][0] - 0.01
 
 
+@pytest.fixture(scope="session")
+def qwen_run(stage, qwen_base, train_file, work):
+    return train(stage("03_sft"), qwen_base, train_file, work / "qwen-1"), work / "qwen-1"
+
+
+@pytest.fixture(scope="session")
+def lora_run(stage, glm_base, train_file, work):
+    return train(stage("03_sft"), glm_base, train_file, work / "lora-1", "--lora"), work / "lora-1"
+
+
 def test_batches_of_two_equal_accumulation(stage, glm_run, glm_base, train_file, work):
     recipe = train(stage("03_sft"), glm_base, train_file, work / "glm-b2", "--per_device_train_batch_size", 2)
     assert_same_run(recipe, work / "glm-b2", glm_run)
 
 
-CPU2 = "distributed_type: MULTI_GPU\nmixed_precision: 'no'\nnum_machines: 1\nnum_processes: 2\n"
-
-
-def launch(base, train_file, output_dir, *flags, config=None):
-    """The stage on two processes, started by accelerate's launcher with a YAML or by torchrun."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", free_port()]
-    if config:
-        (output_dir.parent / f"{output_dir.name}.yaml").write_text(config)
-        command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", free_port()]
-        command += ["--config_file", output_dir.parent / f"{output_dir.name}.yaml"]
-    command += [ROOT / "03_sft.py", "--model_name_or_path", base, "--train_file", train_file, *FLAGS]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [str(part) for part in [*command, "--output_dir", output_dir, *flags]]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+def launch(config, script, *arguments):
+    """Start a script on two processes with accelerate's launcher and a YAML, as a user does."""
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--main_process_port", free_port()]
+    command += ["--config_file", config, "--num_processes", 2, "--mixed_precision", "no", script, *arguments]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
+    command = [str(part) for part in command]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    return result
 
 
 def free_port():
@@ -331,30 +349,223 @@ def free_port():
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
+        return probe.getsockname()[1]
 
 
 def test_two_processes_equal_one(glm_run, glm_base, train_file, work):
-    result = launch(glm_base, train_file, work / "glm-2", config=CPU2)
-    assert result.returncode == 0, result.stderr
+    config = work / "two.yaml"
+    config.write_text("distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n")
+    flags = ["--model_name_or_path", glm_base, "--train_file", train_file, "--output_dir", work / "glm-2", *FLAGS]
+    launch(config, ROOT / "03_sft.py", *flags)
     recipe = json.loads((work / "glm-2/recipe.json").read_text())
     assert recipe["processes"] == 2
     assert_same_run(recipe, work / "glm-2", glm_run)
+
+
+# accelerate takes FSDP on CPU for a mistake and does something else without a word; this makes it see devices. All else
+# is as on GPUs: the recipe's YAML, transformers' sharded loading, torch's FSDP2 over gloo, sharded checkpoints
+FSDP_ON_CPU = """
+import importlib, json, shutil, sys, torch
+from accelerate.state import PartialState
+from accelerate.utils import DistributedType
+torch.distributed.init_process_group("gloo")
+PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+sys.path.insert(0, ".")
+sft = importlib.import_module("03_sft")
+for source, flags in json.loads(sys.argv[1]):
+    if source and torch.distributed.get_rank() == 0:  # a run that was killed after its second update
+        shutil.copytree(source, flags[flags.index("--output_dir") + 1], ignore=lambda *_: ["checkpoint-3", "recipe.json"])
+    torch.distributed.barrier()
+    sft.main(*sft.make_parser().parse_args_and_config(args=flags))
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="session")
+def fsdp_runs(glm_base, qwen_base, train_file, work):
+    """Real FSDP2 on two processes: GLM-4.5 whole, interrupted and resumed, with LoRA; Qwen3 with tied embeddings."""
+
+    def flags(base, name, *more):
+        paths = ["--model_name_or_path", base, "--train_file", train_file, "--output_dir", work / name]
+        return [str(flag) for flag in [*paths, *FLAGS, *more]]
+
+    runs = [(None, flags(glm_base, "fsdp-glm")), (str(work / "fsdp-glm"), flags(glm_base, "fsdp-resumed"))]
+    runs += [(None, flags(glm_base, "fsdp-lora", "--lora")), (None, flags(qwen_base, "fsdp-qwen"))]
+    (work / "fsdp_on_cpu.py").write_text(FSDP_ON_CPU)
+    return launch(ROOT / "recipes/qwen3-8b/accelerate.yaml", work / "fsdp_on_cpu.py", json.dumps(runs))
+
+
+# torch's ring attention runs on GPUs only. This shares a sample out in contiguous parts and lets every process gather
+# all keys and values; the trainer, accelerate's meshes, the loss and the order of the data around it are the real ones
+RING_ON_CPU = """
+import contextlib, torch
+import torch.distributed.nn.functional as collective
+import torch.distributed.tensor.experimental as experimental
+@contextlib.contextmanager
+def ring(mesh, *, buffers, buffer_seq_dims, no_restore_buffers=None):
+    rank, size, attention = mesh.get_local_rank(), mesh.size(), torch.nn.functional.scaled_dot_product_attention
+    for buffer, dim in zip(buffers, buffer_seq_dims):
+        part = buffer.chunk(size, dim)[rank].clone()
+        buffer.resize_(part.shape).copy_(part)
+    def gathered(query, key, value, **options):
+        assert options.pop("is_causal") and options.pop("attn_mask", None) is None
+        key, value = (torch.cat(collective.all_gather(x.contiguous(), mesh.get_group()), 2) for x in (key, value))
+        part = query.shape[2]
+        mask = torch.ones(part, part * size, dtype=torch.bool).tril(rank * part)
+        return attention(query, key, value, attn_mask=mask, **options)
+    torch.nn.functional.scaled_dot_product_attention = gathered
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = attention
+experimental.context_parallel = ring
+"""
+
+
+def test_context_parallel_equals_one_process(glm_run, glm_base, train_file, work):
+    """The YAML of qwen3-32b with two devices to a sample instead of eight."""
+    yaml = (ROOT / "recipes/qwen3-32b/accelerate.yaml").read_text()
+    assert "cp_size: 8" in yaml and "num_processes: 8" in yaml
+    (work / "cp.yaml").write_text(yaml.replace("cp_size: 8", "cp_size: 2").replace("num_processes: 8", "num_processes: 2"))
+    (work / "cp_on_cpu.py").write_text(RING_ON_CPU + FSDP_ON_CPU)
+    flags = ["--model_name_or_path", glm_base, "--train_file", train_file, "--output_dir", work / "cp", *FLAGS]
+    result = launch(work / "cp.yaml", work / "cp_on_cpu.py", json.dumps([(None, [str(flag) for flag in flags])]))
+    assert "1 data-parallel x 1 x 4 accumulated" in result.stdout
+    recipe, folder = glm_run
+    assert losses(work / "cp") == pytest.approx(recipe["loss"], abs=1e-6)
+    assert_same_export(work / "cp", folder)
+
+
+def sharded_weights(checkpoint, work):
+    import torch
+    from torch.distributed.checkpoint.format_utils import dcp_to_torch_save
+
+    dcp_to_torch_save(checkpoint / "pytorch_model_fsdp_0", work / "whole.pt")
+    return torch.load(work / "whole.pt")["model"]
+
+
+def test_fsdp2_equals_one_process(fsdp_runs, stage, glm_run, glm_base, work):
+    recipe, folder = glm_run
+    assert losses(work / "fsdp-glm") == pytest.approx(recipe["loss"], abs=1e-6)
+    ours, theirs = sharded_weights(work / "fsdp-glm/checkpoint-3", work), weights(folder / "checkpoint-3")
+    assert len(ours) == 29  # layer 1's experts are two stacked tensors while training, 12 in a checkpoint of the Hub
+    for name in ours.keys() & theirs.keys():
+        assert (ours[name] - theirs[name]).abs().max() < 1e-6, name
+    experts = {name for name in theirs if ".experts." in name}
+    assert theirs.keys() - ours.keys() == experts
+    stacked = ours["model.layers.1.mlp.experts.down_proj"]
+    for i in range(4):
+        assert (stacked[i] - theirs[f"model.layers.1.mlp.experts.{i}.down_proj.weight"]).abs().max() < 1e-6
+    assert_same_export(work / "fsdp-glm", folder)
+
+
+def test_fsdp2_equals_one_process_with_tied_embeddings(fsdp_runs, stage, qwen_run, work):
+    recipe, folder = qwen_run
+    assert losses(work / "fsdp-qwen") == pytest.approx(recipe["loss"], abs=1e-6)
+    assert_same_export(work / "fsdp-qwen", folder)
+
+
+def test_fsdp2_equals_one_process_with_lora(fsdp_runs, lora_run, work):
+    recipe, folder = lora_run
+    assert losses(work / "fsdp-lora") == pytest.approx(recipe["loss"], abs=1e-6)
+    assert_same_export(work / "fsdp-lora", folder)
+
+
+def test_fsdp2_resumes_exactly(fsdp_runs, work):
+    import torch
+
+    assert "going on from" in fsdp_runs.stdout
+    assert losses(work / "fsdp-resumed") == losses(work / "fsdp-glm")
+    ours, theirs = (sharded_weights(work / name / "checkpoint-3", work) for name in ("fsdp-resumed", "fsdp-glm"))
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def losses(folder):
+    return json.loads((folder / "recipe.json").read_text())["loss"]
+
+
+def assert_same_export(folder, reference):
+    """Equal but for the rounding to bf16 of values that differ by less than 1e-6."""
+    ours, theirs = weights(folder), weights(reference)
+    assert ours.keys() == theirs.keys()
+    for name in theirs:
+        assert ours[name].dtype == theirs[name].dtype
+        off = (ours[name].float() - theirs[name].float()).abs()
+        assert (off <= 1e-6 + 2**-8 * theirs[name].float().abs()).all() and (off > 0).float().mean() < 0.01, name
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Interrupted runs
+
+
+@pytest.mark.parametrize("run", ["glm_run", "qwen_run", "lora_run"])
+def test_a_killed_run_goes_on_exactly(stage, request, train_file, tmp_path, run):
+    """The checkpoint after update 2 and nothing later: the third update must be the same. For an MoE too, whose
+    experts the trainer alone would leave as they were in the base."""
+    import shutil
+
+    import torch
+
+    recipe, folder = request.getfixturevalue(run)
+    shutil.copytree(folder, tmp_path / "out", ignore=lambda *_: ["checkpoint-3", "recipe.json"])
+    (tmp_path / "out/checkpoint-9").mkdir()  # a kill while saving leaves a folder without trainer_state.json
+    flags = ["--lora"] if run == "lora_run" else []
+    again = train(stage("03_sft"), recipe["settings"]["model_name_or_path"], train_file, tmp_path / "out", *flags)
+    assert again["loss"] == recipe["loss"]
+    ours, theirs = weights(tmp_path / "out"), weights(folder)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_sigterm_saves_stops_and_the_same_command_finishes(stage, monkeypatch, glm_run, glm_base, train_file, tmp_path):
+    import signal
+
+    import torch
+
+    sft, (recipe, folder) = stage("03_sft"), glm_run
+    before = signal.getsignal(signal.SIGTERM)
+
+    def taken_away(self, args, state, control, **kwargs):
+        if state.global_step == 0:
+            signal.raise_signal(signal.SIGTERM)  # in the middle of the first update
+        self.step_started = 0.0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.Watch, "on_step_begin", taken_away)
+        with pytest.raises(SystemExit) as exit_:
+            train(sft, glm_base, train_file, tmp_path / "out", "--save_steps", 0)
+    assert exit_.value.code == 143
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not (tmp_path / "out/recipe.json").exists()
+    assert train(sft, glm_base, train_file, tmp_path / "out")["loss"] == recipe["loss"]
+    ours, theirs = weights(tmp_path / "out"), weights(folder)
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    signal.signal(signal.SIGTERM, before)
+
+
+def test_a_checkpoint_of_another_run_is_refused(stage, glm_run, glm_base, train_file):
+    sft = stage("03_sft")
+    with pytest.raises(sft.InputError, match="learning_rate was 0.001"):
+        train(sft, glm_base, train_file, glm_run[1], "--learning_rate", 1e-4)
+
+
+def test_a_loss_that_is_no_number_ends_the_run(stage, glm_base, train_file, tmp_path):
+    sft = stage("03_sft")
+    with pytest.raises(sft.InputError, match="grad_norm nan"):
+        train(sft, glm_base, train_file, tmp_path / "out", "--learning_rate", 1e30, "--warmup_steps", 0, "--save_steps", 1)
+    assert [path.name for path in (tmp_path / "out").glob("checkpoint-*")] == ["checkpoint-1"]
+    assert not (tmp_path / "out/model.safetensors").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # What is written
 
 
-@pytest.mark.parametrize("base", ["glm_base", "qwen_base"])
-def test_export_is_bf16_with_the_names_of_the_base(stage, request, train_file, work, base):
+@pytest.mark.parametrize("base, run", [("glm_base", "glm_run"), ("qwen_base", "qwen_run")])
+def test_export_is_bf16_with_the_names_of_the_base(request, base, run):
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    folder, base = (request.getfixturevalue("glm_run")[1], request.getfixturevalue(base))
-    if base.name == "qwen":
-        folder = work / "qwen-1"
-        train(stage("03_sft"), base, train_file, folder)
+    base, (_, folder) = request.getfixturevalue(base), request.getfixturevalue(run)
     before, after = weights(base), weights(folder)
     assert after.keys() == before.keys()
     for name, tensor in after.items():
@@ -380,11 +591,12 @@ def test_recipe_json_tells_the_whole_run(glm_run, train_file):
     recipe, _ = glm_run
     assert recipe["settings"]["global_batch_size"] == 4 and recipe["settings"]["adam_beta2"] == 0.98
     assert recipe["settings"]["max_length"] == 125_000 and recipe["settings"]["num_train_epochs"] == 8
-    assert {"torch", "transformers", "trl", "accelerate", "datasets", "python"} <= recipe["versions"].keys()
+    assert {"torch", "transformers", "trl", "accelerate", "datasets"} == recipe["versions"].keys()
     assert recipe["train_file_sha256"] == hashlib.sha256(train_file.read_bytes()).hexdigest()
     assert recipe["data"]["rows"] == recipe["data"]["samples"] == 5 and recipe["data"]["dropped"] == {}
     assert recipe["steps"] == len(recipe["loss"]) == 3
-    assert {"commit", "processes", "seconds"} <= recipe.keys()
+    assert {"commit", "processes", "seconds", "python"} <= recipe.keys()
+    assert [row["tokens_per_second"] > 0 for row in recipe["log"] if "loss" in row] == [True] * 3
 
 
 def test_recipe_defaults_are_the_released_values(stage):
@@ -393,15 +605,14 @@ def test_recipe_defaults_are_the_released_values(stage):
     assert args.lr_scheduler_kwargs == {"min_lr": 1e-6} and args.warmup_steps == 2 and args.num_train_epochs == 8
 
 
-def test_lora_trains_attention_and_saves_a_merged_model(stage, glm_base, train_file, work):
+def test_lora_trains_attention_and_saves_a_merged_model(lora_run, glm_base):
     import torch
 
-    train(stage("03_sft"), glm_base, train_file, work / "lora", "--lora", "--save_strategy", "no")
-    before, after = weights(glm_base), weights(work / "lora")
+    before, after = weights(glm_base), weights(lora_run[1])
     assert after.keys() == before.keys()
     changed = {name.split(".")[-2] for name in after if not torch.equal(after[name], before[name])}
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj"}
-    assert not (work / "lora/adapter_config.json").exists()
+    assert not (lora_run[1] / "adapter_config.json").exists()
 
 
 def test_from_scratch_needs_only_a_config(stage, glm_base, train_file, work):
@@ -423,6 +634,17 @@ def test_dry_run_writes_what_will_be_trained(stage, glm_base, train_file, work):
     assert '<span class="stop">&lt;|observation|&gt;</span>' in page and "5 of 5 samples" in page
 
 
+@contextlib.contextmanager
+def full_disk_after(size):
+    """No file may grow beyond `size` bytes."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
 def test_full_disk_leaves_the_old_export(stage, glm_base, glm_run, tmp_path):
     import shutil
 
@@ -432,13 +654,8 @@ def test_full_disk_leaves_the_old_export(stage, glm_base, glm_run, tmp_path):
     shutil.copytree(glm_run[1], tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     model, tok = AutoModelForCausalLM.from_pretrained(glm_base), sft.load_tokenizer(str(glm_base))
-    unlimited = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, unlimited[1]))
-    try:
-        with pytest.raises(OSError, match="File too large"):
-            sft.export(model, tok, tmp_path / "out")
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, unlimited)
+    with pytest.raises(OSError, match="File too large"), full_disk_after(20_000):
+        sft.export(model, tok, tmp_path / "out")
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
 
@@ -497,12 +714,145 @@ def test_a_cut_line_is_told_in_one_line(run_stage, one_line_error, glm_base, tmp
     assert not (tmp_path / "o").exists()
 
 
-def test_full_disk_writes_no_half_file(run_stage, one_line_error, glm_base, train_file, tmp_path):
-    small_files = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (2_000, 2_000))  # noqa: E731
+def test_a_misspelt_flag_is_refused(stage, monkeypatch):
+    sft = stage("03_sft")
+    monkeypatch.setattr(sys, "argv", ["03_sft.py", "--learnin_rate", "1e-5"])
+    with pytest.raises(sft.InputError, match="--learnin_rate"):
+        sft.parse_settings(sft.make_parser())
+
+
+def test_full_disk_writes_no_half_file(stage, glm_base, train_file, tmp_path):
+    sft = stage("03_sft")
     flags = ["--model_name_or_path", glm_base, "--train_file", train_file, "--output_dir", tmp_path / "o", "--dry_run"]
-    one_line_error(run_stage("03_sft.py", *flags, preexec_fn=small_files), "File too large")
+    with pytest.raises(OSError, match="File too large"), full_disk_after(2_000):
+        sft.main(*sft.make_parser().parse_args_and_config(args=[str(flag) for flag in flags]))
     assert list((tmp_path / "o").iterdir()) == []
 
 
-def test_a_misspelt_flag_is_told_in_one_line(run_stage, one_line_error):
-    one_line_error(run_stage("03_sft.py", "--learnin_rate", "1e-5"), "--learnin_rate")
+# --------------------------------------------------------------------------------------------------------------------
+# Settings that follow from the model, the data and the layout
+
+
+def test_layout_comes_from_the_launcher_and_must_fit(stage, monkeypatch):
+    sft = stage("03_sft")
+    _, args = sft.make_parser().parse_args_and_config(args=[])
+    assert sft.layout(args) == (False, 1)
+    monkeypatch.setenv("ACCELERATE_USE_PARALLELISM_CONFIG", "true")
+    monkeypatch.setenv("PARALLELISM_CONFIG_CP_SIZE", "8")
+    with pytest.raises(sft.InputError, match="dp_replicate 1 x dp_shard 1 x cp 8 is not the number of processes, 1"):
+        sft.layout(args)
+    monkeypatch.setattr(type(args), "world_size", 8)
+    with pytest.raises(sft.InputError, match="distributed_type: FSDP"):
+        sft.layout(args)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    assert sft.layout(args) == (True, 8)
+
+
+def test_qwen3_is_stretched_to_the_data_and_exported_so(stage, qwen_base, tmp_path):
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sft = stage("03_sft")
+    config = AutoConfig.from_pretrained(qwen_base)
+    assert sft.fit_window(config, 40_960) is None and config.rope_parameters["rope_type"] == "default"
+    assert "YaRN factor 4: window 40,960 -> 131,072" in sft.fit_window(config, 125_000)
+    model = AutoModelForCausalLM.from_pretrained(qwen_base, config=config, dtype=torch.float32)
+    sft.export(model, sft.load_tokenizer(str(qwen_base)), tmp_path, sft.base_names(qwen_base))
+    saved = json.loads((tmp_path / "config.json").read_text())
+    assert saved["max_position_embeddings"] == 131_072
+    rope = saved["rope_parameters"]
+    assert (rope["rope_type"], rope["factor"], rope["original_max_position_embeddings"]) == ("yarn", 4.0, 32_768)
+    plain = AutoModelForCausalLM.from_pretrained(qwen_base, dtype=torch.float32).model.rotary_emb.inv_freq
+    stretched = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).model.rotary_emb.inv_freq
+    assert stretched[-1] == pytest.approx(plain[-1] / 4) and stretched[0] == pytest.approx(plain[0])
+
+
+def test_a_sample_beyond_the_window_is_refused_elsewhere(stage, glm_base):
+    from transformers import AutoConfig
+
+    sft = stage("03_sft")
+    with pytest.raises(sft.InputError, match="16,385 tokens, but the model's window is 16,384; lower --max_length"):
+        sft.fit_window(AutoConfig.from_pretrained(glm_base), 16_385)
+
+
+@pytest.fixture(scope="session")
+def air():
+    """GLM-4.5-Air's config.json."""
+    from transformers import Glm4MoeConfig
+
+    return Glm4MoeConfig(vocab_size=151552, hidden_size=4096, intermediate_size=10944, moe_intermediate_size=1408,
+                         num_hidden_layers=46, num_attention_heads=96, num_key_value_heads=8, head_dim=128,
+                         n_routed_experts=128, num_experts_per_tok=8, n_shared_experts=1, first_k_dense_replace=1,
+                         attention_bias=True)  # fmt: skip
+
+
+def test_parameters_and_memory_of_glm_air(stage, air):
+    """By hand: 106.85 billion parameters, 2.34 in a layer; 12.18 at work on a token beside the 1.24 of embedding and
+    output layer: 45 x (8 + 1) experts of 3 x 4096 x 1408, attention 4096 x 128 x (2 x 96 + 2 x 8), ..."""
+    sft = stage("03_sft")
+    total, active, layer = sft.census(air)
+    attention, expert, router = 4096 * 128 * (2 * 96 + 2 * 8) + 128 * (96 + 2 * 8), 3 * 4096 * 1408, 128 * 4096
+    everywhere = 46 * (attention + 2 * 4096) + 45 * (expert + router) + 3 * 4096 * 10944
+    assert total == everywhere + 45 * 128 * expert + 2 * 151552 * 4096 + 4096
+    assert active == everywhere + 45 * 8 * expert
+    assert layer == attention + 2 * 4096 + 129 * expert + router
+    parts = sft.memory_per_device(air, total, layer, 125_000, devices=16, cp=8, fsdp=True, lora=False)
+    assert parts["weights"] == parts["gradients"] == pytest.approx(4 * total / 16 / 1e9)
+    assert parts["optimizer"] == pytest.approx(8 * total / 16 / 1e9)
+    assert 25 < parts["activations"] < 35
+
+
+def test_floating_point_operations_by_hand(stage, glm_base):
+    """6 for each weight and token; attention: forward 2 products of n x n / 2 x heads x head_dim, 2 operations each."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(glm_base)
+    attention = 3 * 2 * (2 * 2 * 100 * 100 / 2 * 2 * 32)  # layers 2, heads 2 x 32; backward is twice forward
+    expected = 6 * 1000 * 100 + 6 * 30 * 277 * 32 + attention
+    assert stage("03_sft").sample_flops(config, 1000, 100, 30) == pytest.approx(expected)
+
+
+def test_an_export_without_the_names_of_the_base_is_refused(stage, glm_base, glm_run, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    sft = stage("03_sft")
+    model, tok = AutoModelForCausalLM.from_pretrained(glm_base), sft.load_tokenizer(str(glm_base))
+    names = sft.base_names(glm_base)
+    assert len(names) == 39
+    sft.export(model, tok, tmp_path / "mtp", names | {"model.layers.46.eh_proj.weight"})  # never loaded: the MTP layer
+    for others in (names | {"model.layers.2.mlp.gate.weight"}, names - {"lm_head.weight"}):
+        with pytest.raises(sft.InputError, match="1 differ, such as (model.layers.2.mlp.gate|lm_head).weight"):
+            sft.export(model, tok, tmp_path / "out", others)
+        assert not (tmp_path / "out/config.json").exists()
+
+
+def test_lora_says_what_it_adapts_and_refuses_what_it_would_miss(stage, glm_base, qwen_base, train_file, tmp_path, capsys):
+    import torch
+
+    sft, flags = stage("03_sft"), ["--lora", "--max_steps", 2, "--lora_target_modules"]
+    train(sft, qwen_base, train_file, tmp_path / "out", *flags, "o_proj", "up_proj")
+    assert "LoRA on 2 x o_proj, 2 x up_proj" in capsys.readouterr().out
+    before, after = weights(qwen_base), weights(tmp_path / "out")
+    changed = {name.split(".")[-2] for name in after if not torch.equal(after[name], before[name])}
+    assert changed == {"o_proj", "up_proj"}
+    with pytest.raises(sft.InputError, match="no linear layer of the model is named query"):
+        train(sft, qwen_base, train_file, tmp_path / "none", *flags, "q_proj", "query")
+    with pytest.raises(sft.InputError, match="down_proj.*experts"):
+        train(sft, glm_base, train_file, tmp_path / "moe", *flags, "q_proj", "down_proj")
+
+
+@pytest.mark.parametrize("name", sorted(path.parent.name for path in (ROOT / "recipes").glob("*/accelerate.yaml")))
+def test_recipes_parse(stage, name):
+    """Both YAML files; the processes match the layout and divide the global batch."""
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    folder = ROOT / "recipes" / name
+    config = load_config_from_file(str(folder / "accelerate.yaml"))
+    sizes = config.parallelism_config or {}
+    cp = sizes.get("parallelism_config_cp_size", 1)
+    if sizes:
+        assert sizes["parallelism_config_dp_shard_size"] * cp == config.num_processes
+    settings, args = stage("03_sft").make_parser().parse_args_and_config(args=["--config", str(folder / "sft.yaml")])
+    assert settings.global_batch_size % (config.num_processes // cp) == 0
+    assert args.output_dir == f"outputs/{name}"
+    assert config.fsdp_config["fsdp_version"] == 2 and not config.fsdp_config["fsdp_cpu_ram_efficient_loading"]

@@ -811,7 +811,7 @@ def test_what_was_trained_is_what_is_served(m, stage, make_model, tmp_path):
     loaded = sft.load_tokenizer(str(tmp_path))
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     with m.vllm_server(command, tmp_path / "vllm.log") as url:
-        for end in (2, 5, 8, 9):  # every prompt of this conversation that the server is asked to go on from
+        for end in (2, 5, 7, 9):  # every prompt of this conversation that the server is asked to go on from
             start = [i for i, message in enumerate(messages[:end]) if message["role"] == "user"][-1] + 1
             conversation = messages[:end] + [messages[-1]]
             ids, labels = sft.encode(loaded, conversation, m.TOOLS, first=start)
