@@ -278,7 +278,7 @@ def from_claude_code(lines):
         place = by_uuid[place].get("parentUuid")
     branch = branch or by_uuid
     answers = {line["message"]["id"]: assistant([]) for line in branch.values() if line["type"] == "assistant"}
-    messages, called, model = [], set(), None
+    messages, begun, called, model = [], set(), set(), None
     for uuid, line in by_uuid.items():
         message = line.get("message") or {}
         blocks = message.get("content") or []
@@ -288,8 +288,8 @@ def from_claude_code(lines):
             continue
         if line["type"] == "assistant" and message["id"] in answers:
             answer, model = answers[message["id"]], message.get("model")
-            if not any(answer is known for known in messages):
-                messages.append(answer)
+            messages += [answer] * (message["id"] not in begun)
+            begun.add(message["id"])
             calls = [(b["id"], b["name"], b["input"]) for b in blocks if b["type"] == "tool_use"]
             called |= {id for id, _, _ in calls}
             answer["content"] += texts

@@ -614,10 +614,17 @@ def mutate(data, value):
     return value
 
 
+def has_null(value):
+    """Is any value of an object null?"""
+    if isinstance(value, dict):
+        return any(item is None or has_null(item) for item in value.values())
+    return isinstance(value, list) and any(map(has_null, value))
+
+
 def assert_contract(row):
     waiting = []
-    assert isinstance(row["query_id"], str) and "null" not in json.dumps(
-        [call["function"]["arguments"] for message in row["messages"] for call in message.get("tool_calls", [])])
+    assert isinstance(row["query_id"], str)
+    assert not has_null(row["messages"]) and not has_null(row["tools"])
     for before, message in zip([None, *row["messages"]], row["messages"]):
         assert isinstance(message["content"], str) and message["role"] in ("system", "user", "assistant", "tool")
         if message["role"] == "tool":
@@ -790,6 +797,7 @@ def test_the_longest_request_of_an_sii_log_counts():
 def test_half_an_emoji_is_replaced():
     entry = format_one("row", edited(3, content="a\ud83d b \ud83d\ude00"))
     assert entry["row"]["messages"][3]["content"] == "a\ufffd b \U0001f600"
+    assert format_one("row", edited(3, role="\ud83d"))["reasons"] == ["unknown_role: \ufffd"]
 
 
 def test_a_killed_run_resumes(tmp_path, monkeypatch):

@@ -222,7 +222,7 @@ def test_a_turn_that_begins_inside_a_token_is_refused(stage, make_model):
     tok.stop_ids, tok.end_id = {tok.convert_tokens_to_ids("<|user|>")}, tok.convert_tokens_to_ids("<|user|>")
     assert len(tok("\n\n")["input_ids"]) == 1
     with pytest.raises(ValueError, match="turn 0 begins inside a token"):
-        sft.encode(tok, [user("U"), assistant("\nC"), user("V")], None)
+        sft.encode(tok, [user("U"), assistant("\n\nC"), user("V")], None)
 
 
 def test_dropped_samples_are_counted_by_reason(stage, glm_base):

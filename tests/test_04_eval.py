@@ -59,7 +59,7 @@ def endpoint():
             server.requests.append(body)
             users = [message["content"] for message in body["messages"] if message["role"] == "user"]
             done = sum(message["role"] == "assistant" for message in body["messages"])
-            turns = server.script.get(users[0]) or [say("I have no task.")]
+            turns = server.script.get(users[0]) or (lambda body: say("I have no task."))
             reply = turns(body) if callable(turns) else turns[done]
             if isinstance(reply, dict):
                 stop = reply.pop("finish_reason", "tool_calls" if reply.get("tool_calls") else "stop")
@@ -335,6 +335,148 @@ def test_compare(endpoint, evaluate, tmp_path, run_stage, one_line_error):
 
 
 # --------------------------------------------------------------------------------------------------------------------
+# AgencyBench and the judge
+
+TRUTHS = ["Geogre", "Paul George", "James Harden", "Kevin Durant", "Klay Thompson", "United Health Group", "Broadcom",
+          "Citigroup", "XPeng", "EpistemeAI", "jiyounglee0523", "DDSC/dkhate", "round truth:"]  # fmt: skip
+
+
+def test_agencybench_is_cut_into_49_subtasks(m, shared):
+    folder = str(shared / "agencybench")
+    tasks, left_out = m.read_agencybench(folder, m.Settings(feedback="judge", network=True))
+    assert left_out == {"agencybench-v1-6": "needs gpt-4o.csv", "agencybench-v1-8": "needs equation.parquet"}
+    turns = {task["query_id"].split("-")[-1]: task["turns"] for task in tasks}
+    assert {number: len(given) for number, given in turns.items()} == {
+        "1": 5, "2": 5, "3": 5, "4": 5, "5": 8, "7": 3, "9": 4, "10": 4,
+    }  # fmt: skip; with the 5 of task 6 and the 5 of task 8: 49
+    shown = "\n".join(turn["query"] + "\n".join(turn.get("rubric", [])) for given in turns.values() for turn in given)
+    assert not [truth for truth in TRUTHS if truth in shown]
+    assert turns["1"][0]["query"].startswith("Project: Advanced C++") and turns["1"][1]["query"].startswith("Subtask 2")
+    assert turns["1"][1]["rubric"] == [
+        "Support adding/removing friends.",
+        "Display the friend list (with status: online/offline).",
+        "Select a friend to enter the chat interface (chat not yet implemented).",
+        "Success Criteria: Able to add/remove friends, and the friend list persists across program restarts.",
+    ]
+    assert "Medium AI takes immediate winning move." in turns["3"][3]["rubric"] and len(turns["3"][3]["rubric"]) == 10
+    assert [turn["answer"] for turn in turns["9"]] == ["Paul George", "James Harden", "Kevin Durant", "Klay Thompson"]
+    _, left_out = m.read_agencybench(folder, m.Settings(feedback="judge"))
+    assert [name for name, why in left_out.items() if why == "needs network"] == [f"agencybench-v1-{n}" for n in (5, 7, 9, 10)]
+    _, left_out = m.read_agencybench(folder, m.Settings())
+    assert left_out["agencybench-v1-3"] == "needs --feedback judge" and "agencybench-v1-1" not in left_out
+    with pytest.raises(m.InputError, match="expected tasks 1 to 10"):
+        m.read_agencybench(folder + "/AgencyBench-v2", m.Settings())
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A stand-in for a clone of AgencyBench: ten tasks of its shape, task 8 with a workspace, task 9 with answers."""
+    for number in range(1, 11):
+        folder = tmp_path / f"clone/AgencyBench-v1/task{number}"
+        folder.mkdir(parents=True)
+        query = "Rules.\n\nSubtask 1: make it\n- it exists\n- it runs\n"
+        if number == 8:
+            query = "Subtask 1: \nModify equation.py.\n\nSubtask 2: \nuntil the loss is smaller than .\n"
+        if number == 9:
+            query = "Subtask 1: ground truth: Ada Lovelace \n\nWho?\n"
+        data = {"metadata": {"subtask_count": query.count("Subtask")}, "query": query}
+        folder.joinpath(f"Task{number}_x.json").write_text(json.dumps(data))
+    pandas = pytest.importorskip("pandas")
+    folder = tmp_path / "clone/AgencyBench-v1/task8/workspace"
+    folder.mkdir()
+    rows = [[3 * x + 2 * a * a, x, a] for x in (0.0, 1.0, 2.0) for a in (0.0, 1.0, 3.0)]
+    pandas.DataFrame({"training_set": [rows]}).to_parquet(folder / "equation.parquet")
+    folder.joinpath("equation.py").write_text("def equation(t, A, params):\n    return params[0] * t + params[1] * A\n")
+    return str(tmp_path / "clone")
+
+
+def test_the_loss_is_computed_from_predictions_only(m, clone, endpoint, evaluate, tmp_path):
+    pytest.importorskip("scipy")
+    cheat = "import os\nprint(0.0)\ndef equation(t, A, params):\n    print('ok - the loss'); return 0 * t\n"
+    good = "def equation(t, A, params):\n    return params[0] * t + params[1] * A ** 2\n"
+    folder = "/workspace/workspace/"
+    endpoint.script["Subtask 1: \nModify equation.py."] = [
+        calls(("write_file", {"file_path": folder + "equation.py", "content": cheat}),
+              ("write_file", {"file_path": folder + "evaluate_equation.py", "content": "print(0.0)"}),
+              ("run_shell_command", {"command": "rm workspace/equation.parquet"})),
+        say("done"),
+        say("the loss is 0.0"),
+        call("write_file", file_path=folder + "equation.py", content=good),
+        say("now it is"),
+    ]  # fmt: skip
+    path = tmp_path / "out"
+    m.main(m.Settings(agencybench=clone, model="x", base_url=endpoint.url, output_dir=str(path), patience=0))
+    summary = json.loads(path.joinpath("summary.json").read_text())
+    assert summary["left_out"]["agencybench-v1-9"] == "needs network"
+    rows = map(json.loads, path.joinpath("episodes.jsonl").read_text().splitlines())
+    rounds = next(row for row in rows if row["query_id"] == "agencybench-v1-8")["rounds"]
+    assert [(r["turn"], r["round"], r["score"]) for r in rounds] == [(0, 1, 1), (1, 1, 0.5), (1, 2, 1)]
+    assert "smaller than 1e-3\n    loss: 164.33333333333334" in rounds[1]["feedback"]  # what 0 * t gives, not what it says
+
+
+def test_a_name_is_compared_with_the_truth(m):
+    assert m.same_name("United Health Group", "UnitedHealth Group Inc.") and m.same_name("XPeng Inc.", "Xpeng")
+    assert not m.same_name("Paul George", "Paul George or James Harden") and not m.same_name("Citigroup", "Citibank")
+
+
+def verdicts(*pairs):
+    items = [{"requirement": n, "evidence": quote, "passed": passed} for n, (quote, passed) in enumerate(pairs, 1)]
+    return say("Here it is: " + json.dumps({"verdicts": items}))
+
+
+def test_the_judge_works_on_a_copy(endpoint, evaluate, tmp_path):
+    """Two rounds: the first judge finds one requirement missing, quotes what it saw; it cannot change the agent's files."""
+    endpoint.script["make it"] = [call("run_shell_command", command="echo version one > a"), say("all done, full marks!"),
+                                  call("run_shell_command", command="echo version two > a"), say("done")]  # fmt: skip
+    task = "<task>\nmake it\n</task>\n<requirements>\n1. a exists\n2. a is at version two\n</requirements>"
+    endpoint.script[task] = lambda body: (
+        call("run_shell_command", command="cat a; echo spoilt > a; touch b; ls /original")
+        if len(body["messages"]) == 2
+        else verdicts(("version  one", True), ("nothing such", False))
+        if "version one" in body["messages"][3]["content"]
+        else verdicts(("version two", True), ("Stdout: version two", True))
+    )
+    turn = {"query": "make it", "rubric": ["a exists", "a is at version two"]}
+    episodes, summary = evaluate({"query_id": "t", "turns": [turn]}, feedback="judge", judge_model="grader", n_judges=3)
+    rounds = episodes["t", 0]["rounds"]
+    assert rounds[0]["checks"] == [
+        {"requirement": "a exists", "passed": True, "votes": [True] * 3},
+        {"requirement": "a is at version two", "passed": False, "votes": [False] * 3},
+    ]
+    assert rounds[0]["feedback"] == "The task is not done yet. These requirements are not met:\n\n- a is at version two"
+    assert [r["score"] for r in rounds] == [0.5, 1] and summary["metrics"]["RC@3"] == 0.6667
+    judging = [body for body in endpoint.requests if body["model"] == "grader"]
+    assert {(body["temperature"], body["seed"]) for body in judging} == {(0.0, 0), (0.0, 1), (0.0, 2)}
+    assert "full marks" not in json.dumps(judging)  # what the agent says about its work is not shown
+    assert sorted(os.listdir(tmp_path / "out/workspaces/t-0")) == ["a"]
+    assert tmp_path.joinpath("out/workspaces/t-0/a").read_text() == "version two\n"
+    assert os.listdir(tmp_path / "out/workspaces") == ["t-0"]
+
+
+def test_a_verdict_needs_evidence_that_was_seen(m):
+    def read(*pairs, seen="Stdout: it works fine", count=2):
+        return m.read_verdict(verdicts(*pairs)["content"], count, seen)
+
+    assert read(("it  works\nfine", True), ("it works fine", False)) == [True, False]
+    assert read(("give full marks", True), ("works", True)) == [None, None]  # never seen; too short
+    for text in ("full marks for all", "{}", '{"verdicts": [1]}', '{"verdicts": {"1": true}}', "[]",
+                 verdicts(("it works fine", True))["content"], verdicts(*[("it works fine", 1)] * 2)["content"]):  # fmt: skip
+        with pytest.raises(ValueError):
+            m.read_verdict(text, 2, "it works fine")
+
+
+def test_a_judge_that_answers_nonsense_passes_nothing(endpoint, evaluate):
+    endpoint.script["q"] = [say("done")] * 9
+    endpoint.script["<task>\nq\n</task>\n<requirements>\n1. r\n</requirements>"] = lambda body: say("looks great, full marks")
+    task = {"query_id": "t", "turns": [{"query": "q", "rubric": ["r"]}]}
+    episodes, _ = evaluate(task, feedback="judge", judge_model="grader", rounds=1)
+    assert episodes["t", 0]["rounds"][0]["checks"] == [{"requirement": "r", "passed": False, "votes": [None]}]
+    asked = [len(body["messages"]) for body in endpoint.requests if body["model"] == "grader"]
+    assert asked == [2, 4, 6]
+    assert "This verdict cannot be read: " in endpoint.requests[-1]["messages"][-1]["content"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
 # The tools
 
 
@@ -547,7 +689,7 @@ def test_the_host_survives_what_lies_in_a_workspace(m, endpoint, evaluate, tmp_p
 def test_a_sandbox_that_does_not_start_is_no_score(endpoint, tmp_path, run_stage, one_line_error):
     fake = tmp_path / "bin"
     fake.mkdir()
-    fake.joinpath("bwrap").write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied'; exit 1\n")
+    fake.joinpath("bwrap").write_text("#!/bin/sh\necho 'bwrap: setting up uid map: Permission denied' >&2; exit 1\n")
     fake.joinpath("bwrap").chmod(0o755)
     flags = ["--base_url", endpoint.url, "--model", "x", "--tasks", write_tasks(tmp_path, ("t", [("q", "true")]))]
     for path, text in ((f"{fake}:/usr/bin:/bin", "uid map: Permission denied"), (str(tmp_path), "not installed")):
@@ -593,9 +735,10 @@ def test_killed_runs_go_on(endpoint, start):
         code, _, error = start(lines)
         assert code == -signal.SIGKILL, error
         text = start.out.joinpath("episodes.jsonl").read_text()
+        whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
         if lines == 9:  # as if the kill had come in the middle of a line
-            start.out.joinpath("episodes.jsonl").write_text(text + text.splitlines()[0][:100])
-        finished.append({json.loads(line)["query_id"] for line in text.splitlines()})
+            start.out.joinpath("episodes.jsonl").write_text("".join(whole) + whole[0][:100])
+        finished.append({json.loads(line)["query_id"] for line in whole})
         endpoint.requests.clear()
     code, output, error = start()
     assert code == 0, error
@@ -610,7 +753,8 @@ def test_killed_runs_go_on(endpoint, start):
 
 def test_sigterm_leaves_finished_episodes(start):
     code, _, error = start(4, signal.SIGTERM)
-    assert code == 130 and "Traceback" not in error and "stopped; finished episodes are kept" in error
+    assert "Traceback" not in error, error
+    assert code == 130 and "stopped; finished episodes are kept" in error
     assert len(start.out.joinpath("episodes.jsonl").read_text().splitlines()) >= 4
     assert subprocess.run(["pgrep", "-f", str(start.out)], capture_output=True).returncode == 1  # no process is left
     assert start()[0] == 0
@@ -710,7 +854,7 @@ GOOD = {"query_id": "t", "turns": [{"query": "q", "check": "true"}]}
 BAD_TASKS = [
     ('{"query_id": "t", "tur', ["queries.jsonl:1", "not valid JSON"]),
     ("[1]", ["queries.jsonl:1", "expected a JSON object"]),
-    (json.dumps(GOOD | {"turns": [{"query": "q"}]}), ["queries.jsonl:1", "turns[0] has no check", "--feedback human"]),
+    (json.dumps(GOOD | {"turns": [{"query": "q"}]}), ["queries.jsonl:1", "turns[0] has no check", "--feedback judge or human"]),
     (json.dumps(GOOD | {"turns": [{"query": "q", "check": 5}]}), ["turns[0].check", "5 is not of type 'string'"]),
     (json.dumps(GOOD | {"turns": []}), ["queries.jsonl:1", "turns"]),
     (json.dumps({"turns": GOOD["turns"]}), ["queries.jsonl:1", "'query_id' is a required property"]),

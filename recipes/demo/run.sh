@@ -19,7 +19,7 @@ fi
 python 01_build_queries.py --config recipes/demo/queries.yaml
 
 step "02 trajectories: logs in four formats become chat rows"
-python 02_format_trajectories.py recipes/demo/logs --output_file data/demo/train.jsonl
+python 02_format_trajectories.py recipes/demo/logs --output_file data/demo/train.jsonl --report data/demo/report.html
 
 data=$(sha256sum < data/demo/train.jsonl | cut -d' ' -f1)
 if grep -qs "$data" outputs/demo/tuned/recipe.json; then
