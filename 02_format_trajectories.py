@@ -14,6 +14,7 @@ import html
 import io
 import itertools
 import json
+import math
 import re
 import sys
 import zlib
@@ -1038,21 +1039,27 @@ def draw_plots(cards, reasons):
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(2, 3, figsize=(15, 7), layout="constrained")
-    tokens = [card["tokens"] for card in cards if card["tokens"]]
-    mean = f"mean {sum(tokens) / len(tokens):,.0f}" if tokens else "needs --tokenizer"
-    numbers = {f"tokens per trajectory ({mean})": tokens,
-               "messages per trajectory": [card["messages"] for card in cards],
-               "tool calls per trajectory": [len(card["tools"]) for card in cards]}
-    counts = {"calls by tool": Counter(tool for card in cards for tool in card["tools"]),
+    tokens = [card["tokens"] for card in cards if card["tokens"]]  # none without --tokenizer
+    mean = sum(tokens) / max(len(tokens), 1)
+    panels = {f"tokens per trajectory (mean {mean:,.0f})": tokens,
+              "messages per trajectory": [card["messages"] for card in cards],
+              "tool calls per trajectory": [len(card["tools"]) for card in cards],
+              "calls by tool": Counter(tool for card in cards for tool in card["tools"]),
               "trajectories by domain": Counter(card["domain"] for card in cards),
               "rejects by reason": Counter(dict(count_reasons(reasons)))}
-    for axis, (title, values) in zip(axes[0], numbers.items()):
-        axis.hist(values, bins=30, color="#16a34a")
-        axis.set(title=title, ylabel="trajectories")
-    for axis, (title, counter) in zip(axes[1], counts.items()):
-        names, sizes = zip(*counter.most_common(15)[::-1]) if counter else ((), ())
-        axis.barh([name[:40].replace("$", r"\$") for name in names], sizes, color="#2563eb")  # $ would begin a formula
+    panels = {title: values for title, values in panels.items() if values}
+    rows = max(1, math.ceil(len(panels) / 3))
+    figure, axes = pyplot.subplots(rows, 3, figsize=(15, 3.5 * rows), layout="constrained", squeeze=False)
+    for axis in axes.flat[len(panels):]:
+        axis.set_axis_off()
+    for axis, (title, values) in zip(axes.flat, panels.items()):
+        if isinstance(values, Counter):
+            names, sizes = zip(*values.most_common(15)[::-1])
+            axis.barh([name[:40].replace("$", r"\$") for name in names], sizes, color="#2563eb")  # $ begins a formula
+        else:
+            axis.hist(values, bins=30 if len(values) > 30 else 10, color="#16a34a")
+            axis.set(ylabel="trajectories")
+            axis.yaxis.get_major_locator().set_params(integer=True)
         axis.set(title=title)
     picture = io.StringIO()
     figure.savefig(picture, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))

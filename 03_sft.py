@@ -277,6 +277,13 @@ def tokenize(tok, rows, max_length):
     return samples, dropped
 
 
+PAGE = """<!doctype html><meta charset="utf-8"><title>trained tokens</title><style>
+body{font:14px system-ui;margin:2em auto;max-width:70em} pre{white-space:pre-wrap;overflow-wrap:anywhere;padding:1em;
+background:#f6f8fa} .context{color:#57606a} .trained{background:#b7ebc0} .stop{background:#cf222e;color:#fff}</style>
+<h1>What the model learns</h1><p><span class=trained>trained</span> <span class=stop>stop token, trained</span>
+<span class=context>context, no loss</span>"""
+
+
 def sample_page(tok, samples, limit=60_000):
     """HTML page of the first samples, up to `limit` tokens: trained tokens coloured, stop tokens marked."""
     parts, shown = [], 0
@@ -284,26 +291,15 @@ def sample_page(tok, samples, limit=60_000):
         if shown and shown + len(sample["input_ids"]) > limit:
             break
         shown += len(sample["input_ids"])
-        runs = []  # [kind, ids]: tokens of a run are decoded together, a character may span several
+        runs = []  # (kind, ids): tokens of a run are decoded together, a character may span several
         for token, label in zip(sample["input_ids"], sample["labels"]):
             kind = "context" if label == -100 else "stop" if token in tok.stop_ids else "trained"
             if not runs or runs[-1][0] != kind or kind == "stop":
                 runs.append((kind, []))
             runs[-1][1].append(token)
         body = "".join(f'<span class="{kind}">{html.escape(tok.decode(ids))}</span>' for kind, ids in runs)
-        trained = sum(label != -100 for label in sample["labels"])
-        parts.append(f"<h2>{html.escape(sample['query_id'])}</h2><p>{len(sample['input_ids']):,} tokens, "
-                     f"{trained:,} trained</p><pre>{body}</pre>")  # fmt: skip
-    return (
-        '<!doctype html><meta charset="utf-8"><title>trained tokens</title><style>'
-        "body{font:14px system-ui;margin:2em auto;max-width:70em;color:#1f2328}"
-        "pre{white-space:pre-wrap;overflow-wrap:anywhere;font:12px/1.5 ui-monospace,monospace;background:#f6f8fa;"
-        "padding:1em;border-radius:6px}.context{color:#57606a}.trained{background:#b7ebc0}"
-        ".stop{background:#cf222e;color:#fff;border-radius:3px}</style>"
-        f"<h1>What the model learns</h1><p><span class=trained>trained</span> <span class=stop>stop token, trained"
-        f"</span> <span class=context>context, no loss</span>; {len(parts)} of {len(samples)} samples shown</p>"
-        + "".join(parts)
-    )
+        parts.append(f"<h2>{html.escape(sample['query_id'])}</h2><pre>{body}</pre>")
+    return f"{PAGE}; {len(parts)} of {len(samples)} samples shown</p>" + "".join(parts)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -352,7 +348,7 @@ def fit_window(config, longest):
     factor, original = math.ceil(longest / 32_768), 32_768
     yarn = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": original}
     config.rope_parameters, config.max_position_embeddings = rope | yarn, factor * original
-    return f"YaRN factor {factor}: window {window:,} -> {factor * original:,} for the longest sample, {longest:,} tokens"
+    return f"YaRN factor {factor} for a sample of {longest:,} tokens: window {window:,} -> {factor * original:,}"
 
 
 def load_model(settings, args, config, fsdp, source):
@@ -386,8 +382,8 @@ def load_model(settings, args, config, fsdp, source):
 
 def base_names(model_name_or_path):
     """Tensor names of a checkpoint, without its weights."""
-    index = cached_file(model_name_or_path, "model.safetensors.index.json", _raise_exceptions_for_missing_entries=False)
-    if index:
+    name = "model.safetensors.index.json"
+    if index := cached_file(model_name_or_path, name, _raise_exceptions_for_missing_entries=False):
         return set(json.loads(Path(index).read_text())["weight_map"])
     with safe_open(cached_file(model_name_or_path, "model.safetensors"), "pt") as file:
         return set(file.keys())
@@ -420,7 +416,7 @@ def export(model, tok, output_dir, names=None, main_process=True):
         tok.save_pretrained(partial)
         config = json.loads((partial / "config.json").read_text()) | {"dtype": "bfloat16", "use_cache": True}
         (partial / "config.json").write_text(json.dumps(config, indent=2))
-        ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["$^"]))  # GLM-4.5's MTP layer
+        ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["$^"]))  # GLM-4.5: its MTP layer
         written = base_names(partial)
         lost = {name for name in (names or written) - written if not ignored.search(name)}
         if wrong := sorted(lost - model.all_tied_weights_keys.keys() | written - (names or written)):
@@ -454,7 +450,7 @@ class Trainer(SFTTrainer):
                 raise InputError(f"{told}; the last checkpoint and export are as they were; lower --learning_rate")
             seconds = time.monotonic() - self.watch.step_started
             tokens, flops = self.watch.work[self.state.global_step - 1]
-            logs["tokens_per_second"] = round(tokens / seconds)
+            logs["seconds"], logs["tokens_per_second"] = round(seconds, 4), round(tokens / seconds)
             if torch.cuda.is_available():
                 logs["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
                 peak = [flops for chip, flops in PEAK_FLOPS.items() if chip in torch.cuda.get_device_name()]
@@ -515,41 +511,44 @@ def sample_flops(config, active, tokens, trained):
 
 
 def memory_per_device(config, total, layer, longest, devices, cp, fsdp, lora):
-    """GB of {"weights", "optimizer", "gradients", "activations"}: a calculation, not a measurement.
+    """GB of {"weights", "optimizer", "gradients", "activations", "host"}: a calculation, not a measurement.
 
-    fp32 weights and gradients, AdamW's two fp32 moments. Activations: one layer being recomputed (the inputs of all
-    others are offloaded to the host), the output layer's gradients, and the layers that FSDP2 gathers in bf16 (or
-    autocast's bf16 copy of all weights without it).
+    fp32 weights and gradients, AdamW's two fp32 moments. Activations: one layer being recomputed, the output layer's
+    gradients, the layers that FSDP2 gathers in bf16; without it autocast's bf16 copy of all weights and a residual
+    stream in fp32. Host: what gradient checkpointing offloads, the inputs of all layers.
     """
     shards, trained, k = devices if fsdp else 1, 0.01 if lora else 1.0, getattr(config, "num_experts_per_tok", 0)
     width = (k + 1) * config.moe_intermediate_size if k else config.intermediate_size
     heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
-    per_token = 20 * config.hidden_size + 8 * heads + 10 * width + 4 * k * config.hidden_size
+    residual = (2 if fsdp else 4) * config.hidden_size
+    per_token = 10 * residual + 8 * heads + 10 * width + 4 * k * config.hidden_size
     gathered = (4 + 4 * trained) * layer if fsdp else 2 * total
-    return {
-        "weights": 4 * total / shards / 1e9,
-        "optimizer": 8 * total * trained / shards / 1e9,
-        "gradients": 4 * total * trained / shards / 1e9,
-        "activations": (longest / cp * per_token + 6 * config.vocab_size * config.hidden_size + gathered) / 1e9,
+    parts = {
+        "weights": 4 * total / shards,
+        "optimizer": 8 * total * trained / shards,
+        "gradients": 4 * total * trained / shards,
+        "activations": longest / cp * per_token + 6 * config.vocab_size * config.hidden_size + gathered,
+        "host": longest / cp * residual * config.num_hidden_layers,
     }
+    return {name: part / 1e9 for name, part in parts.items()}
 
 
 def print_memory(config, longest, here, lora):
     """The dry run's table: the layout at hand, then the usual ones, and what to change where it does not fit."""
     total, active, layer = census(config)
     card = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 80.0
-    print(f"{total / 1e9:.3g} billion parameters, {active / 1e9:.3g} active. Memory per device in GB, calculated, for a "
-          f"sample of {longest:,} tokens with gradient checkpoints in the host's memory:")  # fmt: skip
+    print(f"{total / 1e9:.3g} billion parameters, {active / 1e9:.3g} active\n"
+          f"GB per device, calculated, for a sample of {longest:,} tokens:")  # fmt: skip
     for devices, cp, fsdp in [here, *((n, cp, True) for n, cp in ((2, 1), (8, 1), (8, 8), (16, 8), (32, 8), (64, 8)))]:
         parts = memory_per_device(config, total, layer, longest, devices, cp, fsdp, lora)
-        needed = sum(parts.values())
-        told = ", ".join(f"{name} {part:.3g}" for name, part in parts.items())
-        full = needed > 0.9 * card  # the allocator needs some room
-        print(f"{devices:3} device(s){', FSDP2' * fsdp}, context parallel {cp}: {told} = {needed:.3g}"
-              f"{f', too much for {card:.0f}' * full}")  # fmt: skip
-        if full and (devices, cp, fsdp) == here:
-            print("    the layout at hand does not fit: accelerate launch --config_file recipes/NAME/accelerate.yaml on "
-                  "more devices, --lora, or a lower --max_length")  # fmt: skip
+        told = ", ".join(f"{name} {part:,.1f}" for name, part in parts.items())
+        needed = sum(parts.values()) - parts["host"]
+        fits = needed < 0.9 * card  # the allocator needs some room
+        print(f"{devices:3} device(s){', FSDP2' * fsdp}, context parallel {cp}: {needed:,.1f} of {card:.0f} ({told})"
+              f"{'' if fits else ' does not fit'}")  # fmt: skip
+        if not fits and (devices, cp, fsdp) == here:
+            print("    use more devices (accelerate launch --config_file recipes/NAME/accelerate.yaml), --lora, or a "
+                  "lower --max_length")  # fmt: skip
 
 
 def lora_config(settings, model):
@@ -653,7 +652,8 @@ def main(settings, args):
     model = load_model(settings, args, config, fsdp, settings.model_name_or_path if from_base else resume)
     peft_config = lora_config(settings, model) if settings.lora else None
     watch = Watch(work)
-    trainer = Trainer(model, args, train_dataset=dataset, processing_class=tok, peft_config=peft_config, callbacks=[watch])
+    given = dict(train_dataset=dataset, processing_class=tok, peft_config=peft_config, callbacks=[watch])
+    trainer = Trainer(model, args, **given)
     trainer.watch = watch
     if settings.lora and fsdp:  # the adapters are not sharded: made equal at the start, their gradients averaged
         trainer._sync_replicated_trainable_parameters(trainer.model)

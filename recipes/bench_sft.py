@@ -3,8 +3,8 @@
     python recipes/bench_sft.py --model_name_or_path Qwen/Qwen3-4B --lengths 8192 16384 32768 65536 125000
     python recipes/bench_sft.py --model_name_or_path outputs/demo/base --train_file data/demo/train.jsonl --steps 20
 
-Plain TRL: SFTTrainer with assistant_only_loss, no cut at max_length, one sample a step, fp32 weights (bf16 compute on a
-GPU) as here, otherwise TRL's own settings. Only the model's config.json and tokenizer are needed. Every row of the
+Plain TRL: SFTTrainer with assistant_only_loss, no cut at max_length, one sample a step, fp32 weights (bf16 compute on
+a GPU) as here, otherwise TRL's own settings. Only the model's config.json and tokenizer are needed. Every row of the
 table is a process of its own, so one that runs out of memory says so and the table goes on.
 """
 
@@ -37,12 +37,10 @@ def ours(sft, model, train_file, steps, folder):
     """Seconds of each step, from the log that 03_sft.py writes."""
     flags = ["--model_name_or_path", model, "--train_file", train_file, "--output_dir", folder, "--from_scratch",
              "--global_batch_size", 1, "--max_steps", steps, "--max_length", 10**6]  # fmt: skip
-    settings, args = sft.make_parser().parse_args_and_config(args=[str(flag) for flag in flags])
-    seconds, log = [], sft.Trainer.log
-    sft.Trainer.log = lambda self, logs, *rest: (seconds.append(time.monotonic() - self.watch.step_started), log(self, logs, *rest))
     sft.export = lambda *_: None  # writing the random model is not what is measured
-    sft.main(settings, args)
-    return seconds[:steps]
+    sft.main(*sft.make_parser().parse_args_and_config(args=[str(flag) for flag in flags]))
+    log = json.loads(Path(folder, "recipe.json").read_text())["log"]
+    return [row["seconds"] for row in log if "loss" in row]
 
 
 def plain(sft, model, train_file, steps, folder):
