@@ -389,6 +389,10 @@ def base_names(model_name_or_path):
         return set(file.keys())
 
 
+def whole(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
 def export(model, tok, output_dir, names=None, main_process=True):
     """Write the model in bf16, adapters merged, with the base's tensor names; an old one stays until this is complete.
 
@@ -402,9 +406,9 @@ def export(model, tok, output_dir, names=None, main_process=True):
             continue
         keep = name.endswith(router_bias) or name in adapters or not tensor.is_floating_point()
         tensor = tensor.detach().to(tensor.dtype if keep else torch.bfloat16)
-        tensor = tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+        tensor = whole(tensor)
         if name in adapters:
-            tensor = (tensor + adapters[name].get_delta_weight("default")).to(torch.bfloat16)
+            tensor = (tensor + whole(adapters[name].get_delta_weight("default"))).to(torch.bfloat16)
         if main_process:
             state[name] = tensor.cpu()
     if not main_process:
@@ -427,16 +431,8 @@ def export(model, tok, output_dir, names=None, main_process=True):
                 old.unlink()
         for file in files:
             file.replace(Path(output_dir, file.name))
-    except SafetensorError as error:  # a full disk
-        raise OSError(f"{partial}: {error}") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-
-
-def last_checkpoint(output_dir):
-    """The newest complete checkpoint-N folder, or None: the trainer writes trainer_state.json last."""
-    complete = [file.parent for file in Path(output_dir).glob("checkpoint-*/trainer_state.json")]
-    return max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
 
 
 class Trainer(SFTTrainer):
@@ -453,9 +449,9 @@ class Trainer(SFTTrainer):
             logs["seconds"], logs["tokens_per_second"] = round(seconds, 4), round(tokens / seconds)
             if torch.cuda.is_available():
                 logs["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
-                peak = [flops for chip, flops in PEAK_FLOPS.items() if chip in torch.cuda.get_device_name()]
-                if peak:
-                    logs["mfu"] = round(flops / seconds / peak[0] / self.args.world_size, 3)
+                chip = [name for name in PEAK_FLOPS if name in torch.cuda.get_device_name()]
+                if chip:
+                    logs["mfu"] = round(flops / seconds / PEAK_FLOPS[chip[0]] / self.args.world_size, 3)
         super().log(logs, start_time)
 
 
@@ -471,6 +467,9 @@ class Watch(TrainerCallback):
 
     def on_signal(self, *_):
         self.stop = True
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        self.first_step = state.global_step
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step_started = time.monotonic()
@@ -503,10 +502,14 @@ def census(config):
     return model.num_parameters(), active, max(layers.values())
 
 
+def attention_width(config, heads):
+    return heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+
+
 def sample_flops(config, active, tokens, trained):
     """Of one sample, forward and backward, without what checkpointing computes twice: 6 per weight and token, causal
     attention, the output layer for trained tokens only."""
-    attention = config.num_hidden_layers * config.num_attention_heads * config.head_dim * tokens**2
+    attention = config.num_hidden_layers * attention_width(config, config.num_attention_heads) * tokens**2
     return 6 * (active * tokens + config.vocab_size * config.hidden_size * trained + attention)
 
 
@@ -519,7 +522,7 @@ def memory_per_device(config, total, layer, longest, devices, cp, fsdp, lora):
     """
     shards, trained, k = devices if fsdp else 1, 0.01 if lora else 1.0, getattr(config, "num_experts_per_tok", 0)
     width = (k + 1) * config.moe_intermediate_size if k else config.intermediate_size
-    heads = (config.num_attention_heads + 2 * config.num_key_value_heads) * config.head_dim
+    heads = attention_width(config, config.num_attention_heads + 2 * config.num_key_value_heads)
     residual = (2 if fsdp else 4) * config.hidden_size
     per_token = 10 * residual + 8 * heads + 10 * width + 4 * k * config.hidden_size
     gathered = (4 + 4 * trained) * layer if fsdp else 2 * total
@@ -551,7 +554,7 @@ def print_memory(config, longest, here, lora):
                   "lower --max_length")  # fmt: skip
 
 
-def lora_config(settings, model):
+def lora_config(settings, model, say):
     """peft's settings; refuses what peft skips without a word, such as the linear layers that an MoE has fused."""
     from peft import LoraConfig
 
@@ -561,16 +564,16 @@ def lora_config(settings, model):
     if any(".experts." in name for name, _ in model.named_parameters()):
         if fused := {"gate_proj", "up_proj", "down_proj"}.intersection(settings.lora_target_modules):
             raise InputError(f"--lora_target_modules {min(fused)}: peft takes it for the routed experts alone")
-    print("LoRA on " + ", ".join(f"{present[name]} x {name}" for name in settings.lora_target_modules))
+    say("LoRA on " + ", ".join(f"{present[name]} x {name}" for name in settings.lora_target_modules))
     rank = settings.lora_r
     return LoraConfig(r=rank, lora_alpha=2 * rank, target_modules=settings.lora_target_modules)
 
 
-def loss_curve(path, curve):
+def loss_curve(path, log):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(6, 3.5), layout="constrained")
-    figure.subplots().plot(range(1, len(curve) + 1), curve, marker="o", markersize=3)
+    figure.subplots().plot([row["step"] for row in log], [row["loss"] for row in log], marker="o", markersize=3)
     figure.axes[0].set(xlabel="update", ylabel="loss per trained token")
     figure.savefig(path, dpi=120)
 
@@ -578,7 +581,10 @@ def loss_curve(path, curve):
 def goes_on_from(args, output_dir, recipe):
     """The checkpoint to resume from, or None. A run goes on from its own last one: the same command after a kill."""
     fixed = {name: recipe["settings"][name] for name in SAME_RUN} | {"train_file_sha256": recipe["train_file_sha256"]}
-    run_file, resume = output_dir / "run.json", args.resume_from_checkpoint or last_checkpoint(output_dir)
+    # The trainer writes trainer_state.json last: a folder without it was cut short by a kill
+    complete = [file.parent for file in output_dir.glob("checkpoint-*/trainer_state.json")]
+    last = max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
+    run_file, resume = output_dir / "run.json", args.resume_from_checkpoint or last
     if resume:
         before = json.loads(run_file.read_text())
         if changed := [f"{name} was {before.get(name)!r}" for name in fixed if before.get(name) != fixed[name]]:
@@ -643,6 +649,7 @@ def main(settings, args):
     args.num_train_epochs, args.train_sampling_strategy, args.max_length = 1, "sequential", None
     args.gradient_accumulation_steps, args.dataset_kwargs = size // per_step, {"skip_prepare_dataset": True}
     args.save_strategy = SaveStrategy.STEPS if args.save_steps else SaveStrategy.NO
+    args.logging_steps = min(args.logging_steps, steps)
     if cp > 1:
         args.pad_to_multiple_of = 2 * cp  # the ring cuts a sample into twice as many pieces as processes
     if fsdp:  # else every device keeps whole gradients until the last micro-batch
@@ -650,16 +657,22 @@ def main(settings, args):
     resume = goes_on_from(args, output_dir, recipe)
     from_base = resume is None or fsdp or settings.lora
     model = load_model(settings, args, config, fsdp, settings.model_name_or_path if from_base else resume)
-    peft_config = lora_config(settings, model) if settings.lora else None
+    peft_config = lora_config(settings, model, say) if settings.lora else None
     watch = Watch(work)
     given = dict(train_dataset=dataset, processing_class=tok, peft_config=peft_config, callbacks=[watch])
     trainer = Trainer(model, args, **given)
     trainer.watch = watch
-    if settings.lora and fsdp:  # the adapters are not sharded: made equal at the start, their gradients averaged
+    if settings.lora and fsdp and not config.tie_word_embeddings:
+        # What is added to a model that is already sharded is not: make it equal everywhere, average its gradients
         trainer._sync_replicated_trainable_parameters(trainer.model)
     say(f"going on from {resume}" if resume else "training", flush=True)
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=resume)
+    try:
+        trainer.train(resume_from_checkpoint=resume)
+    except RuntimeError as error:
+        if "inline_container" not in str(error):  # torch.save on a full disk
+            raise
+        raise OSError(f"{output_dir}: no space for a checkpoint; the one before is complete ({error})") from None
     seconds = time.monotonic() - started
     if watch.stop:
         say(f"stopped by SIGTERM after update {trainer.state.global_step}; the same command goes on from there")
@@ -670,12 +683,14 @@ def main(settings, args):
     names = None if settings.from_scratch else base_names(settings.model_name_or_path)
     export(model, tok, output_dir, names, main_process)
     if main_process:
-        curve = [log["loss"] for log in trainer.state.log_history if "loss" in log]
-        recipe |= {"steps": len(curve), "seconds": round(seconds, 1), "loss": curve, "log": trainer.state.log_history}
+        log = [row for row in trainer.state.log_history if "loss" in row]
+        curve = [row["loss"] for row in log]
+        recipe |= {"steps": steps, "seconds": round(seconds, 1), "loss": curve, "log": log}
         (output_dir / "recipe.json").write_text(json.dumps(recipe, indent=2))
-        loss_curve(output_dir / "loss.png", curve)
-        print(f"steps: {len(curve)}\nloss: {curve[0]:.4f} -> {curve[-1]:.4f}\nseconds: {seconds:.1f}")
-        print(f"tokens_per_second: {sum(tokens for tokens, _ in work) / seconds:.0f}\nmodel: {output_dir}")
+        loss_curve(output_dir / "loss.png", log)
+        print(f"steps: {steps}\nloss: {curve[0]:.4f} -> {curve[-1]:.4f}\nseconds: {seconds:.1f}")
+        tokens = sum(tokens for tokens, _ in work[watch.first_step :])
+        print(f"tokens_per_second: {tokens / seconds:.0f}\nmodel: {output_dir}")
 
 
 if __name__ == "__main__":
@@ -683,6 +698,6 @@ if __name__ == "__main__":
         main(*parse_settings(make_parser()))
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
-    except (InputError, OSError) as error:
+    except (InputError, OSError, SafetensorError) as error:  # the last: a full disk
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)

