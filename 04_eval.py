@@ -42,7 +42,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import AsyncExitStack, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from dataclasses import replace as with_changes
 from pathlib import Path
@@ -1205,24 +1205,26 @@ async def probe(client, settings):
 async def evaluate(settings, base_url, todo, file):
     """Run the episodes of todo, (task, run) pairs, `concurrency` at a time; append each to file as it ends."""
     slots, episodes = asyncio.Queue(), []
-    for slot in range(settings.concurrency):
-        slots.put_nowait(slot)
-    limits, timeout = httpx.Limits(max_connections=None), httpx.Timeout(3600, connect=10)
+    context, timeout = httpx.create_ssl_context(), httpx.Timeout(3600, connect=10)
 
     def connect(url, *keys):
         key = next((os.environ[name] for name in keys if os.environ.get(name)), None)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        return httpx.AsyncClient(base_url=url, headers=headers, limits=limits, timeout=timeout)
+        return httpx.AsyncClient(base_url=url, headers=headers, timeout=timeout, verify=context)
 
-    judge_client = connect(settings.judge_base_url or base_url, "JUDGE_API_KEY", "OPENAI_API_KEY")
-    async with connect(base_url, "OPENAI_API_KEY") as client, judge_client:
+    async with AsyncExitStack() as stack:
+        # A client for each slot: one pool for all would look through all its connections at every request
+        for slot in range(min(settings.concurrency, len(todo))):
+            client = await stack.enter_async_context(connect(base_url, "OPENAI_API_KEY"))
+            judge_client = connect(settings.judge_base_url or base_url, "JUDGE_API_KEY", "OPENAI_API_KEY")
+            slots.put_nowait((slot, client, await stack.enter_async_context(judge_client)))
         await probe(client, settings)
         with tqdm(total=len(todo), unit="episode") as progress:
 
             async def one(task, run):
-                slot = await slots.get()
+                slot, client, judge_client = await slots.get()
                 episode = await run_episode(client, judge_client, settings, task, run, slot)
-                slots.put_nowait(slot)
+                slots.put_nowait((slot, client, judge_client))
                 file.write(json.dumps(episode) + "\n")
                 episodes.append(episode)
                 progress.set_postfix_str(f"solved {sum(e['meta']['solved'] for e in episodes)}")
