@@ -952,7 +952,8 @@ async def run_episode(client, judge_client, settings, task, run, slot):
         await grader.stop()
     solved = {record["turn"] for record in rounds if record["score"] == 1}
     meta = {"source": f"{settings.output_dir}/{name}", "format": "episode", "model": settings.model}
-    meta |= {"domain": task.get("domain"), "solved": len(solved) == len(task["turns"])}
+    meta |= {"domain": task.get("domain"), "query_source": task.get("source")}
+    meta["solved"] = len(solved) == len(task["turns"])
     meta |= stats | {"seconds": round(time.monotonic() - started, 2)}
     row = {"query_id": task["query_id"], "run": run, "messages": messages, "tools": tools}
     return row | {"meta": meta, "rounds": rounds}

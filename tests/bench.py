@@ -1,132 +1,221 @@
 """Speed of what is ours: formatting, tokenising, the agent loop, the sandbox, --help. Prints a table; asserts nothing.
 
-    python tests/bench.py
+    python tests/bench.py                  # about two minutes
+    python tests/bench.py --limi LIMI      # a clone of GAIR-NLP/LIMI: also its two data scripts on the same logs
 
-Pins itself to one core. The model is an endpoint that answers at once, so a step's time is the loop, HTTP and the tool.
+Runs on one core. The agent loop's time is its own CPU time, beside an endpoint in another process and tools that cost
+nothing; the sandbox is timed by the clock.
 """
 
+import argparse
 import asyncio
 import importlib
 import importlib.util
 import json
 import os
 import random
-import resource
+import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-TOKENS, SESSIONS, STEPS = 42_000, 78, 200  # mean length and number of the paper's trajectories
+RNG = random.Random(0)
+WORDS = ["".join(RNG.choices("abcdefghijklmnopqrstuvwxyz", k=RNG.randint(2, 9))) for _ in range(5000)]
+TOOL = {"name": "run_shell_command", "description": "Run a command.", "parameters": {
+    "type": "object", "properties": {"command": {"type": "string"}}, "required": ["command"]}}  # fmt: skip
 
 
-def write_sessions(folder):
-    """78 logs (OpenAI request/response dumps) of about 42k tokens: code-like lines, 60 tool calls each."""
-    rng = random.Random(0)
-    words = ["".join(rng.choices("abcdefghijklmnopqrstuvwxyz", k=rng.randint(2, 9))) for _ in range(4000)]
-    tools = [{"type": "function", "function": {"name": "read_file", "description": "Read a file.", "parameters": {
-        "type": "object", "properties": {"absolute_path": {"type": "string"}}, "required": ["absolute_path"]}}}]  # fmt: skip
-    for session in range(SESSIONS):
-        messages = [{"role": "system", "content": "You are an agent."}, {"role": "user", "content": f"Task {session}"}]
-        for step in range(60):
-            call = {"id": f"c{step}", "type": "function", "function": {
-                "name": "read_file", "arguments": json.dumps({"absolute_path": f"/workspace/{rng.choice(words)}.py"})}}  # fmt: skip
-            reasoning = " ".join(rng.choices(words, k=60))
-            messages.append({"role": "assistant", "content": "", "reasoning_content": reasoning, "tool_calls": [call]})
-            output = "\n".join(" ".join(rng.choices(words, k=9)) + " = 1" for _ in range(48))
-            messages.append({"role": "tool", "tool_call_id": f"c{step}", "content": output})
-        response = {"choices": [{"message": {"role": "assistant", "content": "Done."}, "finish_reason": "stop"}]}
-        log = {"request": {"model": "m", "messages": messages, "tools": tools}, "response": response}
-        Path(folder, f"session{session:02d}.json").write_text(json.dumps(log))
-    return words
+def prose(n):
+    return " ".join(RNG.choices(WORDS, k=n))
 
 
-class Endpoint(BaseHTTPRequestHandler):
-    """Asks STEPS times for the same file, then answers; HTTP/1.1, so that connections are kept as vLLM keeps them."""
-
-    protocol_version = "HTTP/1.1"
-
-    def do_POST(self):
-        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
-        message = {"role": "assistant", "content": "Done."}
-        if sum(m["role"] == "assistant" for m in body["messages"]) < STEPS:
-            function = {"name": "read_file", "arguments": '{"absolute_path": "/workspace/a.txt"}'}
-            message |= {"tool_calls": [{"id": "c", "type": "function", "function": function}]}
-        reply = json.dumps({"choices": [{"message": message, "finish_reason": "stop"}]}).encode()
-        self.send_response(200)
-        self.send_header("content-length", str(len(reply)))
-        self.end_headers()
-        self.wfile.write(reply)
-
-    def log_message(self, *_):
-        pass
+def trajectory(tokens):
+    """Messages of about `tokens` tokens (3.4 characters each): steps of one call and its result, then an answer."""
+    messages, size = [{"role": "system", "content": prose(300)}, {"role": "user", "content": prose(80)}], 2200
+    while size < 3.4 * tokens:
+        call = {"type": "function", "function": {"name": TOOL["name"], "arguments": {"command": prose(20)}}}
+        call["id"] = f"c{len(messages)}"
+        output = "\n".join(prose(8) for _ in range(20))
+        messages += [{"role": "assistant", "content": prose(20), "tool_calls": [call]},
+                     {"role": "tool", "tool_call_id": call["id"], "content": output}]  # fmt: skip
+        size += len(output) + 320
+    return [*messages, {"role": "assistant", "content": prose(40)}]
 
 
-def main():
-    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-    rows = []
-    folder = Path(tempfile.mkdtemp(prefix="bench"))
-    (folder / "logs").mkdir()
-    words = write_sessions(folder / "logs")
+def sii_log(name, messages):
+    """The same as a log of SII CLI: its last two requests, and the next-speaker check that holds the answer."""
+    contents = []
+    for message in messages[1:]:
+        if message["role"] == "tool":
+            response = {
+                "name": TOOL["name"],
+                "id": message["tool_call_id"],
+                "response": {"output": message["content"]},
+            }
+            contents.append({"role": "user", "parts": [{"functionResponse": response}]})
+            continue
+        parts = [{"text": message["content"]}]
+        for call in message.get("tool_calls", []):
+            parts.append({"functionCall": {"name": TOOL["name"], "args": call["function"]["arguments"]}})
+        contents.append({"role": "user" if message["role"] == "user" else "model", "parts": parts})
+    question = "Analyze *only* the content and structure of your immediately preceding response"
+    check = [*contents, {"role": "user", "parts": [{"text": question}]}]
+    events = []
+    for part, tools in ((contents[:-3], [TOOL]), (contents[:-1], [TOOL]), (check, [])):
+        request = {"system_instruction": messages[0]["content"], "messages": part}
+        request["tools"] = [{"functionDeclarations": tools}] if tools else []
+        events.append({"type": "api_request_full", "data": {"full_request": request}})
+    return {"id": name, "model": "m", "events": events}
 
+
+def timed(*command):
+    """(seconds, peak GB) of a process."""
     started = time.perf_counter()
-    command = [sys.executable, ROOT / "02_format_trajectories.py", folder / "logs", "--output_file", folder / "train.jsonl"]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    seconds, memory = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 1e6
-    rows.append(("02: 78 logs to rows", f"{seconds:.1f} s, {memory:.2f} GB"))
+    process = subprocess.Popen(
+        [sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    _, status, usage = os.wait4(process.pid, 0)
+    if status:
+        raise SystemExit(f"{' '.join(map(str, command))} failed")
+    return time.perf_counter() - started, usage.ru_maxrss / 1e6
 
-    spec = importlib.util.spec_from_file_location("make_model", ROOT / "recipes/demo/make_model.py")
-    make_model = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(make_model)
+
+def bench_data(folder, limi):
+    make_model = load("recipes/demo/make_model.py")
+    (folder / "logs").mkdir()
+    for number in range(78):
+        log = sii_log(f"session{number:02d}", trajectory(42_000))
+        (folder / f"logs/session{number:02d}.json").write_text(json.dumps(log))
+    with open(folder / "rows.jsonl", "w") as file:
+        for number in range(10_000):
+            row = {
+                "query_id": str(number),
+                "messages": trajectory(4_000),
+                "tools": [{"type": "function", "function": TOOL}],
+            }
+            file.write(json.dumps(row) + "\n")
+    tok = make_model.make_tokenizer([prose(100_000)], vocab_size=16_000)
+    tok.save_pretrained(folder / "tokenizer")
+
+    seconds, memory = timed(
+        ROOT / "02_format_trajectories.py", folder / "rows.jsonl", "--output_file", folder / "b.jsonl"
+    )
+    yield "02: 10,000 rows of 4k tokens", f"{seconds:.1f} s, {memory:.2f} GB"
+    two = [ROOT / "02_format_trajectories.py", folder / "logs", "--output_file", folder / "train.jsonl"]
+    seconds, memory = timed(*two, "--tokenizer", folder / "tokenizer")
+    yield "02: 78 logs of 42k tokens, tokens counted", f"{seconds:.1f} s, {memory:.2f} GB"
+    if limi:
+        scripts, told = Path(limi, "scripts/data_prepare"), seconds
+        seconds, _ = timed(
+            scripts / "events2messages.py", "--raw_dir", folder / "logs", "--output_dir", folder / "limi"
+        )
+        again = [scripts / "messages_json2parquet_128k.py", "--tokenizer_path", folder / "tokenizer"]
+        again += ["--input_json", folder / "limi/openai_training_data.json", "--output_parquet", folder / "t.parquet"]
+        again, _ = timed(*again, "--max_tokens", 125_000, "--duplicate_times", 2)
+        seconds += again
+        yield "LIMI's two scripts on the same logs, and 02's time as a share", f"{seconds:.1f} s, {told / seconds:.2f}"
+
     sft = importlib.import_module("03_sft")
-    tok = make_model.make_tokenizer([" ".join(words)] * 3, vocab_size=16_000)
     tok.stop_ids, tok.end_id = set(tok.convert_tokens_to_ids(make_model.STOPS)), tok.convert_tokens_to_ids("<|user|>")
     started = time.perf_counter()
     samples = sft.tokenize(tok, sft.read_rows(folder / "train.jsonl"), 125_000)[0]
-    seconds, memory = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     mean = sum(len(sample["input_ids"]) for sample in samples) / len(samples)
-    rows.append((f"03: encode {len(samples)} rows, mean {mean:,.0f} tokens", f"{seconds:.1f} s, {memory:.2f} GB"))
+    yield (
+        f"03: ids and labels of {len(samples)} rows, mean {mean:,.0f} tokens",
+        f"{time.perf_counter() - started:.1f} s",
+    )
 
-    ev = importlib.import_module("04_eval")
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Endpoint)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    task = {"query_id": "bench", "turns": [{"query": "q", "check": "true"}]}
-    (folder / "tasks.jsonl").write_text(json.dumps(task) + "\n")
-    started = time.perf_counter()
-    command = [sys.executable, ROOT / "04_eval.py", "--base_url", f"http://127.0.0.1:{server.server_port}/v1", "--model", "m"]
-    command += ["--tasks", folder / "tasks.jsonl", "--output_dir", folder / "run", "--max_steps", str(STEPS + 1)]
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    episode = json.loads((folder / "run/episodes.jsonl").read_text())
-    each = 1000 * episode["meta"]["seconds"] / episode["meta"]["steps"]
-    rows.append((f"04: one step of {STEPS}, endpoint and tool included", f"{each:.1f} ms"))
+
+# Answers at once: a call in every step but the last
+ENDPOINT = r"""
+import asyncio, json
+STEPS, TEXT = 30, "x" * 500
+def reply(body):
+    done = sum(message["role"] == "assistant" for message in body["messages"])
+    function = {"name": "read_file", "arguments": json.dumps({"absolute_path": "/workspace/a"})}
+    calls = [{"id": f"c{done}", "type": "function", "function": function}] if done < STEPS - 1 else []
+    message = {"role": "assistant", "content": TEXT, "tool_calls": calls}
+    return json.dumps({"choices": [{"message": message, "finish_reason": "stop"}], "usage": {}}).encode()
+async def serve(reader, writer):
+    while head := await reader.readuntil(b"\r\n\r\n"):
+        sizes = [line for line in head.lower().split(b"\r\n") if line.startswith(b"content-length")]
+        size = int(sizes[0].split(b":")[1])
+        data = reply(json.loads(await reader.readexactly(size)))
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: %d\r\n\r\n" % len(data) + data)
+async def main():
+    server = await asyncio.start_server(serve, "127.0.0.1", 0, limit=1 << 24)
+    print(server.sockets[0].getsockname()[1], flush=True)
+    await server.serve_forever()
+asyncio.run(main())
+"""
+
+
+def bench_loop(folder, episodes=64):
+    stage = importlib.import_module("04_eval")
+
+    async def loop_time(url):
+        settings = stage.Settings(model="x", base_url=url, concurrency=episodes, output_dir=str(folder))
+        task = {"query_id": "t", "turns": [{"query": "q", "check": "true"}]}
+
+        async def call(self, name, arguments, timeout):
+            return {"output": "0\n" if name == "check" else "x" * 500}
+
+        real, stage.Sandbox.call = stage.Sandbox.call, call
+        try:
+            with open(folder / "episodes.jsonl", "w") as file:
+                started = time.process_time()
+                done = await stage.evaluate(settings, url, [(task, run) for run in range(episodes)], file)
+        finally:
+            stage.Sandbox.call = real
+        return 1000 * (time.process_time() - started) / sum(episode["meta"]["steps"] for episode in done)
 
     async def sandbox_times():
-        settings = ev.Settings(model="m", output_dir=str(folder / "run"))
-        cold, warm = [], []
-        for n in range(10):
-            sandbox = ev.Sandbox(folder / "run/sandbox", n, settings)
+        requests = [("write_file", {"file_path": "/workspace/a", "content": "x" * 500})]
+        requests += [("run_shell_command", {"command": "true"}), ("read_file", {"absolute_path": "/workspace/a"})] * 10
+        times = {"start": [], "run_shell_command": [], "read_file": []}
+        for _ in range(10):
+            sandbox = stage.Sandbox(folder / "sandbox", 0, stage.Settings())
             sandbox.fill(None)
-            for times in (cold, warm):
+            for n, (name, arguments) in enumerate(requests):
                 started = time.perf_counter()
-                await sandbox.call("run_shell_command", {"command": "true"}, 10)
-                times.append(1000 * (time.perf_counter() - started))
+                assert "output" in await sandbox.call(name, arguments, 10)
+                times[name if n else "start"].append(1000 * (time.perf_counter() - started))
             await sandbox.stop()
-        return sorted(cold)[5], sorted(warm)[5]
+        return [statistics.median(values) for values in times.values()]
 
-    cold, warm = asyncio.run(sandbox_times())
-    rows.append(("04: `true` in a new sandbox / in a running one, median of 10", f"{cold:.0f} ms / {warm:.1f} ms"))
+    server = subprocess.Popen(
+        [sys.executable, "-c", ENDPOINT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+    try:
+        loop = asyncio.run(loop_time(f"http://127.0.0.1:{int(server.stdout.readline())}/v1"))
+    finally:
+        server.kill()
+        server.wait()
+    start, command, read = asyncio.run(sandbox_times())
+    yield f"04: own CPU time of a step, {episodes} episodes at once", f"{loop:.2f} ms"
+    yield "04: sandbox start / `true` in it / read_file in it, medians", f"{start:.0f} / {command:.1f} / {read:.2f} ms"
     for script in ("01_build_queries.py", "02_format_trajectories.py", "04_eval.py"):
-        started = time.perf_counter()
-        subprocess.run([sys.executable, ROOT / script, "--help"], check=True, stdout=subprocess.DEVNULL)
-        rows.append((f"{script} --help", f"{time.perf_counter() - started:.2f} s"))
-    for name, value in rows:
-        print(f"{name:62} {value}")
+        yield f"{script} --help", f"{timed(ROOT / script, '--help')[0]:.2f} s"
+
+
+def load(path):
+    spec = importlib.util.spec_from_file_location(Path(path).stem, ROOT / path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--limi", help="a clone of github.com/GAIR-NLP/LIMI")
+    arguments = parser.parse_args()
+    os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+    with tempfile.TemporaryDirectory(prefix="bench") as temporary:
+        os.chmod(temporary, 0o755)  # the sandbox's user must get in
+        for rows in (bench_data(Path(temporary), arguments.limi), bench_loop(Path(temporary))):
+            for name, value in rows:
+                print(f"{name:64} {value}", flush=True)

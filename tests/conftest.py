@@ -31,7 +31,9 @@ def run_stage():
 
     def run(script, *flags, **kwargs):
         kwargs = {"cwd": ROOT, "timeout": 600} | kwargs
-        return subprocess.run([sys.executable, ROOT / script, *map(str, flags)], capture_output=True, text=True, **kwargs)
+        return subprocess.run(
+            [sys.executable, ROOT / script, *map(str, flags)], capture_output=True, text=True, **kwargs
+        )
 
     return run
 
