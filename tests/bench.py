@@ -9,11 +9,13 @@ nothing; the sandbox is timed by the clock.
 
 import argparse
 import asyncio
+import contextlib
 import importlib
 import importlib.util
 import json
 import os
 import random
+import resource
 import statistics
 import subprocess
 import sys
@@ -34,9 +36,9 @@ def prose(n):
 
 
 def trajectory(tokens):
-    """Messages of about `tokens` tokens (3.4 characters each): steps of one call and its result, then an answer."""
+    """Messages of about `tokens` tokens (4.7 characters each): steps of one call and its result, then an answer."""
     messages, size = [{"role": "system", "content": prose(300)}, {"role": "user", "content": prose(80)}], 2200
-    while size < 3.4 * tokens:
+    while size < 4.7 * tokens:
         call = {"type": "function", "function": {"name": TOOL["name"], "arguments": {"command": prose(20)}}}
         call["id"] = f"c{len(messages)}"
         output = "\n".join(prose(8) for _ in range(20))
@@ -124,10 +126,8 @@ def bench_data(folder, limi):
     started = time.perf_counter()
     samples = sft.tokenize(tok, sft.read_rows(folder / "train.jsonl"), 125_000)[0]
     mean = sum(len(sample["input_ids"]) for sample in samples) / len(samples)
-    yield (
-        f"03: ids and labels of {len(samples)} rows, mean {mean:,.0f} tokens",
-        f"{time.perf_counter() - started:.1f} s",
-    )
+    seconds, memory = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    yield f"03: ids and labels of {len(samples)} rows, mean {mean:,.0f} tokens", f"{seconds:.1f} s, {memory:.2f} GB"
 
 
 # Answers at once: a call in every step but the last
@@ -191,7 +191,9 @@ def bench_loop(folder, episodes=64):
         [sys.executable, "-c", ENDPOINT], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
     )
     try:
-        loop = asyncio.run(loop_time(f"http://127.0.0.1:{int(server.stdout.readline())}/v1"))
+        url = f"http://127.0.0.1:{int(server.stdout.readline())}/v1"
+        with open(os.devnull, "w") as null, contextlib.redirect_stdout(null), contextlib.redirect_stderr(null):
+            loop = asyncio.run(loop_time(url))
     finally:
         server.kill()
         server.wait()
