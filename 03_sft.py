@@ -639,7 +639,8 @@ def main(settings, args):
         raise InputError(f"{told}; lower --global_batch_size or raise --num_train_epochs")
     order = global_batches(lengths, steps * size, size, args.seed)
     dataset = Dataset.from_list([{key: s[key] for key in ("input_ids", "labels")} for s in samples]).select(order)
-    flops = [sample_flops(config, census(config)[1], *pair) for pair in zip(lengths, trained)]
+    active = census(config)[1]
+    flops = [sample_flops(config, active, *pair) for pair in zip(lengths, trained)]
     batches = [order[start : start + size] for start in range(0, len(order), size)]
     work = [(sum(lengths[i] for i in batch), sum(flops[i] for i in batch)) for batch in batches]
     say(f"{steps} updates of {size} samples = {args.world_size // cp} data-parallel x "
