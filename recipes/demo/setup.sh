@@ -12,6 +12,11 @@ if ! command -v bwrap > /dev/null; then
     fi
 fi
 
+if ! "${PYTHON:-python3}" -c 'import sys; sys.exit(sys.version_info < (3, 11))'; then
+    echo "Python 3.11 is needed; name one: PYTHON=python3.11 bash recipes/demo/run.sh" >&2
+    exit 2
+fi
+
 wanted=$(cat requirements.txt recipes/demo/requirements.txt | sha256sum)
 if [ "$(cat .venv/installed 2> /dev/null)" != "$wanted" ]; then
     echo "installing the pinned packages into .venv"
