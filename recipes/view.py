@@ -1,0 +1,259 @@
+"""Pages to read of whatever a stage left behind: rows, trained tokens, episodes, base beside tuned.
+
+    python recipes/view.py data/train.jsonl              # rows: lengths, turns, tools, domains, rejects
+    python recipes/view.py outputs/limi                  # which tokens are trained, the loss
+    python recipes/view.py results/base                  # tasks, outcomes, every conversation
+    python recipes/view.py results/base results/tuned    # what differs first, the plot, task by task
+
+Reads  train.jsonl (02); tokenized.jsonl, tokenizer.json, recipe.json (03); episodes.jsonl, summary.json (04)
+Writes index.html and a page for each row, sample, task or episode into --output_dir
+
+The pages work from a disk: no script, nothing from the network. Their form stands in recipes/view/*.html.
+"""
+
+import argparse
+import importlib
+import itertools
+import statistics
+import sys
+from pathlib import Path
+
+import markupsafe
+
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE), str(HERE.parent)]
+
+import plot  # noqa: E402
+from pages import flatten, split_rounds, write_numbered, write_page  # noqa: E402
+from plot import InputError, read_json, read_lines  # noqa: E402
+
+
+def pictures_of(panels):
+    return [markupsafe.Markup(picture) for picture in plot.inline(panels)]
+
+
+# ---- Rows ----
+
+
+def view_rows(path, output, most):
+    """02's rows, and what it rejected."""
+    cards, shown = [], []
+    for row in plot.read_rows(path):
+        card = plot.card_of(row)
+        cards.append(card)
+        if len(shown) < most:
+            shown.append({"row": row, "card": card})
+    write_numbered(output, "row.html", shown)
+    rejects = plot.read_rejects(path)
+    write_page(
+        output / "index.html",
+        "rows.html",
+        name=path.name,
+        cards=cards,
+        unit=plot.length_unit(cards),
+        pictures=pictures_of(plot.row_panels(cards, rejects)),
+        rejects=rejects,
+        reasons=plot.reject_counts(rejects).most_common(),
+        most=most,
+    )
+
+
+# ---- Trained tokens ----
+
+
+def token_runs(sample, tokenizer):
+    """[("context" | "trained" | "stop", text)] of the labels; a stop is a special token that ends a span."""
+    added = tokenizer.get_added_tokens_decoder()
+    special = {number for number, token in added.items() if token.special}
+    runs = []
+    pairs = zip(sample["input_ids"], sample["labels"], strict=True)
+    for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):
+        ids = [token for token, _ in group]
+        stop = [ids.pop()] if trained and ids[-1] in special else []
+        runs.append(("trained" if trained else "context", ids))
+        runs.append(("stop", stop))
+    return [(kind, tokenizer.decode(ids, skip_special_tokens=False)) for kind, ids in runs if ids]
+
+
+def sample_card(sample, tokenizer):
+    labels = sample["labels"]
+    trained = [label != -100 for label in labels]
+    runs = token_runs(sample, tokenizer)
+    return {
+        "query_id": sample["query_id"],
+        "tokens": len(labels),
+        "trained": sum(trained),
+        "spans": sum(is_trained for is_trained, _ in itertools.groupby(trained)),
+        "stops": sum(kind == "stop" for kind, _ in runs),
+        "runs": runs,
+    }
+
+
+def view_tokens(folder, output, most):
+    """03's tokenized.jsonl: which tokens carry loss."""
+    from tokenizers import Tokenizer
+
+    path = folder / "tokenizer.json"
+    if not path.exists():
+        raise InputError(f"{path}: no such file; 03_sft.py writes it beside tokenized.jsonl")
+    tokenizer = Tokenizer.from_file(str(path))
+    cards = []
+    for _, sample in read_lines(folder / "tokenized.jsonl", "query_id", "input_ids", "labels"):
+        cards.append(sample_card(sample, tokenizer))
+        if len(cards) > most:
+            del cards[-1]["runs"]  # the numbers are enough
+    write_numbered(output, "sample.html", cards[:most])
+    recipe = folder / "recipe.json"
+    log = read_json(recipe) if recipe.exists() else {}
+    write_page(
+        output / "index.html",
+        "tokens.html",
+        name=folder.name,
+        cards=cards,
+        pictures=pictures_of(plot.training_panels(log, folder.name)),
+        most=most,
+    )
+
+
+# ---- Episodes ----
+
+
+def read_episodes(folder):
+    """04's episodes in the order they ended; a run that still goes on has some."""
+    path = folder / "episodes.jsonl"
+    wanted = ("query_id", "run", "messages", "meta", "rounds")
+    rows = []
+    for _, row in read_lines(path, *wanted, append_only=True) if path.exists() else ():
+        row.pop("served", None)  # token ids
+        row["before"], row["rounds"] = split_rounds(row["messages"], row["rounds"])
+        rows.append(row)
+    return rows
+
+
+def view_episodes(folder, output, most, above=()):
+    """One run of 04: its scores, its tasks, every conversation. Returns the episodes."""
+    rows = read_episodes(folder)
+    shown = [{"row": row, "name": folder.name} for row in rows[:most]]
+    write_numbered(output, "episode.html", shown, above)
+    path, not_run = folder / "summary.json", folder / "not_run.jsonl"
+    summary = read_json(path) if path.exists() else {}
+    write_page(
+        output / "index.html",
+        "episodes.html",
+        name=folder.name,
+        rows=rows,
+        metrics=summary.get("metrics", {}),
+        not_run=list(read_lines(not_run, append_only=True)) if not_run.exists() else [],
+        facts=flatten(summary),
+        links=above,
+        most=most,
+    )
+    return rows
+
+
+# ---- Comparisons ----
+
+
+def paired(table):
+    """[(metric, mean of each run, paired difference of the last to each other)], with 04's intervals."""
+    stage = importlib.import_module("04_eval")
+    rows = []
+    for metric, per_run in table.items():
+        scores, differences = [], []
+        for values in per_run:
+            low, high = stage.bootstrap(values)
+            scores.append(f"{statistics.mean(values):.1%} [{low:.1%}, {high:.1%}]")
+        for values in per_run[:-1]:
+            each = [last - first for first, last in zip(values, per_run[-1])]
+            low, high = stage.bootstrap(each)
+            change = f"{statistics.mean(each):+.1%} [{low:+.1%}, {high:+.1%}]"
+            differences.append(f"{change}, p = {stage.permutation_p(each):.3f}")
+        rows.append((metric, scores, differences))
+    return rows
+
+
+def by_change(comparison):
+    """[(query_id, score of each run, change from the first run to the last)], the largest change first."""
+    per_run = next(iter(comparison["table"].values()))
+    rows = []
+    for task, *values in zip(comparison["tasks"], *per_run):
+        rows.append((task, values, values[-1] - values[0]))
+    return sorted(rows, key=lambda row: -abs(row[2]))
+
+
+def view_comparison(folders, output, most):
+    """Two or more runs of 04 over the tasks that all have, base first, tuned last."""
+    comparison = plot.read_comparison(folders)
+    names, tasks = comparison["names"], by_change(comparison)
+    above = [("comparison", "../index.html")]
+    runs = []
+    for number, (name, folder) in enumerate(zip(names, folders), 1):
+        rows = view_episodes(folder, output / str(number), most, above)
+        runs.append({"name": name, "folder": number, "rows": rows})
+    shown = [{"task": task, "runs": runs, "most": most} for task, _, _ in tasks]
+    write_numbered(output, "task.html", shown)
+    facts = [flatten(summary) for summary in comparison["summaries"]]
+    table = {}
+    for key in itertools.chain(*facts):
+        table[key] = [fact.get(key) for fact in facts]
+    panels = plot.comparison_panels(comparison, "Score", {})
+    plot.save(panels, output / "compare")
+    scored = [summary["by_task"] for summary in comparison["summaries"]]
+    write_page(
+        output / "index.html",
+        "compare.html",
+        names=names,
+        runs=runs,
+        tasks=tasks,
+        not_shared=sorted(set().union(*scored) - set(comparison["tasks"])),
+        scores=paired(comparison["table"]),
+        table=table,
+        pictures=pictures_of(panels),
+    )
+
+
+# ---- What the paths are ----
+
+
+def view(paths, output, most):
+    """Write the pages of what the paths are and return the address of the first. Raises InputError."""
+    first = paths[0]
+    for path in paths:
+        if not path.exists():
+            raise InputError(f"{path}: no such file or folder")
+    if len(paths) > 1:
+        output = output or paths[-1] / "compare"
+        view_comparison(paths, output, most)
+    elif first.is_file():
+        output = output or first.with_suffix(".pages")
+        view_rows(first, output, most)
+    elif first.joinpath("tokenized.jsonl").exists():
+        output = output or first / "pages"
+        view_tokens(first, output, most)
+    elif first.joinpath("episodes.jsonl").exists():
+        output = output or first / "pages"
+        view_episodes(first, output, most)
+    else:
+        raise InputError(f"{first}: no tokenized.jsonl (03_sft.py), no episodes.jsonl (04_eval.py)")
+    return output / "index.html"
+
+
+def main(arguments):
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=form)
+    what = "train.jsonl, a trained model's folder, a results folder, or several of these, base first"
+    parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=what)
+    parser.add_argument("--output_dir", type=Path, help="folder of the pages (default: beside what was read)")
+    most = "pages of rows, samples or episodes at most; the first page has them all (default: %(default)s)"
+    parser.add_argument("--limit", type=int, default=500, help=most)
+    settings = parser.parse_args(arguments)
+    paths = [path.resolve() for path in settings.paths]
+    print(f"pages: {view(paths, settings.output_dir, settings.limit)}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except (InputError, OSError) as error:
+        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        sys.exit(2)
