@@ -112,7 +112,7 @@ def flatten(summary):
     """{human name: value} of what a summary says of its run beside the scores; hashes are shortened."""
     facts = {}
     for key, value in summary.items():
-        if key in ("by_task", "metrics"):
+        if key in ("by_task", "metrics", "task_sha256", "warnings"):
             continue
         entries = value.items() if isinstance(value, dict) else [("", value)]
         for name, one in entries:

@@ -134,16 +134,14 @@ def loss(axis, title, log, key="loss", color=BLUE):
 
 
 def scores(axis, title, names, values, edges):
-    """Bars with 95 % intervals. values, edges: percent, of each run its mean and (low, high)."""
+    """Bars with 95 % intervals. values: percent; edges: (low, high) of each run, None for too few tasks."""
     colors = [GREY, *[LIGHT] * (len(names) - 2), BLUE][-len(names) :]  # base, other data, ours
     places = range(len(names), 0, -1)
-    errors = [
-        [mean - low for mean, (low, _) in zip(values, edges)],
-        [high - mean for mean, (_, high) in zip(values, edges)],
-    ]
     short = [name if len(name) <= 22 else "…" + name[-21:] for name in names]
-    axis.barh(places, values, 0.6, color=colors, xerr=errors, ecolor=INK, tick_label=short)
-    for place, mean, (_, high) in zip(places, values, edges):
+    axis.barh(places, values, 0.6, color=colors, tick_label=short)
+    for place, mean, interval in zip(places, values, edges):
+        low, high = interval or (mean, mean)
+        axis.plot((low, high), (place, place), color=INK, linewidth=1.5)
         axis.text(high + 2, place, f"{mean:.1f}", va="center", weight="bold")
     axis.set_title(title)
     axis.set(xlim=(0, 115), xticks=range(0, 101, 20), xlabel="percent, 95 % interval over tasks")
@@ -318,7 +316,7 @@ def read_comparison(folders):
 
 
 def percent(values):
-    return [100 * value for value in values]
+    return values and [100 * value for value in values]
 
 
 def comparison_panels(comparison, title, paper):

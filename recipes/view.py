@@ -143,6 +143,7 @@ def view_episodes(folder, output, most, above=()):
         name=folder.name,
         rows=rows,
         metrics=summary.get("metrics", {}),
+        warnings=summary.get("warnings", []),
         not_run=list(read_lines(not_run, append_only=True)) if not_run.exists() else [],
         facts=flatten(summary),
         links=above,
@@ -159,16 +160,13 @@ def paired(table):
     stage = importlib.import_module("04_eval")
     rows = []
     for metric, per_run in table.items():
-        scores, differences = [], []
-        for values in per_run:
-            low, high = stage.bootstrap(values)
-            scores.append(f"{statistics.mean(values):.1%} [{low:.1%}, {high:.1%}]")
+        differences = []
         for values in per_run[:-1]:
             each = [last - first for first, last in zip(values, per_run[-1])]
-            low, high = stage.bootstrap(each)
-            change = f"{statistics.mean(each):+.1%} [{low:+.1%}, {high:+.1%}]"
-            differences.append(f"{change}, p = {stage.permutation_p(each):.3f}")
-        rows.append((metric, scores, differences))
+            interval = stage.bootstrap(each)  # None for too few tasks
+            edges = " [{:+.1%}, {:+.1%}]".format(*interval) if interval else ""
+            differences.append(f"{statistics.mean(each):+.1%}{edges}, p = {stage.permutation_p(each):.3f}")
+        rows.append((metric, [stage.percent(values) for values in per_run], differences))
     return rows
 
 

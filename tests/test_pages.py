@@ -285,7 +285,8 @@ def test_a_comparison_begins_with_what_differs(pages):
     page = Page(pages["comparison"] / "index.html")
     # by hand: average over a, b, c: base 0, 5/9, 1; tuned 13/18, 1, 1; differences 13/18, 4/9, 0
     average = next(row for row in page.rows if row[0].startswith("Average"))
-    assert average[1].startswith("51.9%") and average[2].startswith("90.7%") and average[3].startswith("+38.9%")
+    few = "(n = 3, too few for an interval)"
+    assert average[1:3] == [f"51.9% {few}", f"90.7% {few}"] and average[3].startswith("+38.9%, p = ")
     tasks = [row for row in page.rows if row[0] in ("a", "b", "c")]
     assert tasks == [["a", "0%", "72%", "+72%"], ["b", "56%", "100%", "+44%"], ["c", "100%", "100%", "same"]]
     assert "without a score in one of them: only" in page.text
@@ -295,6 +296,14 @@ def test_a_comparison_begins_with_what_differs(pages):
     assert place("What differs between") < place("settings temperature") < place("What is the same") < place("settings rounds")
     for end in ("png", "svg"):
         assert pages["comparison"].joinpath(f"compare.{end}").stat().st_size > 5000
+
+
+def test_intervals_are_those_of_the_evaluation(view, plot, stage):
+    values = [[0, 0.25, 0.5, 0.5, 1], [0.5, 0.5, 1, 1, 1]]
+    [(name, means, [difference])] = view.paired({"FTFC": values})
+    low, high = stage("04_eval").bootstrap([0.5, 0.25, 0.5, 0.5, 0])
+    assert name == "FTFC" and means == [stage("04_eval").percent(run) for run in values]
+    assert difference.startswith(f"+35.0% [{low:+.1%}, {high:+.1%}], p = ") and 0 <= low < high <= 0.5
 
 
 def test_a_task_shows_base_beside_tuned(pages):
