@@ -81,6 +81,16 @@ def call_parts(function):
     return parts
 
 
+def diff_lines(text):
+    """[(kind, line)] of a diff: file, place, added, removed, same."""
+    kinds = {"+++": "file", "---": "file", "dif": "file", "@": "place", "+": "added", "-": "removed"}
+    lines = []
+    for line in text.splitlines():
+        kind = kinds.get(line[:3]) or kinds.get(line[:1], "same")
+        lines.append((kind, line))
+    return lines
+
+
 def tool_names(messages):
     """{id of a call: name of its tool}"""
     names = {}
@@ -142,7 +152,8 @@ def pretty(value):
     return json.dumps(value, indent=1, ensure_ascii=False)
 
 
-FILTERS = [clip, duration, call_parts, tool_names, flatten, metric_name, stop_words, page_name, pretty]
+FILTERS = [clip, duration, call_parts, diff_lines, tool_names, flatten]
+FILTERS += [metric_name, stop_words, page_name, pretty]
 
 
 def make_environment():

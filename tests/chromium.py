@@ -18,8 +18,12 @@ def find_chromium():
     return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 
 
+class BrowserError(Exception):
+    """What the browser, or a script in it, says went wrong."""
+
+
 class Browser:
-    """One browser. `requests` and `errors` collect what its pages asked for and what went wrong in their scripts."""
+    """One browser. `requests`, `errors`: what its pages asked for, what went wrong in their scripts."""
 
     def __init__(self, folder):
         from websockets.sync.client import connect
@@ -33,7 +37,9 @@ class Browser:
             time.sleep(0.05)
         port, path = place.read_text().split("\n")[:2]
         self.stack = contextlib.ExitStack()
-        self.socket = self.stack.enter_context(connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None))
+        self.socket = self.stack.enter_context(
+            connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None)
+        )
         self.numbers, self.requests, self.errors, self.events = itertools.count(1), [], [], []
 
     def close(self):
@@ -60,7 +66,8 @@ class Browser:
         self.socket.send(json.dumps(message | ({"sessionId": session} if session else {})))
         while (reply := self.receive()).get("id") != number:
             pass
-        assert "error" not in reply, reply
+        if "error" in reply:
+            raise BrowserError(reply["error"])
         return reply["result"]
 
     def tab(self):
@@ -94,15 +101,22 @@ class Tab:
     def run(self, script):
         """The value of a piece of JavaScript, waited for."""
         reply = self.call("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
-        assert "exceptionDetails" not in reply, reply
+        if "exceptionDetails" in reply:
+            raise BrowserError(reply["exceptionDetails"])
         return reply["result"].get("value")
 
     def wait(self, script):
-        """Until a piece of JavaScript is true."""
+        """Until a piece of JavaScript is true; while a page goes and the next one comes, it is not."""
         deadline = time.monotonic() + PATIENCE
-        while not self.run(script):
+        while not self.is_true(script):
             assert time.monotonic() < deadline, f"never true: {script}"
             time.sleep(0.02)
+
+    def is_true(self, script):
+        try:
+            return self.run(script)
+        except BrowserError:
+            return False
 
     def press(self, key, repeat=False):
         """One key, as a keyboard sends it; repeat: held down."""

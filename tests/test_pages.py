@@ -1,4 +1,4 @@
-"""recipes/view.py and recipes/plot.py: pages of rows, trained tokens, episodes and comparisons, made by hand here."""
+"""recipes/view.py and recipes/plot.py: pages of rows, trained tokens, episodes and comparisons."""
 
 import html.parser
 import importlib
@@ -60,7 +60,7 @@ def conversation(text="a task"):
 
 
 def hostile(messages):
-    """The same conversation with markup, template language, escape codes and half a surrogate pair in every text."""
+    """The same conversation with markup, template language and unseen characters in every text."""
     evil = EVIL + "\ud800"
     messages = json.loads(json.dumps(messages))
     for message in messages:
@@ -68,7 +68,10 @@ def hostile(messages):
         if message["role"] == "assistant":
             message["reasoning_content"] = evil
         for each in message.get("tool_calls", []):
-            each["function"] = {"name": evil, "arguments": {evil: evil, "command": evil, "content": evil + "\n"}}
+            each["function"] = {
+                "name": evil,
+                "arguments": {evil: evil, "command": evil, "content": evil + "\n"},
+            }
     return messages
 
 
@@ -82,7 +85,9 @@ def make_rows(folder):
     rows[3]["query_id"] = rows[3]["meta"]["domain"] = rows[3]["meta"]["source"] = EVIL
     rows[3]["messages"] = hostile(rows[3]["messages"])
     rows[3]["tools"] = [{"name": EVIL}]
-    rejects = [{"source": f"logs/x{n}.json", "reasons": ["no_answer", f"unknown_kind: {EVIL}"]} for n in range(2)]
+    rejects = [
+        {"source": f"logs/x{n}.json", "reasons": ["no_answer", f"unknown_kind: {EVIL}"]} for n in range(2)
+    ]
     rejects.append({"source": "logs/y.json", "reasons": ["no_answer"]})
     write_lines(folder / "rejected_trajectories.jsonl", rejects)
     return write_lines(folder / "train.jsonl", rows)
@@ -110,7 +115,9 @@ def make_trained(folder):
 
     head = "<|im_start|>user\n" + "schema " * 400 + "<|im_end|>\n<|im_start|>assistant\n"
     samples = [
-        sample("two", (head, False), ("Grüße 🙂<|im_end|>", True), ("\nagain\n", False), ("yes<|im_end|>", True)),
+        sample(
+            "two", (head, False), ("Grüße 🙂<|im_end|>", True), ("\nagain\n", False), ("yes<|im_end|>", True)
+        ),
         sample("cut", ("ask\n", False), ("no end", True)),
         sample(EVIL, ("ask\n", False), (EVIL + "<|im_end|>", True)),
     ]
@@ -130,7 +137,11 @@ def episode(task, run, scores, messages=None, **meta):
         record = {"turn": 0, "round": number, "stop": "answer", "score": score}
         records.append(record | {"checks": [check], "feedback": feedback})
         if number < len(scores):
-            messages = [*messages, {"role": "user", "content": feedback}, {"role": "assistant", "content": "again"}]
+            messages = [
+                *messages,
+                {"role": "user", "content": feedback},
+                {"role": "assistant", "content": "again"},
+            ]
     stats = dict.fromkeys(("steps", "tool_calls", "parse_errors", "prompt_tokens", "completion_tokens"), 2)
     meta = {"model": "m", "domain": "research", "solved": scores[-1] == 1, "seconds": 572.01} | stats | meta
     return {"query_id": task, "run": run, "messages": messages, "tools": [], "meta": meta, "rounds": records}
@@ -251,7 +262,9 @@ def test_a_conversation_reads_as_a_person_writes_it(pages):
 def test_context_without_loss_is_named(view, tmp_path):
     messages = conversation()
     messages[2]["weight"] = 0
-    path = write_lines(tmp_path / "train.jsonl", [{"query_id": "q", "messages": messages, "tools": None, "meta": {}}])
+    path = write_lines(
+        tmp_path / "train.jsonl", [{"query_id": "q", "messages": messages, "tools": None, "meta": {}}]
+    )
     folder = view.view([path], tmp_path / "out", 500).parent
     assert Page(folder / "0001.html").text.count("context: no loss") == 1
 
@@ -260,8 +273,16 @@ def test_trained_tokens_are_coloured_as_the_labels_say(pages):
     page = Page(pages["tokens"] / "0001.html")
     shown = [span for span in page.spans if span[0] in ("context", "trained", "stop")][3:]  # after the legend
     assert [kind for kind, _ in shown[-5:]] == ["trained", "stop", "context", "trained", "stop"]
-    assert [text.strip() for _, text in shown[-5:]] == ["Grüße 🙂", "<|im_end|>", "again", "yes", "<|im_end|>"]
-    assert "more characters of context" in page.text  # a page of schemas does not stand before the first green
+    assert [text.strip() for _, text in shown[-5:]] == [
+        "Grüße 🙂",
+        "<|im_end|>",
+        "again",
+        "yes",
+        "<|im_end|>",
+    ]
+    assert (
+        "more characters of context" in page.text
+    )  # a page of schemas does not stand before the first green
     page = Page(pages["tokens"] / "index.html")
     assert "1 trained spans end without a stop token" in page.text
     assert ["cut", "10", "6", "60.0%", "1"] in page.rows
@@ -291,9 +312,17 @@ def test_a_comparison_begins_with_what_differs(pages):
     assert tasks == [["a", "0%", "72%", "+72%"], ["b", "56%", "100%", "+44%"], ["c", "100%", "100%", "same"]]
     assert "without a score in one of them: only" in page.text
     assert ["settings temperature", "0.0", "0.6"] in page.rows and ["trained on", "–", "78"] in page.rows
-    assert ["settings rounds", "3"] in page.rows and ["fingerprints tasks sha256", "abababababab…"] in page.rows
+    assert ["settings rounds", "3"] in page.rows and [
+        "fingerprints tasks sha256",
+        "abababababab…",
+    ] in page.rows
     place = page.text.index
-    assert place("What differs between") < place("settings temperature") < place("What is the same") < place("settings rounds")
+    assert (
+        place("What differs between")
+        < place("settings temperature")
+        < place("What is the same")
+        < place("settings rounds")
+    )
     for end in ("png", "svg"):
         assert pages["comparison"].joinpath(f"compare.{end}").stat().st_size > 5000
 
@@ -412,7 +441,9 @@ def test_a_mistake_is_told_in_one_line(program, one_line_error, tmp_path):
     def run(*paths):
         return subprocess.run([sys.executable, program, *paths], capture_output=True, text=True)
 
-    bad = write_lines(tmp_path / "bad.jsonl", [{"query_id": "q", "messages": [{"role": "user", "content": None}]}])
+    bad = write_lines(
+        tmp_path / "bad.jsonl", [{"query_id": "q", "messages": [{"role": "user", "content": None}]}]
+    )
     one_line_error(run(bad), "bad.jsonl:1", "messages[0]")
     bad.write_text('{"query_id": "q"}\n')
     one_line_error(run(bad), "bad.jsonl:1", "no messages")
