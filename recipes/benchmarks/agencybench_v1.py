@@ -1,0 +1,172 @@
+#!/usr/bin/env python3
+"""AgencyBench v1 (10 tasks, 49 subtasks) -> a task file for 04_eval.py; subtasks become turns.
+
+    git clone https://github.com/GAIR-NLP/AgencyBench    # at ec65324
+    python recipes/benchmarks/agencybench_v1.py AgencyBench --judge --network
+    python 04_eval.py --config recipes/benchmarks/agencybench_v1.yaml --model outputs/limi
+
+Its authors released questions and workspaces, no grader. A turn has a check only where a program decides all
+that it asks for (agencybench_v1/grading.yaml says which). Every other turn has a rubric, from its own words,
+for a judge; without --judge such turns are left out, and their text stands before the next turn's. Never
+train on any of this.
+"""
+
+import argparse
+import hashlib
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).resolve().with_suffix("")
+GRADING = yaml.safe_load((HERE / "grading.yaml").read_text())
+
+
+def find_tasks(clone: Path) -> dict[int, Path]:
+    """The file of each task. Raises ValueError where one is missing, or is not that of the pinned commit."""
+    files = {int(path.parent.name[4:]): path for path in clone.rglob("task*/Task*.json")}
+    if sorted(files) != list(range(1, 11)):
+        raise ValueError(f"{clone}: not a clone of GAIR-NLP/AgencyBench, whose version 1 has task1 to task10")
+    root = files[1].parents[1]
+    for line in (HERE / "SHA256SUMS").read_text().splitlines():
+        digest, name = line.split("  ")
+        file = root / name
+        if file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+            raise ValueError(f"{file}: is not the file of commit ec65324; check it out again")
+    return dict(sorted(files.items()))
+
+
+def rubric(text):
+    """Requirements of a subtask: its commands, bullets, lines "Success Criteria: ...", or the whole text."""
+    text = text[text.index("Subtask") :].partition("\n")[2]
+    commands = r"^(?:Run|How to run/test)[^\n]*:\s*(.*?)(?=^Success|^Expected)"
+    found = []
+    if run := re.search(commands, text, re.DOTALL | re.MULTILINE):
+        found.append("These commands work: " + "; ".join(run[1].strip().splitlines()))
+    rule = r"^\s*(?:[-•*]|--) +(?!Goal:|You can )(.+?)\s*$|^(?!Description|Goal|Run)([A-Z][\w ]+: .+?)\s*$"
+    for bullet, line in re.findall(rule, text, re.MULTILINE):
+        found.append(bullet or line)
+    return found or [text.strip()]
+
+
+def make_turn(name, text):
+    """The turn of subtask "8.2": with a check and its solution, or with a rubric; no ground truth in it."""
+    truth = re.search(r" *(?:ground truth|original huggingface dataset_id): *(.+?) *$", text, re.MULTILINE)
+    task, n = name.split(".")
+    program = GRADING["programs"].get(name) or GRADING["programs"].get(task)
+    solution = HERE / "solutions" / f"{name}.sh"
+    turn = {"query": text.replace(truth[0] if truth else "\0", "").strip()}
+    if not program or name in GRADING["judged"]:
+        also = GRADING["also"].get(task, [])
+        turn["rubric"] = rubric(text) + [requirement.format(n=n) for requirement in also]
+        if solution.exists():
+            turn["solution"] = f"bash /private/solutions/{name}.sh"
+        return turn
+    limit = GRADING["limits"].get(name)
+    answer = truth[1].replace("Geogre", "George") if truth else None  # their typing error
+    turn["query"] = turn["query"].replace("smaller than .", f"smaller than {limit}.")
+    if answer:
+        turn["query"] += "\n\nEnd your answer with one line: Answer: NAME"
+    for key, command in program.items():
+        turn[key] = command.format(name=answer, limit=limit)
+    return turn
+
+
+def make_turns(number, path, judge):
+    """(turns of a task that are graded, each subtask's grader: P a program, J a judge, - nobody)."""
+    query = json.loads(path.read_bytes())["query"].removesuffix("Research Workflow")  # task 4: next heading
+    before, *texts = re.split(r"^(?=Subtask \d)", query, flags=re.MULTILINE)
+    turns = []
+    letters = ""
+    for n, text in enumerate(texts, 1):
+        turn = make_turn(f"{number}.{n}", text)
+        turn["query"] = before + turn["query"]
+        before = ""
+        if "rubric" in turn and not judge:
+            letters += "-"
+            before = turn["query"] + "\n\n"
+        else:
+            letters += "J" if "rubric" in turn else "P"
+            turns.append(turn)
+    return turns, letters
+
+
+def is_missing(need, workspace, options):
+    """Does this machine lack a need of grading.yaml?"""
+    kind, _, name = need.rpartition(":")
+    if kind == "file":
+        return not (workspace / name).exists()
+    if kind == "package":
+        return not list(Path(options.venv).glob(f"lib/python*/site-packages/{name}"))
+    return not options.network if need == "network" else not shutil.which(need)
+
+
+def make_task(number, path, options):
+    """(the task, [what this machine lacks for the whole of it])."""
+    turns, letters = make_turns(number, path, options.judge)
+    needs = GRADING["needs"].get(number, [])
+    workspace = path.with_name("workspace")
+    task = {"query_id": f"agencybench-v1-{number}", "source": "agencybench-v1", "private": "private"}
+    task["domain"] = "vibe_coding" if number < 5 else "research"
+    task["turns"] = turns
+    task["needs"] = [need for need in needs if ":" not in need]
+    task["meta"] = {"graded_by": letters}
+    if any(need.startswith("package:") for need in needs):
+        task["venv"] = options.venv
+    if workspace.exists():
+        task["workspace"] = f"workspaces/{number}"
+        seen_at = options.output_dir / task["workspace"] / "workspace"
+        for target in (seen_at, options.output_dir / "private" / f"task{number}"):
+            shutil.copytree(workspace, target, dirs_exist_ok=True)
+    lacks = [need for need in needs if is_missing(need, workspace, options)]
+    return task, lacks
+
+
+def convert(options):
+    """Write the task file; returns lines to print: what runs here and what the rest needs, then a table."""
+    files = find_tasks(options.clone)
+    shutil.copytree(HERE, options.output_dir / "private", dirs_exist_ok=True)
+    tasks = []
+    running = []
+    needed = []
+    table = []
+    for number, path in files.items():
+        task, lacks = make_task(number, path, options)
+        letters = task["meta"]["graded_by"]
+        table.append(f"task {number:2}: {letters}")
+        if task["turns"] and not any(":" in need for need in lacks):
+            tasks.append(task)
+        if task["turns"] and not lacks:
+            running.append(task)
+        if "-" in letters:
+            lacks.append("--judge")
+        if lacks:
+            needed.append(f"; task {number} needs {', '.join(lacks)}")
+    file = options.output_dir / "tasks.jsonl"
+    file.write_text("".join(json.dumps(task) + "\n" for task in tasks))
+    counts = f"{len(running)} of 10 tasks and {count_turns(running)} of 49 turns"
+    head = f"AgencyBench v1: this machine can run {counts}{''.join(needed)}"
+    tail = f"{file}: {len(tasks)} tasks with {count_turns(tasks)} turns; never the paper's number for a part"
+    return [head, "turns graded by a program (P), a judge (J), nobody and left out (-):", *table, tail]
+
+
+def count_turns(tasks):
+    return sum(len(task["turns"]) for task in tasks)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("clone", type=Path, help="A clone of GAIR-NLP/AgencyBench.")
+    parser.add_argument("--output_dir", type=Path, default=Path("data/agencybench_v1"))
+    parser.add_argument("--judge", action="store_true", help="04 will have one (--feedback judge).")
+    parser.add_argument("--network", action="store_true", help="04 will have it (--network).")
+    parser.add_argument("--venv", default=sys.prefix, help="Python environment of tasks 6 and 8.")
+    try:
+        print("\n".join(convert(parser.parse_args())))
+    except (ValueError, OSError) as error:
+        print(f"agencybench_v1.py: {error}", file=sys.stderr)
+        sys.exit(2)
