@@ -1,0 +1,22 @@
+"""SWE-agent: a *.traj; its history, without the demonstrations. The tools are named there, not described."""
+
+KINDS = {"system": "message", "user": "message", "assistant": "message", "tool": "result"}
+LEFT_OUT = {
+    "thought": "a piece of the content",
+    "history.action": "the call once more, as a command",
+    "signature": "of a thinking, encrypted",
+}
+
+
+def fits(record):
+    return all("role" in message and "parts" not in message for message in record["history"])
+
+
+def read(log):
+    messages = [message for message in log["history"] if not message.get("is_demo")]
+    for message in messages:
+        if message["role"] not in KINDS:
+            raise ValueError(f"unknown_kind: {message['role']}")
+    info = log.get("info") or {}
+    meta = {"environment": log.get("environment"), "query_id": log.get("instance_id"), **info}
+    return {"messages": messages, "tools": None, "meta": meta, "checked": {"history": messages}}
