@@ -7,7 +7,6 @@ import multiprocessing
 import subprocess
 import sys
 import threading
-from pathlib import Path
 
 import pytest
 from chromium import Browser, find_chromium
