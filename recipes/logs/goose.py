@@ -1,0 +1,63 @@
+"""Goose: the output of `goose session export --format json`, or a session's JSONL with a header line."""
+
+KINDS = {
+    "text": "message", "thinking": "reasoning", "toolRequest": "call", "frontendToolRequest": "call",
+    "toolResponse": "result", "toolConfirmationRequest": "left out: a question of the screen",
+    "systemNotification": "left out: for the screen",
+}  # fmt: skip
+LEFT_OUT = {"signature": "of a thinking, encrypted", "metadata": "who sees the message"}
+
+
+def fits(record):
+    header = record if isinstance(record, dict) else record[0]
+    return "working_dir" in header and bool(messages_of(record))
+
+
+def messages_of(record):
+    return record["conversation"] if isinstance(record, dict) else record[1:]
+
+
+def content_of(answer):
+    """The parts of a result that are meant for the model, or its error."""
+    if "error" in answer:
+        return answer["error"]
+    value = answer["value"]
+    parts = value["content"] if isinstance(value, dict) else value
+    kept = []
+    for part in parts:
+        audience = (part.get("annotations") or {}).get("audience") or ["assistant"]
+        kept += [part] if "assistant" in audience else []
+    return kept
+
+
+def block_of(block):
+    """A block in Anthropic's form, which holds calls and results too."""
+    kind = block["type"]
+    if KINDS[kind] == "call":
+        call = block["toolCall"]
+        if "value" not in call:
+            raise ValueError("call_not_logged: the model's call could not be parsed")
+        arguments = call["value"].get("arguments") or {}
+        return {"type": "tool_use", "id": block["id"], "name": call["value"]["name"], "input": arguments}
+    if kind == "toolResponse":
+        content = content_of(block["toolResult"])
+        return {"type": "tool_result", "tool_use_id": block["id"], "content": content}
+    return block
+
+
+def read(record):
+    messages, checked = [], []
+    for message in messages_of(record):
+        if (message.get("metadata") or {}).get("agentVisible") is False:
+            continue
+        blocks = []
+        for block in message["content"]:
+            if block["type"] not in KINDS:
+                raise ValueError(f"non_text_content: {block['type']}")
+            if not KINDS[block["type"]].startswith("left out"):
+                blocks.append(block_of(block))
+        checked.append({"role": message["role"], "content": message["content"]})
+        messages.append({"role": message["role"], "content": blocks})
+    header = record if isinstance(record, dict) else record[0]
+    meta = {key: header[key] for key in header.keys() - {"conversation"}}
+    return {"messages": messages, "tools": None, "meta": meta, "checked": checked}
