@@ -1,0 +1,135 @@
+"""What the converters here share: options, pinned data, the task file; and the side of their checks.
+
+A converter is its own check: write() copies it (as check.py) and this file into the private folder.
+"""
+
+import argparse
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+CHECK = "/opt/venv/bin/python -I /private/check.py"
+HERE = Path(sys.argv[0]).name
+STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+THREADS = ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "TF_NUM_INTRAOP", "TF_NUM_INTEROP")
+
+
+def fail(text):
+    """A user's mistake: one line, exit 2."""
+    sys.exit(print(text, file=sys.stderr) or 2)
+
+
+def options(description, *data):
+    """Paths `data`, --venv, --output and --no_tools. Exits with one line if one of the paths is not there."""
+    shape = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=description, formatter_class=shape)
+    for name in data:
+        parser.add_argument(name, type=Path)
+    parser.add_argument("--venv", type=Path, required=True, help="environment of the check, made as above")
+    parser.add_argument("--output", type=Path, required=True, help="folder to write")
+    parser.add_argument("--no_tools", action="store_true", help="write no_tools.jsonl, for 04 with --no_tools")
+    found = parser.parse_args()
+    for name in (*data, "venv"):
+        path = getattr(found, name)
+        if not path.exists():
+            fail(f"{path}: no such file or folder ({name}: see {HERE} --help)")
+    found.place = "answer" if found.no_tools else "file"
+    return found
+
+
+def pinned(path, known):
+    """known[sha256 of the file]: a cut download, or a page in its place, never becomes a score of 0."""
+    with path.open("rb") as file:
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+    if digest not in known:
+        expected = " or ".join(known)
+        fail(f"{path}: sha256 {digest}, expected {expected}: get it again (see {HERE} --help)")
+    return known[digest]
+
+
+def unchanged(clone, commit, *paths):
+    """The files under `paths` in the clone are those of the commit."""
+    command = ["git", "-C", clone, "diff", "--quiet", commit, "--", *paths]
+    if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
+        fail(f"{clone}: {' and '.join(paths)} are not as in its commit {commit}: git checkout {commit}")
+
+
+def installed(venv, *packages):
+    """The check's environment has these versions, as in `pip install name==1.0`."""
+    for package in packages:
+        name, version = package.replace("-", "_").split("==")
+        if not list(venv.glob(f"lib/python3*/site-packages/{name}-{version}*.dist-info")):
+            fail(f"{venv}: {package} is not installed there (see {HERE} --help)")
+
+
+def write(found, tasks, count, private):
+    """OUTPUT/tasks.jsonl (or no_tools.jsonl) and OUTPUT/private. private: {file to copy: its name there}."""
+    assert len(tasks) == count, f"{len(tasks)} tasks, not {count}"
+    folder = found.output / "private"
+    folder.mkdir(parents=True, exist_ok=True)
+    for path, name in ({__file__: "common.py", sys.argv[0]: "check.py"} | private).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, folder / name)
+    shared = {"private": "private", "venv": os.path.relpath(found.venv, found.output)}
+    path = found.output / ("no_tools.jsonl" if found.no_tools else "tasks.jsonl")
+    path.write_text("".join(json.dumps(task | shared) + "\n" for task in tasks))
+    print(f"{path}: {count} tasks with {sum(len(task['turns']) for task in tasks)} turns")
+
+
+# ---- In the sandbox ----
+
+
+def main(convert, check, solve):
+    """As a script: convert(). As /private/check.py: check(words of the command), or solve() if "solve" ends it.
+
+    A fault of ours is `Bail out!` (not run), never a 0; one thread a pool, however many cores there are.
+    """
+    if Path(sys.argv[0]).name != "check.py":
+        return convert()
+    sys.excepthook = lambda kind, error, trace: print(f"Bail out! {kind.__name__}: {error}")
+    os.environ |= {name + ("_THREADS" if "NUM" in name else "_NUM_THREADS"): "1" for name in THREADS}
+    if sys.argv[-1] == "solve":
+        return solve(*sys.argv[1:-1])
+    sys.exit(check(*sys.argv[1:]))
+
+
+def submitted(place, file, answer="/answer.md"):
+    """The text to grade, "" if there is none. A link, which could lead into /private, is none."""
+    path = Path(answer if place == "answer" else file)
+    return path.read_text(errors="replace") if path.is_file() and not path.is_symlink() else ""
+
+
+def verdict(grade, code, reference=None):
+    """The check's exit status. grade(code) -> (passed, text).
+
+    Where the benchmark's own solution, `reference`, fails as well, nothing was measured: `Bail out!`.
+    """
+    passed, text = grade(code)
+    if not passed and reference:
+        sound, fault = grade(reference)
+        if not sound:
+            raise RuntimeError(f"the benchmark's own solution fails here as well: {fault}")
+    print(f"{'ok' if passed else 'not ok'} - {text}")
+    return 0 if passed else 1
+
+
+def confine():
+    """In each process forked from here: the code under test cannot print in our place, nor open the tests."""
+    os.register_at_fork(after_in_child=_confine)
+
+
+def _confine():
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    sys.addaudithook(_refuse)
+
+
+def _refuse(event, arguments):
+    if event in STARTS:
+        raise PermissionError(f"{event} is not for the code under test")
+    path = arguments[0] if event == "open" else 0
+    if not isinstance(path, int) and os.path.realpath(os.fsdecode(path)).startswith("/private"):
+        raise PermissionError(f"{path} is not for the code under test")

@@ -1,0 +1,94 @@
+"""EvalPlus as tasks: HumanEval+ (164) or MBPP+ (378), graded by the functions of the package evalplus.
+
+    python3.11 -m venv venvs/evalplus
+    venvs/evalplus/bin/pip install evalplus==0.3.1 numpy==2.4.6 tree-sitter==0.26.1 tree-sitter-python==0.25.0
+    python recipes/benchmarks/evalplus.py HumanEvalPlus.jsonl.gz --venv venvs/evalplus --output data/humaneval
+    python 04_eval.py --tasks data/humaneval/tasks.jsonl --rounds 1 --temperature 0 --model ...
+
+SR@1 is their pass@1. The data: github.com/evalplus, humanevalplus_release v0.1.10 (in git: commit 200defce; what
+is tagged v0.1.10 there is the data of v0.1.9) and mbppplus_release v0.2.0. With tools the agent writes
+solution.py, which is graded as it stands; without, the prompt is the authors' and the answer goes through their
+sanitize(). HumanEval/32 fails whatever the answer: their 0.3.1 does not count its tests as passed.
+"""
+
+import contextlib
+import gzip
+import json
+import os
+import sys
+from pathlib import Path
+
+sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+import common
+
+RELEASES = {
+    "272720b90ac375502c8ed23cd791c2a93dfb22a911641a494da74a426c09f101": ("HumanEval+", 164),
+    "af43697e8791c4c149bdfd6b489d8b5412507551ac20e28a439f650b8225db63": ("MBPP+", 378),
+}
+PROMPT = "Please provide a self-contained Python script that solves the following problem in {}:\n"
+PLACES = {"answer": "a markdown code block", "file": "the file /workspace/solution.py"}
+UNSOLVABLE = "HumanEval/32"  # evaluate: `continue` without progress.value += 1
+DATA = "/private/problems.jsonl.gz"
+
+
+def convert():
+    found = common.options(__doc__, "data")
+    name, count = common.pinned(found.data, RELEASES)
+    common.installed(found.venv, "evalplus==0.3.1")
+    tasks = []
+    for line in gzip.open(found.data):
+        problem = json.loads(line)
+        prompt = PROMPT.format(PLACES[found.place]) + f"```python\n{problem['prompt'].strip()}\n```"
+        check = f"{common.CHECK} {problem['task_id']} {found.place}"
+        turn = {"query": prompt, "check": check, "solution": check + " solve"}
+        query_id = problem["task_id"].replace("/", "-")
+        tasks.append({"query_id": query_id, "domain": "vibe_coding", "source": name, "turns": [turn]})
+    common.write(found, tasks, count, {found.data: "problems.jsonl.gz"})
+
+
+def load(task_id):
+    """("humaneval" or "mbpp", problem), by the authors' loaders."""
+    os.environ |= {"HUMANEVAL_OVERRIDE_PATH": DATA, "MBPP_OVERRIDE_PATH": DATA, "XDG_CACHE_HOME": "/tmp"}
+    from evalplus.data import get_human_eval_plus, get_mbpp_plus
+
+    if task_id.startswith("HumanEval"):
+        return "humaneval", get_human_eval_plus()[task_id]
+    return "mbpp", get_mbpp_plus()[task_id]
+
+
+def reference(problem):
+    return problem["prompt"] + problem["canonical_solution"]
+
+
+def solve(task_id, place):
+    code = reference(load(task_id)[1])
+    if place == "answer":
+        print(f"```python\n{code}\n```")
+    else:
+        Path("solution.py").write_text(code)
+
+
+def check(task_id, place):
+    """As evalplus.evaluate: base and extra tests, an input has 1 s or 4 times what the reference takes."""
+    dataset, problem = load(task_id)
+    from evalplus.evaluate import MBPP_OUTPUT_NOT_NONE_TASKS, check_correctness, get_groundtruth
+    from evalplus.sanitize import sanitize
+
+    code = common.submitted(place, "solution.py")
+    if place == "answer":
+        code = sanitize(code, problem["entry_point"])
+    not_none = MBPP_OUTPUT_NOT_NONE_TASKS if dataset == "mbpp" else []
+    with contextlib.redirect_stdout(sys.stderr):
+        expected = get_groundtruth({task_id: problem}, "expected", not_none)[task_id]
+    common.confine()
+
+    def grade(code):
+        result = check_correctness(dataset, 0, problem, code, expected, fast_check=True)
+        base, extra = result["base"][0], result["plus"][0]
+        return base == extra == "pass", f"base tests: {base}, extra tests: {extra}"
+
+    return common.verdict(grade, code, task_id != UNSOLVABLE and reference(problem))
+
+
+if __name__ == "__main__":
+    common.main(convert, check, solve)
