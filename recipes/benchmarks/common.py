@@ -31,7 +31,7 @@ def options(description, *data):
         parser.add_argument(name, type=Path)
     parser.add_argument("--venv", type=Path, required=True, help="environment of the check, made as above")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--no_tools", action="store_true", help="write no_tools.jsonl, for 04 with --no_tools")
+    parser.add_argument("--no_tools", action="store_true", help="write no_tools.jsonl, for --no_tools of 04")
     found = parser.parse_args()
     for name in (*data, "venv"):
         path = getattr(found, name)
@@ -84,7 +84,8 @@ def write(found, tasks, count, private):
 
 
 def main(convert, check, solve):
-    """As a script: convert(). As /private/check.py: check(words of the command), or solve() if "solve" ends it.
+    """As a script: convert(). As /private/check.py: check(words of the command), or solve(...)
+    where "solve" ends it.
 
     A fault of ours is `Bail out!` (not run), never a 0; one thread a pool, however many cores there are.
     """

@@ -5,11 +5,12 @@
         seaborn==0.13.2 scikit-learn==1.4.0 scipy==1.12.0 statsmodels==0.14.1 xgboost==2.0.3 \\
         tensorflow-cpu==2.16.1 PyYAML==6.0.2 tqdm==4.67.1
     python recipes/benchmarks/ds1000.py DS-1000 --venv venvs/ds1000 --output data/ds1000
-    python 04_eval.py --tasks data/ds1000/tasks.jsonl --rounds 1 --temperature 0 --model ...  # SR@1: pass@1
+    python 04_eval.py --tasks data/ds1000/tasks.jsonl --rounds 1 --temperature 0 --model ...
 
-DS-1000 is a clone of github.com/xlang-ai/DS-1000 at b39aab71. Without tools: the authors' system prompt, their
-stop words cut from the answer, their postprocess(); their 1,024 tokens are `--max_tokens 1024`. With tools the
-agent writes the same completion to solution.py. Problems that load a data set from the net need "network".
+DS-1000 is a clone of github.com/xlang-ai/DS-1000 at b39aab71. SR@1 is pass@1. Without tools: the authors'
+system prompt, their stop words cut from the answer, their postprocess(); for their 1,024 tokens add
+--max_tokens 1024. With tools the agent writes the same completion to solution.py. Problems that load a data
+set need "network".
 """
 
 import gzip

@@ -5,10 +5,10 @@
     python recipes/benchmarks/evalplus.py HumanEvalPlus.jsonl.gz --venv venvs/evalplus --output data/humaneval
     python 04_eval.py --tasks data/humaneval/tasks.jsonl --rounds 1 --temperature 0 --model ...
 
-SR@1 is their pass@1. The data: github.com/evalplus, humanevalplus_release v0.1.10 (in git: commit 200defce; what
+SR@1 is pass@1. The data: github.com/evalplus, humanevalplus_release v0.1.10 (in git: commit 200defce; what
 is tagged v0.1.10 there is the data of v0.1.9) and mbppplus_release v0.2.0. With tools the agent writes
-solution.py, which is graded as it stands; without, the prompt is the authors' and the answer goes through their
-sanitize(). HumanEval/32 fails whatever the answer: their 0.3.1 does not count its tests as passed.
+solution.py, graded as it stands; without, the prompt is the authors' and the answer goes through their
+sanitize(). HumanEval/32 fails whatever the answer: evalplus 0.3.1 never counts its tests as passed.
 """
 
 import contextlib

@@ -7,11 +7,12 @@
         --venv venvs/scicode --output data/scicode
     python 04_eval.py --tasks data/scicode/tasks.jsonl --rounds 1 --temperature 0 --check_timeout 2000 ...
 
-SciCode is a clone of github.com/scicode-bench/SciCode at 588b4069; the problems are the Hub's SciCode1/SciCode
-(in the clone: git show a7221968:eval/data/problems_all.jsonl); the targets, 1 GB, are on the drive that its README
-names. A problem counts (MP) with all its steps, 1,800 s each. The authors paste the code of earlier steps into a
-new conversation; here they are earlier turns of the same. Problems 13 and 62 cannot be solved: of the classes that
-steps 13.6 and 62.1 give, the authors' get_function_from_code() keeps one method.
+SciCode is a clone of github.com/scicode-bench/SciCode at 588b4069; the problems are the Hub's
+SciCode1/SciCode (in the clone: git show a7221968:eval/data/problems_all.jsonl); the targets, 1 GB, are on
+the drive that its README names. MP is pass@1 (all steps of a problem, 1,800 s each), SP is "SR@1 over
+turns". The authors paste the code of earlier steps into a new conversation; here they are earlier turns of
+the same. Problems 13 and 62 cannot be solved: of the classes that steps 13.6 and 62.1 give, the authors'
+get_function_from_code() keeps one method.
 """
 
 import contextlib

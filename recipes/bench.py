@@ -1,10 +1,10 @@
 """Speed of what is ours: formatting, tokenising, the agent loop, the sandbox, --help. Prints a table; asserts nothing.
 
-    python tests/bench.py                  # data and agent: about two minutes
-    python tests/bench.py data --limi LIMI # a clone of GAIR-NLP/LIMI: also its two data scripts on the same logs
-    python tests/bench.py agent --inspect_python ENV/bin/python   # an environment with inspect-ai 0.3.285 and openai
-    python tests/bench.py vllm --model outputs/demo/tuned         # 04 against raw requests; after the demo, minutes
-    python tests/bench.py kill             # a run of 100 episodes killed five times: is anything lost, or run twice?
+    python recipes/bench.py                  # data and agent: about two minutes
+    python recipes/bench.py data --limi LIMI # a clone of GAIR-NLP/LIMI: also its two data scripts on the same logs
+    python recipes/bench.py agent --inspect_python ENV/bin/python   # an environment with inspect-ai 0.3.285 and openai
+    python recipes/bench.py vllm --model outputs/demo/tuned         # 04 against raw requests; after the demo, minutes
+    python recipes/bench.py kill             # a run of 100 episodes killed five times: is anything lost, or run twice?
 
 data and agent run on one core. A loop's time is its own CPU time, beside an endpoint and sandboxes in other
 processes; the sandbox is timed by the clock.
