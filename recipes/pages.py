@@ -137,7 +137,7 @@ def metric_name(key):
     for pattern, name in WORDS["metrics"].items():
         if match := re.fullmatch(pattern, key):
             return match.expand(name)
-    return key.replace("_", " ")
+    return key.replace("_", " ").capitalize()
 
 
 def stop_words(stop):

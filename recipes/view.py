@@ -119,7 +119,7 @@ def view_tokens(folder, output, most):
 
 
 def read_episodes(folder):
-    """04's episodes in the order they ended; a run that still goes on has some."""
+    """04's episodes by task and run; a run that still goes on has some."""
     path = folder / "episodes.jsonl"
     wanted = ("query_id", "run", "messages", "meta", "rounds")
     rows = []
@@ -127,7 +127,7 @@ def read_episodes(folder):
         row.pop("served", None)  # token ids
         row["before"], row["rounds"] = split_rounds(row["messages"], row["rounds"])
         rows.append(row)
-    return rows
+    return sorted(rows, key=lambda row: (row["query_id"], row["run"]))
 
 
 def view_episodes(folder, output, most, above=()):
@@ -155,8 +155,8 @@ def view_episodes(folder, output, most, above=()):
 # ---- Comparisons ----
 
 
-def paired(table):
-    """[(metric, mean of each run, paired difference of the last to each other)], with 04's intervals."""
+def paired(table, paper=None):
+    """[(metric, means of the runs, paired differences of the last to each, published)], as 04 has them."""
     stage = importlib.import_module("04_eval")
     rows = []
     for metric, per_run in table.items():
@@ -166,7 +166,8 @@ def paired(table):
             interval = stage.bootstrap(each)  # None for too few tasks
             edges = " [{:+.1%}, {:+.1%}]".format(*interval) if interval else ""
             differences.append(f"{statistics.mean(each):+.1%}{edges}, p = {stage.permutation_p(each):.3f}")
-        rows.append((metric, [stage.percent(values) for values in per_run], differences))
+        means = [stage.percent(values) for values in per_run]
+        rows.append((metric, means, differences, stage.paper_numbers(paper, metric)))
     return rows
 
 
@@ -179,7 +180,7 @@ def by_change(comparison):
     return sorted(rows, key=lambda row: -abs(row[2]))
 
 
-def view_comparison(folders, output, most):
+def view_comparison(folders, output, most, paper):
     """Two or more runs of 04 over the tasks that all have, base first, tuned last."""
     comparison = plot.read_comparison(folders)
     names, tasks = comparison["names"], by_change(comparison)
@@ -194,7 +195,7 @@ def view_comparison(folders, output, most):
     table = {}
     for key in itertools.chain(*facts):
         table[key] = [fact.get(key) for fact in facts]
-    panels = plot.comparison_panels(comparison, "Score", {})
+    panels = plot.comparison_panels(comparison)
     plot.save(panels, output / "compare")
     scored = [summary["by_task"] for summary in comparison["summaries"]]
     write_page(
@@ -204,7 +205,7 @@ def view_comparison(folders, output, most):
         runs=runs,
         tasks=tasks,
         not_shared=sorted(set().union(*scored) - set(comparison["tasks"])),
-        scores=paired(comparison["table"]),
+        scores=paired(comparison["table"], paper),
         table=table,
         pictures=pictures_of(panels),
     )
@@ -213,7 +214,7 @@ def view_comparison(folders, output, most):
 # ---- What the paths are ----
 
 
-def view(paths, output, most):
+def view(paths, output, most, paper=None):
     """Write the pages of what the paths are and return the address of the first. Raises InputError."""
     first = paths[0]
     for path in paths:
@@ -221,7 +222,7 @@ def view(paths, output, most):
             raise InputError(f"{path}: no such file or folder")
     if len(paths) > 1:
         output = output or paths[-1] / "compare"
-        view_comparison(paths, output, most)
+        view_comparison(paths, output, most, paper)
     elif first.is_file():
         output = output or first.with_suffix(".pages")
         view_rows(first, output, most)
@@ -244,9 +245,11 @@ def main(arguments):
     parser.add_argument("--output_dir", type=Path, help="folder of the pages (default: beside what was read)")
     most = "pages of rows, samples or episodes at most; the first page has them all (default: %(default)s)"
     parser.add_argument("--limit", type=int, default=500, help=most)
+    paper = "of several results: YAML of published numbers, e.g. recipes/benchmarks/paper_tables.yaml"
+    parser.add_argument("--paper", type=Path, help=paper)
     settings = parser.parse_args(arguments)
     paths = [path.resolve() for path in settings.paths]
-    print(f"pages: {view(paths, settings.output_dir, settings.limit)}")
+    print(f"pages: {view(paths, settings.output_dir, settings.limit, settings.paper)}")
 
 
 if __name__ == "__main__":

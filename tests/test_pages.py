@@ -329,10 +329,19 @@ def test_a_comparison_begins_with_what_differs(pages):
 
 def test_intervals_are_those_of_the_evaluation(view, plot, stage):
     values = [[0, 0.25, 0.5, 0.5, 1], [0.5, 0.5, 1, 1, 1]]
-    [(name, means, [difference])] = view.paired({"FTFC": values})
+    [(name, means, [difference], published)] = view.paired({"FTFC": values})
     low, high = stage("04_eval").bootstrap([0.5, 0.25, 0.5, 0.5, 0])
-    assert name == "FTFC" and means == [stage("04_eval").percent(run) for run in values]
+    assert name == "FTFC" and published == [] and means == [stage("04_eval").percent(run) for run in values]
     assert difference.startswith(f"+35.0% [{low:+.1%}, {high:+.1%}], p = ") and 0 <= low < high <= 0.5
+
+
+def test_published_numbers_have_a_column_of_their_own(view, tmp_path):
+    paper = tmp_path / "paper.yaml"
+    paper.write_text("Table 2: {benchmarks: {AgencyBench: {FTFC: {GLM-4.5: 37.8}}}}")
+    folder = view.view(make_pair(tmp_path), tmp_path / "out", 500, paper).parent
+    rows = Page(folder / "index.html").rows
+    assert rows[0][-1] == "published"
+    assert next(row for row in rows if "FTFC" in row[0])[-1] == "Table 2, GLM-4.5: 37.8"
 
 
 def test_a_task_shows_base_beside_tuned(pages):
@@ -427,10 +436,11 @@ def test_pictures_are_drawn_from_the_stages_files(tmp_path):
 
 def test_scores_by_training_rows_stand_beside_the_papers(plot, tmp_path):
     comparison = plot.read_comparison(make_pair(tmp_path))
-    panels = plot.comparison_panels(comparison, "Score", {"LIMI": (78, 73.5)})
-    score, by_rows = plot.inline(panels)
+    assert "paper's" not in plot.inline(plot.comparison_panels(comparison))[1]  # not the paper's tasks
+    comparison["tasks"] = [f"agencybench-v1-{number}" for number in range(1, 11)]
+    score, by_rows = plot.inline(plot.comparison_panels(comparison))
     drawn = re.findall(r"<text[^>]*>([^<]*)</text>", score)
-    assert {"base", "tuned", "51.9", "90.7"} <= {*drawn}
+    assert {"Average of FTFC, SR@3, RC@3", "base", "tuned", "51.9", "90.7"} <= {*drawn}
     drawn = re.findall(r"<text[^>]*>([^<]*)</text>", by_rows)
     assert {"tuned: 78", "paper's LIMI", "base"} <= {*drawn}
     assert "currentColor" in score and plot.INK not in score
