@@ -333,7 +333,7 @@ import threading  # noqa: E402
 
 ROOT = "/workspace"
 LONGEST = 16_000  # characters of an output that the model sees
-CALL = {"id": None, "deadline": 0.0, "killed": None}  # the call under way; why our own guard killed something of it
+CALL = {"id": None, "seconds": 0, "deadline": 0.0, "killed": None}  # the call under way; why our own guard killed something of it
 PROCESSES = "a command started too many processes; everything was ended, files are kept"
 
 
@@ -455,8 +455,9 @@ def serve(root, limits, functions):
     functions["check"] = run_check
     for line in sys.stdin:
         request = json.loads(line)
-        CALL.update(id=request["id"], deadline=time.monotonic() + request["seconds"], killed=None)
-        signal.setitimer(signal.ITIMER_REAL, request["seconds"] + 2)
+        seconds = request["seconds"]
+        CALL.update(id=request["id"], seconds=seconds, deadline=time.monotonic() + seconds, killed=None)
+        signal.setitimer(signal.ITIMER_REAL, seconds + 2)
         try:
             reply = {"output": functions[request["name"]](**request["arguments"])}
         except BlockingIOError:
@@ -648,7 +649,7 @@ def run_shell_command(command, description="", directory=""):
     problem = "(none)"
     if code is None:
         code = -signal.SIGKILL
-        problem = "Command timed out and was killed."
+        problem = f"Command timed out after {CALL['seconds']} seconds and was killed."
     elif CALL["killed"]:
         problem = f"Ended by the limit of the sandbox: {CALL['killed']}."
     return (
@@ -744,7 +745,10 @@ def python_home(venv):
 def bwrap_options(workspace, mounts, venv, network, root):
     """Options of bubblewrap: read-only system, private /tmp and home, no network, no host processes, environment or
     files, the folder `workspace` at `root`, the mounts and the task's Python environment at /opt/venv."""
-    isolation = ["--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try", "--as-pid-1"]
+    isolation = ["--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try"]
+    # No process of bubblewrap stays inside that has the agent's user and could be traced; as root it has another user,
+    # and has to stay: setpriv loses the signal by which the sandbox ends with its launcher
+    isolation += ["--as-pid-1"] if os.getuid() else []
     isolation += ["--die-with-parent", "--new-session", "--clearenv", "--hostname", "sandbox"]
     isolation += [] if network else ["--unshare-net"]
     system = ["--ro-bind", "/usr", "/usr", "--proc", "/proc", "--dev", "/dev"]
@@ -1020,7 +1024,7 @@ OVERFLOW = [
     ("Moonshot", r"exceeded model token limit"),
     ("Gemini", r"token count .{0,40}exceeds the maximum"),
     ("Mistral", r"too large for model with|tokens? .{0,40}exceeds? .{0,40}model.{0,10} context"),
-    ("Together, TGI", r"tokens. \+ .?max_new_tokens|inputs? .{0,30}must have less than"),
+    ("Together, TGI", r"tokens \+ .?max_new_tokens|inputs.? .{0,30}must have less than"),
     ("Groq", r"reduce the length of the messages"),
     ("DashScope", r"range of input length should be"),
     ("Bedrock", r"input is too long"),
@@ -1031,7 +1035,7 @@ OVERFLOW = [
 ]
 REFUSED = r"content.?filter|content management policy|content exists risk|high risk|data_?inspection|usage polic"
 REFUSED += r"|safety|responsible.?ai|sensitive|\"?code\"?: ?\"?1301|invalid_prompt|flagged|moderation"
-UNPARSED = r"parse.{0,30}(tool|function|arguments|json)|tool_use_failed|failed to call a function|harmony"
+UNPARSED = r"pars(e|ing).{0,30}(tool|function|arguments|json)|tool_use_failed|failed to call a function|harmony"
 UNPARSED += r"|(tool|function).?call.{0,60}(parse|malformed|invalid json)|unexpected tokens remaining|malformed_function"
 RATE = r"per (minute|day|hour)|rate.?limit|\btpm\b|quota|overloaded"
 FINISH = {  # finish_reason, by what it holds
@@ -1171,11 +1175,12 @@ def read_reply(data, taken, with_tools):
 
 
 class Refusal(Exception):
-    """An endpoint's no. status: of HTTP, or of the error inside a 200."""
+    """An endpoint's no. status: of HTTP, or of the error inside a 200; wait: seconds it asks for, 0 if it does not."""
 
-    def __init__(self, status, text):
+    def __init__(self, status, text, wait=""):
         super().__init__(" ".join(f"HTTP {status}: {text}".split())[:600])
         self.kind = why_refused(status, text)
+        self.wait = min(float(wait), 60) if re.fullmatch(r"[0-9.]{1,9}", wait or "") and wait.count(".") < 2 else 0
 
 
 class Endpoint:
@@ -1218,7 +1223,7 @@ class Endpoint:
             async with asyncio.timeout(seconds):
                 response = await self.client.post("chat/completions", json=body)
             if response.status_code != 200:
-                raise Refusal(response.status_code, response.text)
+                raise Refusal(response.status_code, response.text, response.headers.get("retry-after"))
             data = json.loads(valid_text(json.dumps(response.json(), ensure_ascii=False)))
             reply = read_reply(data, taken, "tools" in body)
         except httpx.TimeoutException:
@@ -1243,10 +1248,11 @@ class Endpoint:
         a badly written call or an unknown refusal a few times; raises NotRun("endpoint_error") in the end."""
         tries = Counter()
         give_up = time.monotonic() + self.settings.patience
-        pause = 0.5
+        pause = 0.25
         allowed = min(seconds or math.inf, self.settings.request_seconds)
         while True:
             body = self.body(wire, tools, seed + 1000 * tries["unparsed_call"])
+            wait = 0
             try:
                 return await self.post(body, allowed, set() if taken is None else taken)
             except TimeoutError:
@@ -1257,6 +1263,7 @@ class Endpoint:
             except Refusal as refusal:
                 kind = refusal.kind
                 problem = str(refusal)
+                wait = refusal.wait
             if kind in ("context_full", "refused") or kind == "unparsed_call" and tries[kind] == 2:
                 return Reply(kind)
             if kind == "reasoning" and not self.reasoning_refused:
@@ -1267,10 +1274,10 @@ class Endpoint:
                 self.alive()
             tries[kind] += 1
             pause = min(2 * pause, 60)
-            late = time.monotonic() + pause > give_up
+            late = kind == "again" and time.monotonic() + max(wait, pause) > give_up
             if late or kind in ("unknown", "timeout", "reasoning") and tries[kind] == 2:
                 raise NotRun("endpoint_error", f"{self.client.base_url}: {problem}; are {self.flags} right?")
-            await asyncio.sleep(pause)
+            await asyncio.sleep(max(wait, pause))
 
 
 async def probe(endpoint, schemas, system):
@@ -1368,7 +1375,8 @@ class PromptWatch:
 
     def see(self, tokens, size):
         grown = size - self.size > 200  # characters; a template may drop a thought
-        self.still = self.still + 1 if tokens and grown and tokens <= self.tokens else 0
+        cut = grown and 1024 <= tokens <= self.tokens  # no window is smaller than that
+        self.still = self.still + 1 if cut else 0
         if self.still == 2:
             raise NotRun("endpoint_error", f"the prompt is cut: prompt_tokens stay at {tokens} while the messages grow")
         self.tokens = max(tokens, self.tokens)
@@ -2098,13 +2106,13 @@ def read_model_file(model, name):
         path = Path(model, name)
         return path.read_text() if path.exists() else None
     from huggingface_hub import hf_hub_download
-    from huggingface_hub.errors import EntryNotFoundError
+    from huggingface_hub.errors import LocalEntryNotFoundError, RemoteEntryNotFoundError
 
     try:
         return Path(hf_hub_download(model, name)).read_text()
-    except EntryNotFoundError:
+    except RemoteEntryNotFoundError:
         return None
-    except (OSError, ValueError) as error:  # not found, not reachable; not a name
+    except (LocalEntryNotFoundError, OSError, ValueError) as error:  # not found, not reachable; not a name
         raise InputError(f"{model}: neither a folder nor a reachable Hub id ({str(error).splitlines()[0]})") from None
 
 
@@ -2494,7 +2502,8 @@ def check_settings(settings):
         raise InputError("--max_usd needs --price_in and --price_out")
     if settings.sandbox_command and not settings.sandbox_mount:
         raise InputError("sandbox_command needs sandbox_mount beside it, see recipes/sandbox/docker.yaml")
-    if not settings.model and (settings.agent == "model" or settings.serve) and not settings.regrade:
+    works = settings.agent == "model" and not settings.regrade and not settings.compare
+    if not settings.model and (works or settings.serve):
         raise InputError("name the model: --model FOLDER_OR_HUB_ID (or its served name, with --base_url)")
     if settings.feedback == "judge" and not (settings.base_url or settings.judge_base_url or settings.model):
         raise InputError("--feedback judge needs --judge_base_url")

@@ -2,12 +2,18 @@
 
 import importlib
 import importlib.util
+import json
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from scripted import raw, render, say, write_tasks
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -68,3 +74,94 @@ def shared():
     if not path.exists():
         pytest.skip("needs ../shared/data")
     return path
+
+
+@pytest.fixture
+def make_endpoint(tmp_path):
+    """make_endpoint(port=0) -> a chat-completions server: .script maps a task's first query to its assistant messages
+    in order; a function there answers (status, headers, text) itself. .requests holds every request body. With
+    .is_vllm it gives token ids where they are asked for: the characters of render()."""
+
+    servers = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def log_message(self, *args):
+            pass
+
+        def send(self, status, headers, text):
+            self.send_response(status)
+            for key, value in (headers | {"content-length": str(len(text.encode()))}).items():
+                self.send_header(key, value)
+            self.end_headers()
+            try:
+                self.wfile.write(text.encode())
+            except BrokenPipeError:
+                pass  # the run was killed
+
+        def do_GET(self):
+            self.send(200, {}, json.dumps({"data": [{"owned_by": "vllm" if self.server.is_vllm else "me"}]}))
+
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+            if self.path == "/detokenize":
+                return self.send(200, {}, json.dumps({"prompt": "".join(map(chr, body["tokens"]))}))
+            self.server.requests.append(body)
+            users = [message["content"] for message in body["messages"] if message["role"] == "user"]
+            done = sum(message["role"] == "assistant" for message in body["messages"])
+            turns = self.server.script.get(users[0]) or (lambda body: say("I have no task."))
+            reply = turns(body) if callable(turns) else turns[done]
+            if isinstance(reply, dict):
+                stop = reply.pop("finish_reason", "tool_calls" if reply.get("tool_calls") else "stop")
+                message = {"role": "assistant"} | reply
+                usage = {"prompt_tokens": 10, "completion_tokens": 2}
+                whole = {"choices": [{"message": message, "finish_reason": stop}], "usage": usage}
+                if self.server.is_vllm and body.get("return_token_ids"):
+                    whole["prompt_token_ids"] = [ord(c) for c in render(body["messages"])]
+                    whole["choices"][0]["token_ids"] = [ord(c) for c in raw(message)]
+                reply = 200, {}, json.dumps(whole)
+                time.sleep(self.server.delay)
+            self.send(*reply)
+
+    class Server(ThreadingHTTPServer):
+        daemon_threads, request_queue_size = True, 128
+
+    def make(port=0):
+        server = Server(("127.0.0.1", port), Handler)
+        server.script, server.requests, server.delay, server.is_vllm = {}, [], 0, False
+        server.url, server.folder = f"http://127.0.0.1:{server.server_port}/v1", tmp_path
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        servers.append(server)
+        return server
+
+    yield make
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+@pytest.fixture
+def endpoint(make_endpoint):
+    return make_endpoint()
+
+
+@pytest.fixture
+def evaluate(stage, endpoint, tmp_path, capsys):
+    """evaluate(*tasks, **settings) -> (episodes by query_id and run, summary), in this process."""
+
+    m = stage("04_eval")
+
+    def run(*tasks, output_dir=tmp_path / "out", **settings):
+        path = write_tasks(tmp_path, *tasks)
+        settings = {"model": "scripted", "base_url": endpoint.url, "concurrency": 4, "patience": 0} | settings
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            m.main(m.Settings(tasks=[str(path)], output_dir=str(output_dir), **settings))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        rows = [json.loads(line) for line in Path(output_dir, "episodes.jsonl").read_text().splitlines()]
+        return {(row["query_id"], row["run"]): row for row in rows}, json.loads(
+            Path(output_dir, "summary.json").read_text()
+        )
+
+    return run

@@ -1,0 +1,485 @@
+"""Stage 4: every outcome of a request has a name, and a fault of the endpoint is no score."""
+
+import asyncio
+import json
+import shutil
+import threading
+import time
+from pathlib import Path
+
+import pytest
+from scripted import call, calls, say, tool_outputs
+
+ROOT = Path(__file__).resolve().parent.parent
+CASES = ROOT.parent / "shared" / "cases" / "serve"
+needs_bwrap = pytest.mark.skipif(not shutil.which("bwrap"), reason="needs bubblewrap")
+
+
+@pytest.fixture(scope="module")
+def m(stage):
+    return stage("04_eval")
+
+
+@pytest.fixture
+def ask(m, endpoint):
+    """ask(*answers, **settings) -> what complete() makes of them: a Reply, or the NotRun that it raises. An answer is
+    (status, body) or a message; the last one is given for ever."""
+
+    def run(*answers, wire=None, with_tools=True, **settings):
+        waiting = list(answers)
+
+        def answer(body):
+            reply = waiting.pop(0) if len(waiting) > 1 else waiting[0]
+            if isinstance(reply, dict):
+                return dict(reply)
+            status, content = reply
+            return status, {}, content if isinstance(content, str) else json.dumps(content)
+
+        endpoint.script["q"] = answer
+        wire = wire or [{"role": "user", "content": "q"}]
+        settings = m.Settings(model="x", **{"patience": 0} | settings)
+        tools = m.TOOLS if with_tools else []
+
+        async def complete():
+            client = m.Endpoint(settings, endpoint.url, ["OPENAI_API_KEY"])
+            try:
+                return await client.complete(wire, tools, seed=0)
+            except m.NotRun as fault:
+                return fault
+
+        return asyncio.run(complete())
+
+    return run
+
+
+def whole(message, finish="stop", **more):
+    """(200, a chat completion)"""
+    choice = {"message": {"role": "assistant"} | message, "finish_reason": finish} | more
+    return 200, {"choices": [choice], "usage": {"prompt_tokens": 7, "completion_tokens": 3}}
+
+
+def error(text, **more):
+    return {"error": {"message": text} | more}
+
+
+FULL = {
+    "OpenAI": (400, "This model's maximum context length is 8192 tokens. However, your messages resulted in 9000."),
+    "OpenAI, newer": (400, "Your input exceeds the context window of this model. Please adjust your input."),
+    "OpenAI, limit": (400, "Input tokens exceed the configured limit of 272000 tokens."),
+    "OpenAI, by code": (400, {"error": {"message": "too long", "code": "context_length_exceeded"}}),
+    "Anthropic": (400, "prompt is too long: 200251 tokens > 200000 maximum"),
+    "Anthropic, sum": (400, "input length and `max_tokens` exceed context limit: 190000 + 20000 > 200000"),
+    "vLLM": (400, "'max_tokens' is too large: 99. This model's maximum context length is 64 tokens"),
+    "vLLM, prompt": (400, "The decoder prompt (length 99) is longer than the maximum model length of 64."),
+    "SGLang": (400, "The input (33056 tokens) is longer than the model's context length (32768 tokens)."),
+    "SGLang, sum": (400, "Requested token count exceeds the model's maximum context length of 32768 tokens."),
+    "llama.cpp": (400, "request (33056 tokens) exceeds the available context size (32768 tokens), try increasing it"),
+    "llama.cpp, by type": (400, {"error": {"message": "no", "type": "exceed_context_size_error"}}),
+    "Ollama": (500, "the input length exceeds the context length"),
+    "Ollama, prompt": (400, "prompt too long; exceeded max context length by 12 tokens"),
+    "LM Studio": (400, "The number of tokens to keep from the initial prompt is greater than the context length."),
+    "Zhipu": (400, {"error": {"code": "1261", "message": "Prompt exceeds max length"}}),
+    "Zhipu, Chinese": (400, {"error": {"code": "1261", "message": "Prompt 超长"}}),
+    "DeepSeek": (400, "This model's maximum context length is 131072 tokens. However, you requested 140000 tokens"),
+    "Moonshot": (400, "Invalid request: Your request exceeded model token limit: 262144"),
+    "Gemini": (400, "The input token count (1048577) exceeds the maximum number of tokens allowed (1048576)."),
+    "Mistral": (400, "Prompt contains 40000 tokens, too large for model with 32768 maximum context length"),
+    "Together": (422, "Input validation error: `inputs` tokens + `max_new_tokens` must be <= 4097"),
+    "TGI": (422, "Input validation error: `inputs` must have less than 1024 tokens. Given: 5000"),
+    "Groq": (400, "Please reduce the length of the messages or completion."),
+    "DashScope": (400, "Range of input length should be [1, 129024]"),
+    "Bedrock": (400, "Input is too long for requested model."),
+    "xAI": (400, "This model's maximum prompt length is 131072 but the request contains 140000 tokens."),
+    "MiniMax": (400, "invalid params, context window exceeds limit"),
+    "LiteLLM": (400, "litellm.ContextWindowExceededError: too much"),
+    "Cohere": (400, "too many tokens: size limit exceeded by 11 tokens"),
+    "OpenRouter, in a 200": (200, error("This endpoint's maximum context length is 8192 tokens.", code=400)),
+    "a proxy": (413, "Request Entity Too Large"),
+}
+
+
+@pytest.mark.parametrize("who", FULL)
+def test_a_conversation_that_does_not_fit_is_told_by_every_providers_words(ask, who):
+    status, text = FULL[who]
+    assert ask((status, text if isinstance(text, dict) else error(text))).stop == "context_full"
+
+
+REFUSED = {
+    "Azure": (400, error("The response was filtered due to Azure OpenAI's content management policy.")),
+    "Azure, by code": (400, error("no", code="content_filter")),
+    "OpenAI": (400, error("Invalid prompt: your prompt was flagged as potentially violating our usage policy.")),
+    "DeepSeek": (400, error("Content Exists Risk")),
+    "Zhipu": (400, error("系统检测到输入或生成内容可能包含不安全或敏感内容", code="1301")),
+    "Moonshot": (400, error("The request was rejected because it was considered high risk")),
+    "DashScope": (400, error("Input data may contain inappropriate content.", code="data_inspection_failed")),
+    "finish content_filter": whole({"content": None}, "content_filter"),
+    "finish sensitive": whole({"content": ""}, "sensitive"),
+    "finish SAFETY": whole({"content": None}, "SAFETY"),
+    "finish PROHIBITED_CONTENT": whole({"content": None}, "PROHIBITED_CONTENT"),
+    "a refusal beside no text": whole({"content": None, "refusal": "I can't help with that."}),
+}
+
+
+@pytest.mark.parametrize("who", REFUSED)
+def test_a_refusal_is_the_end_of_that_round_alone(ask, who):
+    assert ask(REFUSED[who]).stop == "refused"
+
+
+UNPARSED = {
+    "Ollama": (500, error("error parsing tool call: raw='{\"command\"', err=unexpected end of JSON input")),
+    "llama.cpp": (500, error("Failed to parse tool call arguments as JSON: parse error at line 1, column 131")),
+    "vLLM, gpt-oss": (500, error("unexpected tokens remaining in message header: ['to=functions.x']")),
+    "Groq": (400, error("Failed to call a function. See failed_generation.", code="tool_use_failed")),
+    "Gemini": whole({"content": None}, "MALFORMED_FUNCTION_CALL"),
+    "Gemini, behind a gateway": whole({"content": None}, "function_call_filter: MALFORMED_FUNCTION_CALL"),
+    "a call as text": whole({"content": '<tool_call>{"name": "glob"}</tool_call>'}),
+    "a call of GLM as text": whole({"content": "<tool_call>glob<arg_key>pattern</arg_key>"}),
+}
+
+
+@pytest.mark.parametrize("who", UNPARSED)
+def test_a_call_that_nobody_can_parse_has_its_own_name(ask, who):
+    assert ask(UNPARSED[who], patience=9).stop == "unparsed_call"
+
+
+def test_a_call_that_could_not_be_parsed_is_asked_for_again_with_another_seed(ask, endpoint):
+    reply = ask(UNPARSED["Ollama"], UNPARSED["llama.cpp"], say("done"), patience=9)
+    assert reply.stop == "answer" and [body["seed"] for body in endpoint.requests] == [0, 1000, 2000]
+
+
+FAULTS = {
+    "a dead provider": whole({"content": ""}, "error", error={"code": 502, "message": "Upstream error"}),
+    "finish error": whole({"content": ""}, "error"),
+    "finish network_error": whole({"content": "half"}, "network_error"),
+    "finish insufficient_system_resource": whole({"content": "half"}, "insufficient_system_resource"),
+    "an error in a 200": (200, error("Provider returned error", code=502)),
+    "an error text in a 200": (200, {"error": "overloaded"}),
+    "no choices": (200, {"choices": []}),
+    "choices null": (200, {"choices": None}),
+    "no message": (200, {"choices": [{}]}),
+    "a message that is a list": (200, {"choices": [{"message": []}]}),
+    "content that is a number": whole({"content": 5}),
+    "a call without a function": whole({"content": None, "tool_calls": [{"id": "1"}]}),
+    "HTML": (200, "<html>Welcome</html>"),
+    "half a body": (200, '{"choices": [{"mess'),
+    "an empty body": (200, ""),
+    "a list": (200, "[1]"),
+    "very deep": (200, "[" * 200_000),
+    "400": (400, error("unknown parameter foo; the context length is fine")),
+    "401": (401, "wrong key"),
+    "402": (402, error("Insufficient Balance")),
+    "403": (403, "no"),
+    "404": (404, "no such route"),
+    "422": (422, error("extra fields not allowed: seed")),
+    "429": (429, "slow down"),
+    "429 of tokens a minute": (429, error("Request too large for model on tokens per minute (TPM): Limit 6000")),
+    "413 of tokens a minute": (413, error("Request too large: tokens per minute (TPM) limit 6000")),
+    "500": (500, "boom"),
+    "502": (502, "bad gateway"),
+    "503": (503, "starting"),
+    "529": (529, error("Overloaded")),
+    "a redirect": (301, ""),
+}
+
+
+@pytest.mark.parametrize("who", FAULTS)
+def test_a_fault_of_the_endpoint_is_never_an_answer(ask, m, who):
+    fault = ask(FAULTS[who])
+    assert isinstance(fault, m.NotRun) and fault.reason == "endpoint_error"
+    assert "--base_url" in fault.detail and "\n" not in fault.detail
+
+
+PASSING = {
+    "429": (429, "slow down"),
+    "503": (503, "starting"),
+    "half a body": (200, "{"),
+    "no choices": (200, {"choices": []}),
+    "a 400 of the provider behind it": (400, error("Provider returned error")),
+}
+
+
+@pytest.mark.parametrize("who", PASSING)
+def test_what_may_pass_is_asked_again(ask, who):
+    assert ask(PASSING[who], say("done"), patience=9).stop == "answer"
+
+
+def test_an_unknown_refusal_is_asked_twice_and_no_more(ask, m, endpoint):
+    assert isinstance(ask((400, "no"), patience=99), m.NotRun) and len(endpoint.requests) == 2
+
+
+def test_a_retry_after_of_zero_is_no_licence_to_hammer(ask, endpoint):
+    endpoint.script["q"] = lambda body: (429, {"retry-after": "0"}, "slow down")
+    started = time.monotonic()
+    ask((429, "slow down"), patience=3)
+    assert len(endpoint.requests) <= 4 and time.monotonic() - started >= 1
+
+
+READ = {
+    "text": (say("done"), "answer", "done", None),
+    "no text": (say(""), "empty", "", None),
+    "null": (say(None), "empty", "", None),
+    "no content at all": ({"role": "assistant"}, "empty", "", None),
+    "a thought alone": (say("", reasoning="hm"), "empty", "", "hm"),
+    "a thought beside it": (say("done", reasoning_content="hm"), "answer", "done", "hm"),
+    "parts": (say([{"type": "text", "text": "do"}, {"type": "text", "text": "ne"}]), "answer", "done", None),
+    "a part that thinks": (
+        say([{"type": "thinking", "thinking": [{"type": "text", "text": "hm"}]}, {"type": "text", "text": "done"}]),
+        "answer",
+        "done",
+        "hm",
+    ),
+    "cut": (say("do", finish_reason="length"), "length", "do", None),
+    "cut, Mistral": (say("do", finish_reason="model_length"), "length", "do", None),
+    "half an emoji": (say("a\ud83d"), "answer", "a\ufffd", None),
+}
+
+
+@pytest.mark.parametrize("what", READ)
+def test_what_an_endpoint_says_is_read_in_all_its_forms(ask, what):
+    message, stop, text, thoughts = READ[what]
+    reply = ask(message)
+    assert (reply.stop, reply.message["content"], reply.message.get("reasoning_content")) == (stop, text, thoughts)
+    assert reply.message.get("weight") == (0 if stop == "empty" or not text else None)
+    assert reply.wire["content"]  # no empty message is ever sent
+
+
+CALLS = {
+    "a string": ({"arguments": '{"pattern": "*"}'}, {"pattern": "*"}, None),
+    "an object": ({"arguments": {"pattern": "*"}}, {"pattern": "*"}, None),
+    "nothing": ({"arguments": ""}, {}, None),
+    "null": ({"arguments": None}, {}, None),
+    "no arguments": ({}, {}, None),
+    "cut": ({"arguments": '{"pattern": '}, {"invalid_json": '{"pattern": '}, 0),
+    "a list": ({"arguments": "[1]"}, {"invalid_json": "[1]"}, 0),
+}
+
+
+@pytest.mark.parametrize("what", CALLS)
+def test_a_bad_call_is_kept_as_it_was_and_never_trained(ask, what):
+    given, arguments, weight = CALLS[what]
+    reply = ask({"content": None, "tool_calls": [{"id": "1", "function": {"name": "glob"} | given}]})
+    assert reply.stop is None and reply.message["tool_calls"][0]["function"]["arguments"] == arguments
+    assert reply.message.get("weight") == weight and bool(reply.errors[0]) == (weight == 0)
+
+
+def test_calls_without_an_id_or_with_the_same_get_their_own(ask):
+    made = [{"id": identity, "function": {"name": "glob"}} for identity in ("a", "a", "", None, 5)]
+    reply = ask({"content": None, "tool_calls": made})
+    assert [call["id"] for call in reply.message["tool_calls"]] == ["a", "call_1", "call_2", "call_3", "call_4"]
+    assert [call["id"] for call in reply.wire["tool_calls"]] == ["a", "call_1", "call_2", "call_3", "call_4"]
+
+
+def test_the_old_form_of_a_call_is_read(ask):
+    reply = ask({"content": None, "function_call": {"name": "glob", "arguments": "{}"}})
+    assert reply.message["tool_calls"][0]["function"] == {"name": "glob", "arguments": {}}
+
+
+def test_usage_may_be_anything(ask):
+    reply = ask((200, {"choices": [{"message": say("x")}], "usage": {"prompt_tokens": "7", "completion_tokens": 1e400}}))
+    assert (reply.prompt_tokens, reply.completion_tokens) == (7, 0)
+
+
+def test_reasoning_goes_back_under_its_name_with_what_stands_beside_a_call(endpoint, evaluate):
+    first = calls(("glob", {"pattern": "*"})) | {"reasoning": "hm", "reasoning_details": [{"type": "x"}]}
+    first["tool_calls"][0]["extra_content"] = {"google": {"thought_signature": "c2ln"}}
+    endpoint.script["q"] = [first, say("done")]
+    episodes, _ = evaluate(("t", [("q", "true")]))
+    sent = endpoint.requests[-1]["messages"][2]
+    assert sent["reasoning"] == "hm" and "reasoning_content" not in sent and sent["reasoning_details"] == [{"type": "x"}]
+    assert sent["tool_calls"][0]["extra_content"] == {"google": {"thought_signature": "c2ln"}}
+    row = episodes["t", 0]["messages"][2]
+    assert row["reasoning_content"] == "hm" and row.keys() == {"role", "content", "reasoning_content", "tool_calls"}
+    assert row["tool_calls"][0].keys() == {"id", "type", "function"}
+
+
+def test_an_endpoint_that_takes_no_reasoning_back_gets_none(ask, endpoint):
+    wire = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a", "reasoning_content": "hm"}]
+    wire.append({"role": "user", "content": "go on"})
+    refusal = (400, error("'messages.1' : property 'reasoning_content' is unsupported"))
+    assert ask(refusal, say("done"), wire=wire).stop == "answer"
+    assert ["reasoning_content" in body["messages"][1] for body in endpoint.requests] == [True, False]
+    endpoint.requests.clear()
+    ask(say("done"), wire=wire, send_reasoning=False)
+    assert "reasoning_content" not in endpoint.requests[0]["messages"][1]
+
+
+def test_the_body_is_the_users_to_change(ask, endpoint):
+    changes = {"temperature": None, "seed": None, "max_tokens": None, "max_completion_tokens": 9, "top_k": 20}
+    ask(say("done"), request=changes, max_tokens=9)
+    body = endpoint.requests[-1]
+    assert not body.keys() & {"temperature", "seed", "max_tokens"}
+    assert (body["top_p"], body["max_completion_tokens"], body["top_k"]) == (0.95, 9, 20)
+
+
+def test_keys_and_versions_in_the_address(m, monkeypatch):
+    monkeypatch.setenv("AZURE_KEY", "k")
+    settings = m.Settings(model="x", headers={"api-key": "$AZURE_KEY"})
+    client = m.Endpoint(settings, "https://me.example/openai/deployments/g?api-version=2024-10-21", ["NONE"]).client
+    request = client.build_request("POST", "chat/completions")
+    assert str(request.url) == "https://me.example/openai/deployments/g/chat/completions?api-version=2024-10-21"
+    assert request.headers["api-key"] == "k" and "authorization" not in request.headers
+    assert "k" not in json.dumps(settings.headers).replace("api-key", "").replace("AZURE_KEY", "")
+
+
+def test_a_server_on_this_machine_is_never_asked_through_a_proxy(ask, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert ask(say("done")).stop == "answer"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Whole runs
+
+
+@needs_bwrap
+def test_one_refused_episode_is_named_and_the_others_run(endpoint, evaluate):
+    endpoint.script |= {"a": [say("x")], "c": [say("x")], "b": lambda body: (400, {}, "no")}
+    episodes, summary = evaluate(*((name, [(name, "true")]) for name in "abc"), patience=3)
+    assert sorted(episodes) == [("a", 0), ("c", 0)] and summary["not_run"] == {"endpoint_error": 1}
+    rows = [json.loads(line) for line in (endpoint.folder / "out/not_run.jsonl").read_text().splitlines()]
+    assert [(row["query_id"], row["run"], row["reason"]) for row in rows] == [("b", 0, "endpoint_error")]
+    endpoint.script["b"] = [say("x")]
+    episodes, summary = evaluate(*((name, [(name, "true")]) for name in "abc"))  # the same command tries it again
+    assert len(episodes) == 3 and summary["not_run"] == {}
+
+
+@needs_bwrap
+def test_a_run_ends_when_twenty_episodes_in_a_row_fail(endpoint, evaluate):
+    endpoint.script |= {f"q{n}": lambda body: (500, {}, "boom") for n in range(30)}
+    _, summary = evaluate(*((f"t{n}", [(f"q{n}", "true")]) for n in range(30)), concurrency=1)
+    assert summary["not_run"] == {"endpoint_error": 30}
+    assert len({body["messages"][1]["content"] for body in endpoint.requests}) == 20 + 1  # and the probe
+
+
+@needs_bwrap
+def test_spending_stops_where_it_is_told_to(endpoint, evaluate):
+    endpoint.script |= {f"q{n}": [say("x")] for n in range(9)}
+    prices = {"price_in": 1e5, "price_out": 0.0, "max_usd": 2.5, "concurrency": 1}  # 10 prompt tokens: a dollar
+    _, summary = evaluate(*((f"t{n}", [(f"q{n}", "true")]) for n in range(9)), **prices)
+    assert summary["episodes"] == 3 and summary["usd"] == 3 and sum(summary["not_run"].values()) == 6
+
+
+@needs_bwrap
+def test_a_run_in_which_nothing_worked_is_told_in_words(endpoint, evaluate):
+    endpoint.script["q"] = [say("I think", finish_reason="length") for _ in range(3)]
+    _, summary = evaluate(("t", [("q", "false")]))
+    assert "cut by its length" in summary["warnings"][0]
+    full = json.dumps(error("maximum context length"))
+    endpoint.script["r"] = lambda body: (400, {}, full)
+    _, summary = evaluate(("t", [("r", "false")]), output_dir=endpoint.folder / "second")
+    assert "no episode has a single step" in summary["warnings"][0]
+
+
+@needs_bwrap
+def test_a_prompt_that_is_cut_in_silence_is_no_score(endpoint, evaluate):
+    """Ollama's way: prompt_tokens stay at the window while the conversation grows."""
+
+    def answer(body):
+        made = calls(("run_shell_command", {"command": "seq 300"}))
+        return 200, {}, json.dumps({"choices": [{"message": made}], "usage": {"prompt_tokens": 4096}})
+
+    endpoint.script["q"] = answer
+    _, summary = evaluate(("t", [("q", "true")]))
+    assert summary["not_run"] == {"endpoint_error": 1} and "prompt is cut" in told(endpoint)[0]["detail"]
+
+
+def told(endpoint):
+    return [json.loads(line) for line in (endpoint.folder / "out/not_run.jsonl").read_text().splitlines()]
+
+
+@needs_bwrap
+@pytest.mark.parametrize(
+    "reply, text",
+    [
+        ((400, {}, json.dumps(error("maximum context length is 64"))), "do not fit the window"),
+        ((400, {}, json.dumps(error("'temperature' does not support 0.6"))), "request: {temperature: null}"),
+        ((400, {}, json.dumps(error('"auto" tool choice requires --enable-auto-tool-choice'))), "--no_tools"),
+        (say("<tool_call>\n{}"), "came back as text"),
+        (call("read_file"), "without its arguments"),
+        ((401, {}, "wrong key"), "wrong key"),
+    ],
+)
+def test_the_probe_tells_before_anything_is_paid_for(endpoint, evaluate, m, reply, text):
+    endpoint.script["Read /workspace/probe.txt with the tool read_file."] = lambda body: (
+        dict(reply) if isinstance(reply, dict) else reply
+    )
+    with pytest.raises(m.InputError, match=text):
+        evaluate(("t", [("q", "true")]))
+    assert not endpoint.folder.joinpath("out/summary.json").exists()
+
+
+@needs_bwrap
+def test_an_endpoint_that_goes_away_and_comes_back(endpoint, make_endpoint, evaluate):
+    """It dies in the middle of an episode, its connections with it; another one takes its place after a while."""
+
+    def second(body):
+        def die():
+            endpoint.shutdown()
+            endpoint.server_close()
+            time.sleep(1)
+            make_endpoint(endpoint.server_port).script["q"] = [None, say("done")]
+
+        threading.Thread(target=die).start()
+        time.sleep(0.3)
+        return 500, {}, "going down"
+
+    endpoint.script["q"] = lambda body: second(body) if len(body["messages"]) > 2 else call("glob", pattern="*")
+    episodes, _ = evaluate(("t", [("q", "true")]), patience=20)
+    assert episodes["t", 0]["meta"]["steps"] == 2 and episodes["t", 0]["meta"]["solved"]
+
+
+@needs_bwrap
+def test_a_file_name_that_is_no_text_harms_nobody(endpoint, evaluate):
+    make = "python3 -c \"open(b'/workspace/a\\xff', 'w')\""
+    endpoint.script["q"] = [call("run_shell_command", command=make), call("list_directory", path="/workspace"), say("x")]
+    episodes, summary = evaluate(("t", [("q", "true")]))
+    assert tool_outputs(episodes["t", 0])[1] == "Directory listing for /workspace:\na\ufffd" and not summary["not_run"]
+
+
+MODES = {  # mode of the scripted endpoint -> (outcome of the task that meets it, of the others)
+    "openrouter_choice_error": ("endpoint_error", "answer"),
+    "openrouter_error_200": ("endpoint_error", "answer"),
+    "lmstudio_empty_200": ("empty", "answer"),
+    "gemini_malformed": ("unparsed_call", "answer"),
+    "refusal": ("refused", "answer"),
+    "ctx_llamacpp": ("context_full", "answer"),
+    "content_filter": ("refused", "answer"),
+    "toolcall500": ("unparsed_call", "answer"),
+    "openrouter_dead": ("endpoint_error", "endpoint_error"),
+    "ollama_trunc": ("endpoint_error", "endpoint_error"),
+    "groq_strict": ("answer", "answer"),
+    "gemini3": ("answer", "answer"),
+    "content_parts": ("answer", "answer"),
+    "default_max_tokens": ("length", "length"),
+}
+
+
+@needs_bwrap
+@pytest.mark.parametrize("mode", MODES)
+def test_other_peoples_servers(mode, m, tmp_path):
+    """The scripted endpoint that stands beside the project, in the manner of services."""
+    if not CASES.exists():
+        pytest.skip("needs ../shared/cases")
+    import socket
+    import subprocess
+    import sys
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        port = sock.getsockname()[1]
+    command = [sys.executable, CASES / "endpoint.py", str(port), mode, tmp_path / "log"]
+    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+    try:
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            time.sleep(0.05)
+        settings = m.Settings(model="m", base_url=[f"http://127.0.0.1:{port}/v1"], rounds=2, patience=1)
+        settings.tasks = [str(CASES / "queries.jsonl")]
+        settings.output_dir = str(tmp_path / "out")
+        m.main(settings)
+    finally:
+        server.kill()
+    rows = [json.loads(line) for line in (tmp_path / "out/episodes.jsonl").read_text().splitlines()]
+    ended = {row["query_id"]: row["rounds"][0]["stop"] for row in rows}
+    lines = (tmp_path / "out/not_run.jsonl").read_text().splitlines()
+    ended |= {row["query_id"]: row["reason"] for row in map(json.loads, lines)}
+    bad, good = MODES[mode]
+    assert ended == {"bad-1": bad, "good-1": good, "good-2": good, "good-3": good}
