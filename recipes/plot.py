@@ -21,6 +21,9 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+evaluation = importlib.import_module("04_eval")  # its intervals are the ones that are shown
+InputError = evaluation.InputError
+read_json = evaluation.read_json
 
 BLUE, GREEN, GREY, LIGHT = "#2f6fde", "#1f9d55", "#8b94a3", "#9cc0f5"
 INK = (
@@ -44,30 +47,16 @@ LOOK = {
 )
 
 
-class InputError(ValueError):
-    """A user's mistake: told in one line, exit code 2."""
-
-
 def read_lines(path, *fields, append_only=False):
     """(file:line, record) of a JSONL file. Raises InputError where a line is not JSON or lacks a field.
 
     append_only: a last line that a kill cut short is no record.
     """
-    with open(path, encoding="utf-8", errors="surrogateescape") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}:{number}"
-            if append_only and not line.endswith("\n"):
-                return
-            try:
-                record = json.loads(line)
-            except ValueError as error:
-                raise InputError(f"{where}: not a line of JSON ({error})") from None
-            if not isinstance(record, dict):
-                raise InputError(f"{where}: not an object")
-            for field in fields:
-                if field not in record:
-                    raise InputError(f"{where}: no {field}; is this the file that the stage wrote?")
-            yield where, record
+    for where, record in evaluation.read_jsonl(path, append_only):
+        for field in fields:
+            if field not in record:
+                raise InputError(f"{where}: no {field}; is this the file that the stage wrote?")
+        yield where, record
 
 
 def read_rows(path):
@@ -82,13 +71,6 @@ def read_rows(path):
         yield row
     if empty:
         raise InputError(f"{path}: no row in it")
-
-
-def read_json(path):
-    try:
-        return json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
 
 
 # ---- Panels ----
@@ -323,14 +305,13 @@ def percent(values):
 
 def comparison_panels(comparison):
     """The first metric of the comparison by run, and by training rows where a run says how many it had."""
-    stage = importlib.import_module("04_eval")
     metric, *others = comparison["table"]
     title = f"Average of {', '.join(others)}" if metric == "average" else metric
     per_run = comparison["table"][metric]
     names = comparison["names"]
     sizes = [summary.get("trained_on") for summary in comparison["summaries"]]
     values = [100 * statistics.mean(run) for run in per_run]
-    edges = [percent(stage.bootstrap(run)) for run in per_run]
+    edges = [percent(evaluation.bootstrap(run)) for run in per_run]
     panels = [partial(scores, title=title, names=names, values=values, edges=edges)]
     if any(sizes):
         theirs = [task for task in comparison["tasks"] if task.startswith("agencybench-v1-")]

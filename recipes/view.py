@@ -12,7 +12,6 @@ The pages work from a disk: no script, nothing from the network. Their form stan
 """
 
 import argparse
-import importlib
 import itertools
 import statistics
 import sys
@@ -21,11 +20,11 @@ from pathlib import Path
 import markupsafe
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE), str(HERE.parent)]
+sys.path.insert(0, str(HERE))
 
 import plot  # noqa: E402
 from pages import flatten, split_rounds, write_numbered, write_page  # noqa: E402
-from plot import InputError, read_json, read_lines  # noqa: E402
+from plot import InputError, evaluation, read_json, read_lines  # noqa: E402
 
 
 def pictures_of(panels):
@@ -89,14 +88,14 @@ def sample_card(sample, tokenizer):
     }
 
 
-def view_tokens(folder, output, most):
+def view_tokens(folder, output, most, tokenizer):
     """03's tokenized.jsonl: which tokens carry loss."""
     from tokenizers import Tokenizer
 
-    path = folder / "tokenizer.json"
-    if not path.exists():
-        raise InputError(f"{path}: no such file; 03_sft.py writes it beside tokenized.jsonl")
-    tokenizer = Tokenizer.from_file(str(path))
+    text = evaluation.read_model_file(tokenizer or folder, "tokenizer.json")
+    if not text:
+        raise InputError(f"{tokenizer or folder}: no tokenizer.json; name the base model's: --tokenizer NAME")
+    tokenizer = Tokenizer.from_str(text)
     cards = []
     for _, sample in read_lines(folder / "tokenized.jsonl", "query_id", "input_ids", "labels"):
         cards.append(sample_card(sample, tokenizer))
@@ -157,17 +156,17 @@ def view_episodes(folder, output, most, above=()):
 
 def paired(table, paper=None):
     """[(metric, means of the runs, paired differences of the last to each, published)], as 04 has them."""
-    stage = importlib.import_module("04_eval")
     rows = []
     for metric, per_run in table.items():
         differences = []
         for values in per_run[:-1]:
             each = [last - first for first, last in zip(values, per_run[-1])]
-            interval = stage.bootstrap(each)  # None for too few tasks
+            interval = evaluation.bootstrap(each)  # None for too few tasks
             edges = " [{:+.1%}, {:+.1%}]".format(*interval) if interval else ""
-            differences.append(f"{statistics.mean(each):+.1%}{edges}, p = {stage.permutation_p(each):.3f}")
-        means = [stage.percent(values) for values in per_run]
-        rows.append((metric, means, differences, stage.paper_numbers(paper, metric)))
+            p = evaluation.permutation_p(each)
+            differences.append(f"{statistics.mean(each):+.1%}{edges}, p = {p:.3f}")
+        means = [evaluation.percent(values) for values in per_run]
+        rows.append((metric, means, differences, evaluation.paper_numbers(paper, metric)))
     return rows
 
 
@@ -214,7 +213,7 @@ def view_comparison(folders, output, most, paper):
 # ---- What the paths are ----
 
 
-def view(paths, output, most, paper=None):
+def view(paths, output, most, paper=None, tokenizer=None):
     """Write the pages of what the paths are and return the address of the first. Raises InputError."""
     first = paths[0]
     for path in paths:
@@ -228,7 +227,7 @@ def view(paths, output, most, paper=None):
         view_rows(first, output, most)
     elif first.joinpath("tokenized.jsonl").exists():
         output = output or first / "pages"
-        view_tokens(first, output, most)
+        view_tokens(first, output, most, tokenizer)
     elif first.joinpath("episodes.jsonl").exists():
         output = output or first / "pages"
         view_episodes(first, output, most)
@@ -243,13 +242,13 @@ def main(arguments):
     what = "train.jsonl, a trained model's folder, a results folder, or several of these, base first"
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=what)
     parser.add_argument("--output_dir", type=Path, help="folder of the pages (default: beside what was read)")
-    most = "pages of rows, samples or episodes at most; the first page has them all (default: %(default)s)"
-    parser.add_argument("--limit", type=int, default=500, help=most)
-    paper = "of several results: YAML of published numbers, e.g. recipes/benchmarks/paper_tables.yaml"
-    parser.add_argument("--paper", type=Path, help=paper)
+    parser.add_argument("--limit", type=int, default=500, help="rows or episodes to read (default: %(default)s)")
+    parser.add_argument("--paper", type=Path, help="recipes/benchmarks/paper_tables.yaml, beside your results")
+    parser.add_argument("--tokenizer", help="folder or Hub id of the base model, for a dry run, which writes none")
     settings = parser.parse_args(arguments)
     paths = [path.resolve() for path in settings.paths]
-    print(f"pages: {view(paths, settings.output_dir, settings.limit, settings.paper)}")
+    more = (settings.limit, settings.paper, settings.tokenizer)
+    print(f"pages: {view(paths, settings.output_dir, *more)}")
 
 
 if __name__ == "__main__":

@@ -288,6 +288,16 @@ def test_trained_tokens_are_coloured_as_the_labels_say(pages):
     assert ["cut", "10", "6", "60.0%", "1"] in page.rows
 
 
+def test_a_dry_run_is_shown_with_the_bases_tokenizer(view, tmp_path):
+    trained = make_trained(tmp_path / "limi")
+    base = tmp_path / "base"
+    base.mkdir()
+    trained.joinpath("tokenizer.json").rename(base / "tokenizer.json")
+    with pytest.raises(view.InputError, match="--tokenizer"):
+        view.view([trained], None, 500)
+    assert view.view([trained], None, 500, tokenizer=str(base)).exists()
+
+
 def test_an_episode_shows_each_round_with_its_end_and_its_checks(pages):
     index = Page(pages["episodes"] / "index.html")
     assert ["b", "0", "✓ solved", "2", "2", "9 min 32 s", "answered"] in index.rows
@@ -463,4 +473,7 @@ def test_a_mistake_is_told_in_one_line(program, one_line_error, tmp_path):
     one_line_error(run(bad), "no row")
     one_line_error(run(tmp_path), str(tmp_path))
     one_line_error(run(tmp_path, tmp_path), "summary.json", "04_eval.py")
+    pair = make_pair(tmp_path)
+    if program == VIEW:
+        one_line_error(run(*pair, "--paper", bad), "--paper", "bad.jsonl")
     one_line_error(run(tmp_path / "none.jsonl"), "none.jsonl")
