@@ -241,10 +241,10 @@ def main(arguments):
     parser = argparse.ArgumentParser(allow_abbrev=False, description=__doc__, formatter_class=form)
     what = "train.jsonl, a trained model's folder, a results folder, or several of these, base first"
     parser.add_argument("paths", nargs="+", type=Path, metavar="PATH", help=what)
-    parser.add_argument("--output_dir", type=Path, help="folder of the pages (default: beside what was read)")
-    parser.add_argument("--limit", type=int, default=500, help="rows or episodes to read (default: %(default)s)")
-    parser.add_argument("--paper", type=Path, help="recipes/benchmarks/paper_tables.yaml, beside your results")
-    parser.add_argument("--tokenizer", help="folder or Hub id of the base model, for a dry run, which writes none")
+    parser.add_argument("--output_dir", type=Path, help="of the pages (default: beside what was read)")
+    parser.add_argument("--limit", type=int, default=500, help="pages at most (default: %(default)s)")
+    parser.add_argument("--paper", type=Path, help="published numbers, to stand beside several results")
+    parser.add_argument("--tokenizer", help="folder or Hub id of the base model: a dry run writes none")
     settings = parser.parse_args(arguments)
     paths = [path.resolve() for path in settings.paths]
     more = (settings.limit, settings.paper, settings.tokenizer)
