@@ -1,0 +1,372 @@
+#!/usr/bin/env python3
+"""Harbor's task folders (task.toml, instruction.md, environment, tests, solution) -> a task file, and back.
+
+    python recipes/benchmarks/harbor.py in FOLDER --output_dir data/harbor --venv ENVIRONMENT
+    python recipes/benchmarks/harbor.py out data/harbor/tasks.jsonl FOLDER
+
+in: every folder below FOLDER with a task.toml. Its working folder becomes /workspace (paths in its texts are
+changed), tests/ and solution/ become private, tests/test.sh runs under harbor/check.sh. What its Dockerfile
+copies and writes below the working folder is the workspace; packages that it installs must be in --venv or on
+this machine. A task that asks for more gets an "image", for 04 with a container; the reason is printed.
+out: a folder a task of one turn, with the row itself in task.toml, so that `in` gives the same row again.
+"""
+
+import argparse
+import json
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import yaml
+
+HERE = Path(__file__).resolve().with_suffix("")
+STUBS = ("uv", "uvx", "pytest", "pip", "pip3", "apt", "apt-get", "curl")
+# What a base image brings, by the start of its name; the rest is Debian's, as here
+BASES = {"ubuntu": None, "debian": None, "python": "python3", "rust": "cargo", "node": "node", "golang": "go"}
+BASES |= {"gcc": "g++", "ghcr.io/laude-institute/t-bench/ubuntu": "python3"}
+# Debian packages taken to be there: libraries (Python's wheels bring theirs), Python, a session's recorder
+TAKEN = ("lib", "python3", "ca-certificates", "tmux", "asciinema", "procps")
+KNOWN = ("/logs", "/tests", "/solution", "/tmp", "/workspace")  # folders that are here too
+SANDBOX = """bwrap --unshare-all --die-with-parent --new-session --clearenv --ro-bind /usr /usr
+    --ro-bind-try /etc/alternatives /etc/alternatives --symlink usr/bin /bin --symlink usr/lib /lib
+    --symlink usr/lib64 /lib64 --proc /proc --dev /dev --tmpfs /tmp"""
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The Dockerfile
+
+
+def read_dockerfile(path):
+    """[(instruction, rest)] with continued lines joined; [] where there is none."""
+    if not path.exists():
+        return []
+    text = re.sub(r"^\s*#.*\n", "", path.read_text(), flags=re.MULTILINE)
+    text = re.sub(r"\\\s*\n", " ", text)
+    lines = [line.strip().split(None, 1) for line in text.splitlines() if line.strip()]
+    return [(line[0].upper(), line[1] if len(line) > 1 else "") for line in lines]
+
+
+def commands_of(text):
+    """[[word, ...]] of a RUN line. Raises ValueError: quotes that do not close."""
+    lexer = shlex.shlex(text, posix=True, punctuation_chars=";&|")
+    lexer.whitespace_split = True
+    commands = [[]]
+    for word in lexer:
+        if set(word) <= set(";&|"):
+            commands.append([])
+        else:
+            commands[-1].append(word)
+    return [command for command in commands if command]
+
+
+def packages_of(command):
+    """{"apt": [...]} or {"pip": [...]} that a command installs, {} for one that only cleans up; else None."""
+    words = [word for word in command if not word.startswith("-")]
+    if "install" in words:
+        names = [re.split(r"[=<>~!\[]", word)[0] for word in words[words.index("install") + 1 :]]
+        if words[0] in ("apt-get", "apt"):
+            return {"apt": names}
+        if words[0] in ("pip", "pip3") or words[:2] in (["python", "pip"], ["uv", "pip"]):
+            return {"pip": [name for name in names if "/" not in name]}
+    cleans = (["apt-get", "update"], ["apt-get", "clean"], ["apt", "update"], ["uv", "venv"])
+    return {} if words[:2] in cleans or command[:2] == ["rm", "-rf"] else None
+
+
+class Environment:
+    """What a task's environment/ makes: a working folder, files, packages; and what is beyond a sandbox."""
+
+    def __init__(self, folder, settings):
+        self.folder = folder
+        self.copies = []  # (file or folder, its place below the working folder)
+        self.runs = []  # shell commands that make files there
+        self.packages = {"apt": [], "pip": []}
+        self.reasons = []
+        lines = read_dockerfile(folder / "Dockerfile")
+        roots = [rest for word, rest in lines if word == "WORKDIR"]
+        self.root = settings.get("workdir") or (roots[-1].rstrip("/") if roots else "") or "/"
+        if self.root == "/":
+            self.reasons.append("no working folder")
+        for file in folder.glob("*compose*.y*ml"):
+            services = yaml.safe_load(file.read_text()).get("services", {})
+            self.reasons += ["several containers"] if len(services) > 1 else []
+        if not lines:
+            self.reasons.append(f"image {settings.get('docker_image')}")
+        for word, rest in lines:
+            getattr(self, f"read_{word.lower()}", self.read_other)(rest)
+
+    def read_from(self, rest):
+        name = [word for word in rest.split() if not word.startswith("--")][0]
+        base = [start for start in BASES if name.startswith(start)]
+        program = BASES[base[0]] if base else None
+        if not base or program and not shutil.which(program):
+            self.reasons.append(f"image {name}")
+
+    def read_copy(self, rest):
+        *sources, target = rest.split()
+        if rest.startswith("--from=ghcr.io/astral-sh/uv"):
+            return
+        if rest.startswith(("--from", "[")):
+            self.reasons.append(f"COPY {rest[:40]}")
+            return
+        place = Path(self.root, target)
+        if not place.is_relative_to(self.root):
+            self.reasons.append(f"files in {target}")
+            return
+        for source in sources:
+            path = self.folder / source
+            path = path if path.exists() else self.folder.parent / source  # some build from the task's folder
+            below = place.relative_to(self.root)
+            inside = path.is_file() and (target.endswith("/") or target in (".", self.root))
+            self.copies.append((path, below / path.name if inside else below))
+
+    def read_run(self, rest):
+        try:
+            commands = commands_of(rest)
+        except ValueError:
+            commands = [["?"]]
+        others = []
+        for command in commands:
+            found = packages_of(command)
+            if found is None:
+                others.append(command)
+                continue
+            for kind, names in found.items():
+                self.packages[kind] += names
+        if others and self.root in rest:
+            self.runs.append(rest)  # tried, without the network
+            return
+        for command in others:
+            folders = [word for word in command[1:] if not word.startswith(("-", *KNOWN))]
+            if command[0] != "mkdir" or folders:
+                self.reasons.append(f"RUN {' '.join(command)[:40]}")
+
+    def read_env(self, rest):
+        pass  # the sandbox has its own
+
+    read_workdir = read_env
+    read_cmd = read_env
+    read_label = read_env
+    read_arg = read_env
+    read_shell = read_env
+
+    def read_other(self, rest):
+        self.reasons.append(f"a line of the Dockerfile: {rest[:40]}")
+
+    def make(self, target):
+        """Fill the workspace; a command that fails is a reason. A link is copied as a link."""
+        target.mkdir(parents=True, exist_ok=True)
+        for source, below in self.copies:
+            if not source.resolve().is_relative_to(self.folder.parent.resolve()):
+                raise ValueError(f"COPY {source.name} leads out of the task's folder")
+            if source.is_dir():
+                shutil.copytree(source, target / below, symlinks=True, dirs_exist_ok=True)
+            elif source.exists():
+                (target / below).parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(source, target / below, follow_symlinks=False)
+            else:
+                self.reasons.append(f"{source.name} is missing")
+        for command in self.runs:
+            place = ["--bind", str(target), self.root, "--chdir", self.root]
+            words = [*shlex.split(SANDBOX), *place, "bash", "-c", without_installs(command)]
+            result = subprocess.run(words, capture_output=True, text=True, timeout=60)
+            if result.returncode:
+                self.reasons.append(f"RUN {command[:40]}: {result.stderr.strip()[-60:]}")
+
+
+def without_installs(text):
+    """A RUN line with `apt-get ... &&` and the like taken out."""
+    parts = re.split(r"\s*&&\s*", text)
+    return " && ".join(part for part in parts if packages_of(part.split() or ["?"]) is None) or "true"
+
+
+def absent(packages, venv):
+    """[package that neither the environment nor this machine has]."""
+    present = set()
+    for info in venv.glob("lib/python*/site-packages/*.dist-info"):
+        present.add(re.sub(r"[-_.]+", "-", info.name.split("-")[0]).lower())
+    wanted = {re.sub(r"[-_.]+", "-", name).lower(): name for name in packages["pip"]}
+    missing = [f"pip {name}" for key, name in wanted.items() if key not in present]
+    tools = [name for name in dict.fromkeys(packages["apt"]) if not name.startswith(TAKEN)]
+    for name in tools:
+        command = ["dpkg-query", "-W", "-f", "${db:Status-Abbrev}", name]
+        installed = subprocess.run(command, capture_output=True, text=True).stdout.startswith("ii")
+        if not installed and not shutil.which(name):
+            missing.append(f"apt {name}")
+    return missing
+
+
+# ----------------------------------------------------------------------------------------------------------
+# In
+
+
+def change_paths(folder, root):
+    """Rename, in every text file below, the places that Harbor has to those that the sandbox has."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            try:
+                text = path.read_text()
+            except UnicodeDecodeError:
+                continue
+            path.write_text(renamed(text, root))
+
+
+def renamed(text, root):
+    places = {"/tests": "/private/tests", "/solution": "/private/solution", "/logs/verifier": "/tmp/verifier"}
+    places |= {"/logs/agent": "/tmp/agent", root: "/workspace"}
+    names = "|".join(map(re.escape, sorted(places, key=len, reverse=True)))
+    return re.sub(rf"(?<![\w.$}}/-])({names})(?![\w-])", lambda match: places[match[1]], text)
+
+
+def restore(folder, config, target):
+    """The row that `out` wrote into a folder."""
+    row = json.loads(config["metadata"]["limi_task"])
+    for key, place in (("workspace", "environment/workspace"), ("private", "tests/private")):
+        if key in row:
+            row[key] = f"{target.name}/{key}"
+            shutil.copytree(folder / place, target / key, symlinks=True, dirs_exist_ok=True)
+    return row
+
+
+def fill_private(folder, target):
+    """tests/ and solution/ of the task, and what runs them."""
+    for part in ("tests", "solution"):
+        if folder.joinpath(part).exists():
+            shutil.copytree(folder / part, target / "private" / part, symlinks=True, dirs_exist_ok=True)
+
+
+def task_of(folder, options):
+    """(row, [reason why it needs a container]). Raises ValueError: it has several steps."""
+    config = tomllib.loads(folder.joinpath("task.toml").read_text())
+    settings = config.get("environment", {})
+    name = re.sub(r"[^\w.@#-]", "-", str(folder.relative_to(options.folder)) or folder.name)
+    target = options.output_dir / name
+    if "limi_task" in config.get("metadata", {}):
+        return restore(folder, config, target), []
+    if config.get("steps"):
+        raise ValueError("several steps")
+    environment = Environment(folder / "environment", settings)
+    environment.make(target / "workspace")
+    fill_private(folder, target)
+    change_paths(target, environment.root)
+    target.joinpath("private", "bin").mkdir(parents=True, exist_ok=True)
+    shutil.copy(HERE / "check.sh", target / "private")
+    for stub in STUBS:
+        shutil.copy(HERE / "stub.sh", target / "private" / "bin" / stub)
+        target.joinpath("private", "bin", stub).chmod(0o755)
+    query = re.sub(r"^(?:(?:<!--|#).*canary.*\n\s*)+", "", folder.joinpath("instruction.md").read_text())
+    turn = {"query": renamed(query, environment.root).strip(), "check": "bash /private/check.sh"}
+    if folder.joinpath("solution", "solve.sh").exists():
+        turn["solution"] = "PATH=/private/bin:$PATH bash /private/solution/solve.sh"
+    row = {"query_id": name, "domain": "vibe_coding", "source": "harbor", "turns": [turn]}
+    row |= {"workspace": f"{name}/workspace", "private": f"{name}/private", "venv": str(options.venv)}
+    reasons = environment.reasons + absent(environment.packages, options.venv)
+    reasons += ["a GPU"] if settings.get("gpus") else []
+    if reasons:
+        row["image"] = settings.get("docker_image") or f"harbor-{name.lower()}"
+    return row, reasons
+
+
+def read_folders(options):
+    """`in`: every task below the folder."""
+    files = sorted(options.folder.rglob("task.toml"))
+    if not files:
+        raise ValueError(f"{options.folder}: no task.toml below it")
+    options.output_dir.mkdir(parents=True, exist_ok=True)
+    rows = []
+    here = 0
+    for file in files:
+        try:
+            row, reasons = task_of(file.parent, options)
+        except (ValueError, OSError, subprocess.TimeoutExpired, yaml.YAMLError) as error:
+            print(f"left out: {file.parent}: {' '.join(str(error).split())[:120]}")
+            continue
+        rows.append(row)
+        here += not reasons
+        if reasons:
+            print(f"needs a container: {row['query_id']}: {'; '.join(dict.fromkeys(reasons))[:150]}")
+    write_rows(options.output_dir / "tasks.jsonl", rows)
+    solved = sum("solution" in row["turns"][0] for row in rows)
+    counts = f"{len(rows)} of {len(files)} tasks, {here} of them for bubblewrap, {solved} with a solution"
+    print(f"{options.output_dir}/tasks.jsonl: {counts}")
+
+
+def write_rows(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Out
+
+
+def write_folders(options):
+    """`out`: a folder a task."""
+    written = 0
+    for number, line in enumerate(options.folder.read_text().splitlines(), 1):
+        row = json.loads(line)
+        refusal = ""
+        if len(row["turns"]) > 1:
+            refusal = f"{len(row['turns'])} turns: each is graded on what the one before left"
+        elif "check" not in row["turns"][0]:
+            refusal = "no check: a rubric has no place there"
+        if refusal:
+            print(f"left out: {options.folder}:{number}: {row['query_id']}: {refusal}")
+            continue
+        write_folder(row, options.folder.parent, options.output_dir / row["query_id"])
+        written += 1
+    print(f"{options.output_dir}: {written} of {number} tasks")
+
+
+def write_folder(row, source, target):
+    turn = row["turns"][0]
+    for part in ("environment/workspace", "tests", "solution"):
+        target.joinpath(part).mkdir(parents=True, exist_ok=True)
+    if row.get("workspace"):
+        copy_workspace(source / row["workspace"], target / "environment" / "workspace")
+    for part in ("tests", "solution"):
+        if row.get("private"):
+            private = target / part / "private"
+            shutil.copytree(source / row["private"], private, symlinks=True, dirs_exist_ok=True)
+    shutil.copy(HERE / "Dockerfile", target / "environment")
+    target.joinpath("instruction.md").write_text(turn["query"])
+    target.joinpath("tests", "check.sh").write_text(turn["check"])
+    shutil.copy(HERE / "test.sh", target / "tests")
+    if "solution" in turn:
+        target.joinpath("solution", "solution.sh").write_text(turn["solution"])
+        shutil.copy(HERE / "solve.sh", target / "solution")
+    settings = HERE.joinpath("task.toml").read_text()
+    text = json.dumps(json.dumps(row), ensure_ascii=True)  # a JSON string of ASCII is one of TOML
+    target.joinpath("task.toml").write_text(settings.replace('"ROW"', text))
+
+
+def copy_workspace(source, target):
+    if source.is_dir():
+        shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+    else:
+        subprocess.run(["tar", "-xf", source, "-C", target], check=True)
+
+
+def parse_options():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    commands = parser.add_subparsers(dest="command", required=True)
+    reader = commands.add_parser("in", help="Harbor's folders -> a task file.")
+    reader.add_argument("folder", type=Path)
+    reader.add_argument("--output_dir", type=Path, default=Path("data/harbor"))
+    reader.add_argument("--venv", type=Path, default=Path(sys.prefix), help="Has the packages of the tasks.")
+    writer = commands.add_parser("out", help="A task file -> Harbor's folders.")
+    writer.add_argument("folder", type=Path, metavar="tasks.jsonl")
+    writer.add_argument("output_dir", type=Path)
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    options = parse_options()
+    try:
+        read_folders(options) if options.command == "in" else write_folders(options)
+    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+        print(f"harbor.py: {error}", file=sys.stderr)
+        sys.exit(2)
