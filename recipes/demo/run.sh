@@ -1,44 +1,102 @@
 #!/usr/bin/env bash
-# The whole recipe in miniature on a machine without a GPU: queries, trajectories, training, evaluation, base against tuned.
-# Everything is the real code path; a second run reuses what is done. Files: data/demo, outputs/demo, results/demo.
+# The whole recipe on a real model of 135 million parameters, without a GPU: tasks, a teacher's trajectories,
+# rows, training, evaluation, base against tuned. README.md beside it: what comes out, and how long it takes.
+#
+#   bash recipes/demo/run.sh                        SmolLM2-135M-Instruct
+#   bash recipes/demo/run.sh --passes 8 --seed 2    another training; tasks, rows and base are used again
+#   bash recipes/demo/run.sh --model tiny           GLM-4.5's architecture, random: learns rows by heart
+#   bash recipes/demo/run.sh --quick                2 updates, 4 tasks: does everything run here?
+#
+# A second run reuses what is done. Files: data/demo, outputs/demo, results/demo.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+
+model=smollm2 passes=4 seed=42 quick=
+while [ $# -gt 0 ]; do
+    case $1 in
+        --quick) quick=yes ;;
+        --model | --passes | --seed)
+            [ $# -gt 1 ] || { echo "run.sh: $1 needs a value" >&2; exit 2; }
+            declare "${1#--}=$2"
+            shift ;;
+        *) echo "run.sh: no such flag: $1; there are --model, --passes, --seed and --quick" >&2; exit 2 ;;
+    esac
+    shift
+done
+
+name=demo
+tasks_flags=() train_flags=(--seed "$seed" --num_train_epochs "$passes") limit=()
+if [ "$model" = tiny ]; then  # random weights: it can only replay, so it is tested on what it was trained on
+    name=demo-tiny
+    tasks_flags=(--per_family 1)
+    train_flags=(--seed "$seed" --num_train_epochs 60 --learning_rate 1.5e-3 --global_batch_size 4
+                 --per_device_train_batch_size 4 --warmup_steps 20 --weight_decay 0)
+elif [ "$model" != smollm2 ]; then
+    name=demo-$(basename "$model")
+fi
+if [ "$quick" ]; then
+    name=$name-quick
+    tasks_flags+=(--per_family 1)
+    train_flags+=(--max_steps 2)
+    limit=(--limit 4)
+fi
+tuned=tuned
+[ "$passes" = 4 ] || tuned=$tuned-passes$passes
+[ "$seed" = 42 ] || tuned=$tuned-seed$seed
+data=data/$name outputs=outputs/$name results=results/$name
+test_tasks=("$data"/{held_out,unseen}.jsonl)
+[ "$model" != tiny ] || test_tasks=("$data/queries.jsonl")
+
 bash recipes/demo/setup.sh
 export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1
-export OMP_WAIT_POLICY=PASSIVE  # threads that wait do not spin: the same speed on a free machine, far better on a busy one
+export OMP_WAIT_POLICY=PASSIVE  # threads that wait do not spin: far faster on a busy machine
 SECONDS=0
 step() { printf '\n=== %s   [%d s]\n' "$1" "$SECONDS"; }
 
-step "01 queries: six real-world ones, two mined from the pull requests of a small repository"
-if [ ! -d data/demo/pr_repo.git ]; then
-    mkdir -p data/demo
-    git init -q --bare -b main data/demo/pr_repo.partial
-    git -C data/demo/pr_repo.partial fast-import --quiet < recipes/demo/pr_repo.fastexport
-    mv data/demo/pr_repo.partial data/demo/pr_repo.git
-fi
-python 01_build_queries.py --config recipes/demo/queries.yaml
+step "tasks: small jobs in files and shell, thirteen families to learn, two that are only tested"
+python recipes/demo/tasks.py --output_dir "$data" "${tasks_flags[@]}"
+for agent in solution nothing; do  # a task file proves itself: solutions pass every check, doing nothing none
+    echo "--agent $agent"
+    python 04_eval.py --tasks "$data"/{queries,held_out,unseen}.jsonl --agent $agent \
+        --output_dir "$results/$agent" | grep ^SR@1:
+done
 
-step "02 trajectories: logs in four formats become chat rows"
-python 02_format_trajectories.py recipes/demo/logs --output_file data/demo/train.jsonl --report data/demo/report.html
+step "trajectories: a scripted teacher plays the training tasks through 04's agent loop"
+python recipes/demo/teacher.py "$data/queries.jsonl" --port 0 > "$data/teacher.url" &
+teacher=$!
+trap 'kill $teacher 2> /dev/null || true' EXIT
+until [ -s "$data/teacher.url" ]; do kill -0 $teacher; sleep 0.1; done
+python 04_eval.py --config recipes/demo/eval.yaml --tasks "$data/queries.jsonl" --model scripted-teacher \
+    --base_url "$(cat "$data/teacher.url")" --output_dir "$results/teacher" | grep ^SR@1:
+kill $teacher
 
-data=$(sha256sum < data/demo/train.jsonl | cut -d' ' -f1)
-if grep -qs "$data" outputs/demo/tuned/recipe.json; then
-    step "03 training: outputs/demo/tuned was trained on exactly these rows"
+step "02 rows: the teacher's episodes, and sessions of four other tools"
+python 02_format_trajectories.py "$results/teacher/episodes.jsonl" recipes/demo/logs \
+    --queries "$data/queries.jsonl" --tools recipes/tools/bash.py --output_file "$data/train.jsonl"
+
+step "03 training: $model, all parameters"
+rows=$(sha256sum < "$data/train.jsonl" | cut -d' ' -f1)
+if grep -qs "$rows" "$outputs/$tuned/recipe.json"; then
+    echo "$outputs/$tuned was trained on exactly these rows"
 else
-    step "03 training: GLM-4.5's architecture with 3.5 million random parameters"
-    rm -rf outputs/demo results/demo
-    python recipes/demo/make_model.py
-    python 03_sft.py --config recipes/demo/sft.yaml --dry_run
-    python 03_sft.py --config recipes/demo/sft.yaml
+    rm -rf "${outputs:?}/$tuned" "${results:?}/$tuned"
+    [ -f "$outputs/base/config.json" ] || python recipes/demo/make_model.py --model "$model" \
+        --train_file "$data/train.jsonl" --output_dir "$outputs/base"
+    # A CPU with matrix units for bf16 is twice as fast with them
+    if grep -qs amx_bf16 /proc/cpuinfo; then export ACCELERATE_MIXED_PRECISION=bf16; fi
+    python 03_sft.py --config recipes/demo/sft.yaml --model_name_or_path "$outputs/base" \
+        --train_file "$data/train.jsonl" --output_dir "$outputs/$tuned" "${train_flags[@]}"
 fi
 
-for name in base tuned; do
-    step "04 evaluation: $name"
-    python 04_eval.py --config recipes/demo/eval.yaml --model outputs/demo/$name --output_dir results/demo/$name
+for one in base "$tuned"; do
+    step "04 evaluation: $one"
+    python 04_eval.py --config recipes/demo/eval.yaml --tasks "${test_tasks[@]}" "${limit[@]}" \
+        --model "$outputs/$one" --output_dir "$results/$one"
 done
 
 step "base against tuned"
-python 04_eval.py --compare results/demo/base results/demo/tuned
-echo
-echo "which tokens were trained: outputs/demo/tuned/sample.html"
+python 04_eval.py --compare "$results/base" "$results/$tuned"
+python recipes/demo/families.py "$results/base" "$results/$tuned"
+python recipes/view.py "$results/base" "$results/$tuned"
+python recipes/view.py "$outputs/$tuned"
 echo "done in $SECONDS s"

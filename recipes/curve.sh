@@ -1,0 +1,28 @@
+#!/usr/bin/env bash
+# How many rows does it take? Trains on nested subsets of one file and evaluates each; n = 0 is the base.
+#
+#   bash recipes/curve.sh demo data/demo/train.jsonl 10 20 40 80 --seeds 3
+#
+# RECIPE is a folder of recipes/ with sft.yaml and eval.yaml; then the rows and the sizes. Two curves, because
+# fewer rows at equal passes would be fewer updates, and a curve would count those: every size is trained for
+# as many updates, and for as many tokens, as the largest has with sft.yaml's num_train_epochs. A run that both
+# need is made once. Seeds draw subsets and order. What was cut short goes on. curve.py plans, and plots.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+[ $# -ge 3 ] || { echo "usage: bash recipes/curve.sh RECIPE ROWS SIZES... [--seeds 3]" >&2; exit 2; }
+recipe=$1
+results=results/curve-$recipe
+launch=(python)
+devices=recipes/$recipe/accelerate.yaml
+[ ! -f "$devices" ] || launch=(accelerate launch --config_file "$devices")
+
+python recipes/curve.py plan "$@"
+while IFS=$'\t' read -r -u 3 run model rows updates seed; do
+    echo "=== $run"
+    if [ "$run" != base ]; then
+        [ -f "$model/recipe.json" ] || "${launch[@]}" 03_sft.py --config "recipes/$recipe/sft.yaml" \
+            --train_file "$rows" --output_dir "$model" --max_steps "$updates" --seed "$seed"
+    fi
+    python 04_eval.py --config "recipes/$recipe/eval.yaml" --model "$model" --output_dir "$results/$run"
+done 3< "$results/runs.tsv"
+python recipes/curve.py table "$recipe"
