@@ -1,22 +1,29 @@
 """Stage 3: fine-tune a model on the trajectories; loss on exactly the tokens that the model must generate.
 
     accelerate launch --config_file recipes/glm-4.5-air/accelerate.yaml 03_sft.py --config recipes/glm-4.5-air/sft.yaml
-    python 03_sft.py --config recipes/demo/sft.yaml --dry_run   # tokens, labels, memory per device; trains nothing
+    python 03_sft.py --config recipes/demo/sft.yaml --dry_run   # labels, updates, learning rates; trains nothing
 
 Reads  data/train.jsonl (02_format_trajectories.py): {"query_id", "messages", "tools", "meta"} per line
 Writes outputs/limi/  bf16 checkpoint that vLLM loads, tokenizer with its chat template, recipe.json (all settings,
-                      versions, commit, data hash, every step), loss.png, tokenized.jsonl, sample.html
+                      versions, commit, data hash, every update), loss.png, tokenized.jsonl (what was trained:
+                      {"query_id", "input_ids", "labels"} a sample; recipes/view.py shows it)
 
 What carries loss: of every assistant message the tokens from the end of the generation prompt up to and including the
 stop token, in the model's own inference template. GLM-4.5 ends a turn with the next role token (<|user|>,
-<|observation|>), Qwen3 with <|im_end|>; leave it out and the model never learns to stop.
+<|observation|>), Qwen3 with <|im_end|>; leave it out and the model never learns to stop. Every text, call, argument
+and reasoning of a trained message stands in its trained span and every result and schema in its context, or the row is
+refused by line and field. "weight": 0 on an assistant message makes it context.
 
-The loss is the mean over all trained tokens of the global batch, on any layout: one process, several, FSDP2, context
-parallel. With --save_steps N the same command goes on from the last checkpoint; SIGTERM saves one and stops.
+The loss is `token_loss` below: the mean over all trained tokens of the global batch, on any layout: one process,
+several, FSDP2, context parallel. With --save_steps N the same command goes on from the last checkpoint; SIGTERM saves
+one and stops.
 """
 
+import contextlib
+import copy
+import difflib
 import hashlib
-import html
+import importlib.util
 import json
 import math
 import os
@@ -26,23 +33,29 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import warnings
 from collections import Counter
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
-from itertools import groupby
 from pathlib import Path
 
 import torch
 import yaml
 from datasets import Dataset
+from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback, set_seed
+from torch.nn.attention import SDPBackend
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
+from transformers import get_scheduler, set_seed
+from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import cached_file
 from trl import SFTConfig, SFTTrainer, TrlParser
+from trl.trainer.utils import add_fused_lm_head
 
 # The recipe. Values of the released run (LIMI scripts/train/*.sh; all models the same) unless a comment says ours.
 # Any of them can be given in a YAML (--config) or as a flag, e.g. --learning_rate 3e-5
@@ -64,7 +77,7 @@ RECIPE = dict(
     logging_steps=1,
     logging_nan_inf_filter=False,  # ours: a loss that is not a number must be seen
     save_steps=0,  # no checkpoints: there are 9 updates; --save_steps 1 where a machine may be taken away
-    save_total_limit=1,
+    save_total_limit=2,  # ours: where the newest is damaged, the run goes on from the one before
     report_to="none",
     seed=42,
 )
@@ -75,7 +88,13 @@ class Settings:
     model_name_or_path: str = field(default="zai-org/GLM-4.5", metadata={"help": "Base model: folder or Hub id."})
     train_file: str = field(default="data/train.jsonl", metadata={"help": "Rows of 02_format_trajectories.py."})
     global_batch_size: int = field(default=64, metadata={"help": "Samples per update over all processes (LIMI: 64)."})
-    dry_run: bool = field(default=False, metadata={"help": "Tokenise, calculate the memory, load no model."})
+    dry_run: bool = field(default=False, metadata={"help": "Tokenise, plan the updates, load no model."})
+    max_refused: int = field(default=0, metadata={"help": "So many rows may be refused and left out."})
+    chat_template_kwargs: dict | str | None = field(
+        default=None,
+        metadata={"help": "The template's switches, in JSON, such as '{\"enable_thinking\": false}' where no row has "
+                          "reasoning; kept in recipe.json and as the exported tokenizer's default."},
+    )
     from_scratch: bool = field(default=False, metadata={"help": "Random weights, from the model's config.json alone."})
     lora: bool = field(default=False, metadata={"help": "Train low-rank adapters; use --learning_rate 1e-4 with it."})
     lora_r: int = field(default=32, metadata={"help": "Rank of the adapters; alpha is twice that."})
@@ -85,39 +104,154 @@ class Settings:
     )
     lora_experts: bool = field(default=False, metadata={"help": "Adapters for the routed experts of an MoE as well."})
     bf16_master: bool = field(default=False, metadata={"help": "Weights and moments in bf16, stochastic rounding."})
+    eval_command: str | None = field(
+        default=None,
+        metadata={"help": "Shell command run after every --eval_steps updates (default 1) with the model so far in "
+                          "$CHECKPOINT; the last line of its output, a JSON object of numbers, goes into the log."},
+    )
+    zero_first_update: bool = field(default=False, metadata={"help": "Megatron's warm-up: update 1 at rate 0."})
     no_stop_token: bool = field(default=False, metadata={"help": "Ablation: no loss on stop tokens, as LIMI's code."})
     no_reasoning: bool = field(default=False, metadata={"help": "Ablation: train without the rows' reasoning."})
 
 
-# What must be the same when a run goes on from a checkpoint; the number of processes may differ
-SAME_RUN = sorted(Settings.__dataclass_fields__.keys() - {"train_file", "dry_run"})
-SAME_RUN += ["learning_rate", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "adam_beta1", "adam_beta2"]
-SAME_RUN += ["weight_decay", "max_grad_norm", "num_train_epochs", "max_steps", "max_length", "seed"]
+# The ten settings that people use first; --help shows them before the rest
+FIRST = ["model_name_or_path", "train_file", "output_dir", "dry_run", "max_length", "learning_rate"]
+FIRST += ["num_train_epochs", "global_batch_size", "save_steps", "lora"]
+
+# Settings of TRL and transformers that would do nothing here or break what the run promises: {why: names}
+REFUSED = {
+    "03_sft.py accumulates what --global_batch_size needs": "gradient_accumulation_steps auto_find_batch_size",
+    "03_sft.py makes the order of the samples itself, from --seed":
+        "train_sampling_strategy length_column_name shuffle_dataset data_seed dataloader_drop_last",
+    "03_sft.py tokenises the rows itself, one sample a row of the batch":
+        "packing packing_strategy padding_free eval_packing pad_to_multiple_of truncation_mode completion_only_loss "
+        "assistant_only_loss dataset_text_field dataset_kwargs dataset_num_proc remove_unused_columns label_names",
+    "labels and export use the base's own; change them in a copy of its folder":
+        "chat_template_path eos_token pad_token model_init_kwargs trust_remote_code use_cache",
+    "--save_steps N writes checkpoints that a run goes on from exactly":
+        "save_strategy save_only_model save_on_each_node enable_jit_checkpoint ignore_data_skip "
+        "restore_callback_states_from_checkpoint load_best_model_at_end metric_for_best_model greater_is_better",
+    "--eval_command measures while training":
+        "do_train do_eval do_predict eval_strategy eval_delay eval_on_start eval_accumulation_steps "
+        "per_device_eval_batch_size prediction_loss_only eval_do_concat_batches eval_use_gather_object "
+        "include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval",
+    "the output folder holds the training conversations; upload the finished export yourself":
+        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
+    "the loss is the function token_loss in 03_sft.py": "label_smoothing_factor average_tokens_across_devices",
+    "accelerate's YAML decides it": "fsdp fsdp_config deepspeed parallelism_config accelerator_config",
+    "weights are trained in fp32 or bf16": "fp16",
+    "TRL's fused output layer stands in its place": "use_liger_kernel liger_kernel_config",
+    "--logging_steps N": "logging_strategy",
+}
+
+# Settings that may change when a run goes on: they change no number of the training, or only its last digits
+# (processes, batch per device). Data and base are compared by their hashes, not by their paths
+HARMLESS = """output_dir train_file model_name_or_path dry_run max_refused eval_command eval_steps report_to run_name
+project trackio_space_id trackio_bucket_id trackio_static_space_id logging_steps logging_first_step logging_dir log_level
+log_level_replica log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen disable_tqdm save_steps
+save_total_limit resume_from_checkpoint per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing
+gradient_checkpointing_kwargs activation_offloading torch_empty_cache_steps dataloader_num_workers
+dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
+dataloader_in_order ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
+ddp_timeout skip_memory_metrics debug use_cpu local_rank""".split()
+
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense bf16, NVIDIA's data sheets
 ROLES = ("system", "user", "assistant", "tool")
+MESSAGE_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "weight"}
+FOREIGN_KEYS = {"chat_template_kwargs", "tool_defs", "tools_json", "functions", "prompt", "completion"}
+EMPTY = (None, "", [])
+REMEDIES = dict.fromkeys(("reasoning", "thinking"), "call it reasoning_content")
+REMEDIES |= dict.fromkeys(("loss", "train", "training"), 'write "weight": 0 for a message without loss')
 
 
 class InputError(ValueError):
     """A mistake in the user's input, told in one line that names file, line, field and remedy; exit code 2."""
 
 
-def parse_settings(parser):
-    """Defaults < --config YAML < flags; an unknown or misspelt one is an error."""
-    parser.allow_abbrev = False
-    try:
-        return parser.parse_args_and_config()
-    except (ValueError, IndexError, yaml.YAMLError) as error:
-        told = re.sub("Some specified arg.* HfArgumentParser", "no such setting (see --help)", str(error))
-        raise InputError(" ".join(told.split())) from None
+class Refused(ValueError):
+    """Why a row cannot be trained, beginning with its field."""
 
 
-def make_parser():
-    """Our settings and TRL's."""
-    on_gpu, parser = torch.cuda.is_available(), TrlParser((Settings, SFTConfig))
+def is_first_process() -> bool:
+    return os.environ.get("RANK", "0") == "0"
+
+
+def say(text: str) -> None:
+    if is_first_process():
+        print(text, flush=True)
+
+
+def make_parser() -> TrlParser:
+    """Our settings and TRL's: defaults < --config YAML < flags. An unknown one is an error that names the nearest."""
+    on_gpu = torch.cuda.is_available()
+    parser = TrlParser((Settings, SFTConfig), usage="03_sft.py [--config x.yaml] [--setting value ...]")
+    parser.description = "Fine-tune a model on the rows of 02_format_trajectories.py."
     bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16" if on_gpu else "no") == "bf16"  # slower on a CPU
     offload = {"offload": True} if on_gpu else None  # of gradient checkpoints to the host's memory
     parser.set_defaults(**RECIPE, use_cpu=not on_gpu, bf16=bf16, gradient_checkpointing_kwargs=offload)
+    parser.allow_abbrev = False
+    parser.error = mistake
+    everything = parser._optionals._group_actions
+    first = parser.add_argument_group("used first")
+    first._group_actions = sorted((a for a in everything if a.dest in FIRST), key=lambda a: FIRST.index(a.dest))
+    parser._optionals._group_actions = [a for a in everything if a.dest not in FIRST]
+    parser._action_groups.insert(0, parser._action_groups.pop())
     return parser
+
+
+def mistake(message: str):
+    raise InputError(message)
+
+
+def read_settings(parser: TrlParser, arguments=None) -> tuple[Settings, SFTConfig]:
+    try:
+        return parser.parse_args_and_config(arguments)
+    except (ValueError, TypeError, IndexError, yaml.YAMLError) as error:
+        message = " ".join(str(error).split())
+    names = re.findall(r"'--([\w-]+)", message) if "arguments" in message else []
+    if names:
+        known = [action.dest for action in parser._actions]
+        nearest = difflib.get_close_matches(names[0], known, 1)
+        hint = f"; nearest: --{nearest[0]}" if nearest else "; see --help"
+        message = f"no such setting: --{names[0]}{hint}"
+    raise InputError(message)
+
+
+def check_flags(settings: Settings, args: SFTConfig) -> None:
+    """Refuse, before anything is loaded, what would do nothing."""
+    defaults = SFTConfig(output_dir=args.output_dir, use_cpu=args.use_cpu, bf16=args.bf16)
+    for why, names in REFUSED.items():
+        for name in names.split():
+            if getattr(args, name) != getattr(defaults, name):
+                raise InputError(f"--{name} has no place here: {why}")
+    for name in ("lora_r", "lora_target_modules"):
+        if not settings.lora and getattr(settings, name) != getattr(Settings(), name):
+            raise InputError(f"--{name} needs --lora")
+    if args.eval_steps and not settings.eval_command:
+        raise InputError("--eval_steps needs --eval_command")
+    if settings.bf16_master and args.optim != defaults.optim:
+        raise InputError("--bf16_master has its own AdamW: leave out --optim")
+    if args.loss_type not in ("nll", "dft"):
+        raise InputError(f"--loss_type {args.loss_type}: nll or dft; or change token_loss")
+    check_values(args)
+
+
+def check_values(args: SFTConfig) -> None:
+    """Refuse numbers that no run can have, and packages and devices that are not there."""
+    if args.max_steps != -1 and args.max_steps < 1:
+        raise InputError(f"--max_steps {args.max_steps}: at least 1, or -1 for --num_train_epochs")
+    if args.learning_rate <= 0:
+        raise InputError(f"--learning_rate {args.learning_rate}: must be above 0")
+    if args.n_gpu > 1:
+        raise InputError("several GPUs are visible: use accelerate launch, or set CUDA_VISIBLE_DEVICES=0")
+    for name in args.report_to:
+        if name == "all" or not importlib.util.find_spec(name):
+            offline = "; without a network: WANDB_MODE=offline" if name == "wandb" else ""
+            raise InputError(f"--report_to {name}: pip install {name}, or leave it out{offline}")
+    try:
+        SFTTrainer.get_optimizer_cls_and_kwargs(args)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise InputError(f"--optim {args.optim}: {error}") from None
 
 
 def read_jsonl(path, append_only=False):
@@ -138,248 +272,600 @@ def read_jsonl(path, append_only=False):
             yield f"{path}:{number}", row
 
 
-def write_jsonl(path, rows):
-    """Write rows under a temporary name, then rename: a reader sees the old file or the whole new one."""
-    path, count = Path(path), 0
+def write_whole(path: Path, text: str) -> None:
+    """Write under a temporary name, then rename: a reader sees the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "w") as file:
-            for row in rows:
-                file.write(json.dumps(row) + "\n")  # ASCII: a lone surrogate in a log cannot break the file
-                count += 1
+        partial.write_text(text)
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return count
 
 
 # --------------------------------------------------------------------------------------------------------------------
 # Rows -> input_ids and labels
 
 
-def read_rows(path):
-    """Rows of train.jsonl, not through an Arrow schema, which would fill tool arguments with nulls. Raises InputError
-    naming the line and the field of what no template renders, or renders wrongly."""
+def read_rows(path: str) -> tuple[list[dict], list[str]]:
+    """(rows of train.jsonl, refusals "path:line: field: why"). Not through an Arrow schema, which would fill tool
+    arguments with nulls. Keys without a value are left out, as templates take them for given."""
     if not Path(path).exists():
         raise InputError(f"{path}: no such file; 02_format_trajectories.py writes it, --train_file names another")
     rows = []
+    refused = []
     for where, row in read_jsonl(path):
-        messages = row.get("messages")
-        if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
-            raise InputError(f"{where}: messages must be a list of objects")
-        for i, message in enumerate(messages):
-            if message.get("role") not in ROLES:
-                raise InputError(f"{where}: messages[{i}].role is {message.get('role')!r}, not one of {ROLES}")
-            if not isinstance(message.get("content"), str):
-                raise InputError(f"{where}: messages[{i}].content must be a string")
-            for j, call in enumerate(message.get("tool_calls") or []):
-                function = call.get("function") if isinstance(call, dict) else None
-                arguments = function.get("arguments") if isinstance(function, dict) else None
-                if not isinstance(arguments, dict) or None in arguments.values():
-                    name = f"messages[{i}].tool_calls[{j}].function.arguments"
-                    raise InputError(f"{where}: {name} must be an object; leave out an argument that is null")
-        if not any(message["role"] == "assistant" for message in messages):
-            raise InputError(f"{where}: messages hold no assistant message, so there is nothing to train")
-        if messages[-1].get("tool_calls"):  # the stop token of a call is not that of an answer: no end to train
-            raise InputError(f"{where}: messages end with a tool call without its result")
-        rows.append(row | {"where": where, "query_id": str(row.get("query_id", where))})
-    if not rows:
+        try:
+            check_row(row)
+        except Refused as error:
+            refused.append(f"{where}: {error}")
+            continue
+        messages = [without_empty_keys(message) for message in row["messages"]]
+        query_id = str(row.get("query_id", where))
+        rows.append(row | {"messages": messages, "where": where, "query_id": query_id})
+    if not rows and not refused:
         raise InputError(f"{path}: no rows in it")
-    return rows
+    return rows, refused
 
 
-def load_tokenizer(model):
-    """The tokenizer with two more attributes: stop_ids, the token ids at which the engine stops (vLLM reads the same
-    generation_config.json), and end_id, the one that ends a conversation's last turn if the template writes none."""
+def without_empty_keys(message: dict) -> dict:
+    return {key: value for key, value in message.items() if key == "content" or value not in EMPTY}
+
+
+def check_row(row: dict) -> None:
+    """Raise Refused naming the field of what no template renders, or renders wrongly, or 03 would not read."""
+    messages = row.get("messages")
+    if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
+        raise Refused("messages: must be a list of objects")
+    for i, message in enumerate(messages):
+        check_message(message, f"messages[{i}]")
+    tools = row.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Refused("tools: must be a list of objects (a string of JSON: parse it first)")
+    for name in sorted(FOREIGN_KEYS & row.keys()):
+        raise Refused(f"{name}: not read by 03; a row has messages and tools, a template's switches go to "
+                      "--chat_template_kwargs")
+    called = [i for i, message in enumerate(messages) if message.get("tool_calls")]
+    if called and not tools:
+        raise Refused("tools: missing, but messages call tools; 02_format_trajectories.py --tools adds them")
+    if not any(is_trained(message) for message in messages):
+        raise Refused("messages: no assistant message in it to train")
+    last = len(messages) - 1
+    if last in called and is_trained(messages[last]):  # the stop token of a call is not that of an answer
+        raise Refused(f"messages[{last}]: the row ends with a tool call without its result")
+
+
+def is_trained(message: dict) -> bool:
+    return message["role"] == "assistant" and message.get("weight", 1) != 0
+
+
+def check_message(message: dict, name: str) -> None:
+    if message.get("role") not in ROLES:
+        raise Refused(f"{name}.role: {message.get('role')!r}, not one of {ROLES}")
+    if not isinstance(message.get("content"), str):
+        raise Refused(f"{name}.content: must be a string")
+    if not isinstance(message.get("reasoning_content") or "", str):
+        raise Refused(f"{name}.reasoning_content: must be a string")
+    for key in message.keys() - MESSAGE_KEYS:
+        if message[key] not in EMPTY:
+            raise Refused(f"{name}.{key}: not read by 03; {REMEDIES.get(key, 'take it out')}")
+    if message.get("weight", 1) not in (0, 1) or "weight" in message and message["role"] != "assistant":
+        raise Refused(f"{name}.weight: must be 0 or 1, on an assistant message")
+    for j, call in enumerate(message.get("tool_calls") or []):
+        check_call(call, f"{name}.tool_calls[{j}]")
+    try:
+        json.dumps(message, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        raise Refused(f"{name}: half a character in it (a lone surrogate); repair the text") from None
+
+
+def check_call(call: dict, name: str) -> None:
+    function = call.get("function") if isinstance(call, dict) else None
+    function = function if isinstance(function, dict) else {}
+    if not isinstance(function.get("name"), str):
+        raise Refused(f"{name}.function.name: must be a string")
+    arguments = function.get("arguments")
+    if not isinstance(arguments, dict) or None in arguments.values():
+        raise Refused(f"{name}.function.arguments: must be an object; leave out an argument that is null")
+
+
+def load_tokenizer(model: str, template_kwargs: dict | None = None):
+    """The tokenizer with three more attributes: stop_ids, the token ids at which the engine stops (vLLM reads the same
+    generation_config.json), end_id, the one that ends a conversation's last turn if the template writes none, and
+    template_kwargs, the template's switches."""
     if Path(model).is_dir() and not Path(model, "tokenizer_config.json").exists():
         raise InputError(f"{model}: no tokenizer_config.json there; the folder must hold the model and its tokenizer")
     try:
-        config, tok = AutoConfig.from_pretrained(model), AutoTokenizer.from_pretrained(model)
+        config = AutoConfig.from_pretrained(model)
+        tok = AutoTokenizer.from_pretrained(model)
     except (OSError, ValueError) as error:
-        told = str(error).splitlines()[0]
-        raise InputError(f"{model}: no folder of a model, nor a reachable Hub id ({told})") from None
+        first_line = str(error).splitlines()[0]
+        raise InputError(f"{model}: no folder of a model, nor a reachable Hub id ({first_line})") from None
     if not tok.chat_template:
         raise InputError(f"{model}: the tokenizer has no chat template")
     try:
         stops = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:  # not every checkpoint has the file
-        stops = config.eos_token_id
-    if (stops := tok.eos_token_id if stops is None else stops) is None:
+        stops = getattr(config.get_text_config(), "eos_token_id", None)
+    stops = tok.eos_token_id if stops is None else stops
+    if stops is None:
         raise InputError(f"{model}: no eos_token_id in generation_config.json, config.json or the tokenizer")
     tok.stop_ids = {stops} if isinstance(stops, int) else set(stops)
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
-    two, three = (tok.apply_chat_template(talk[:n], tokenize=False) for n in (2, 3))
-    following = tok(three.removeprefix(two), add_special_tokens=False)["input_ids"][0]
-    tok.end_id = following if three.startswith(two) and following in tok.stop_ids else None
+    tok.template_kwargs = template_kwargs or {}
+    tok.end_id = token_after_an_answer(tok)
     return tok
 
 
-def segments(messages):
-    """Samples of one conversation: [(messages, index of the first message that may carry loss)]. One for all, unless
-    inference drops reasoning once the next user message is there (the templates of GLM-4.5 and Qwen3): then one per
-    user message, so that every turn is trained in the context it is served in."""
-    users = [i for i, message in enumerate(messages) if message["role"] == "user"] or [0]
-    if not any(m.get("reasoning_content") or "</think>" in m["content"] for m in messages[: users[-1]]):
-        return [(messages, 0)]
-    parts = [(messages[:end], start) for start, end in zip([0] + users[1:], users[1:] + [len(messages)])]
-    return [(part, first) for part, first in parts if any(m["role"] == "assistant" for m in part[first:])]
+def token_after_an_answer(tok) -> int | None:
+    """GLM-4.5 writes no stop token after a conversation's last answer: the next role token is it. None for the
+    templates that write one."""
+    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    try:
+        two = render(tok, talk[:2], None)
+        three = render(tok, talk, None)
+    except Refused:
+        return None
+    if not three.startswith(two):
+        return None
+    following = tok(three.removeprefix(two), add_special_tokens=False)["input_ids"][0]
+    return following if following in tok.stop_ids else None
 
 
-def encode(tok, messages, tools, first=0):
-    """(input_ids, labels): labels are -100 but for what the engine must generate, stop token included.
+def render(tok, messages: list[dict], tools: list[dict] | None, **kwargs) -> str:
+    """The text of the model's own template. Raises Refused for a conversation that it does not take."""
+    try:
+        options = tok.template_kwargs | kwargs
+        return tok.apply_chat_template(messages, tools=tools or None, tokenize=False, **options)
+    except (TemplateError, TypeError, ValueError, KeyError) as error:
+        first_line = (str(error) or type(error).__name__).splitlines()[0]
+        raise Refused(f"messages: the chat template does not take them: {first_line}") from None
 
-    first: index of the first message that may carry loss. Raises ValueError if the template does not keep the text of
-    the conversation so far as a prefix, or leaves a turn without a stop token: then no mask would be right.
+
+def turn_starts(tok, messages, tools, first: int) -> tuple[str, dict[int, int]]:
+    """(text of the conversation, {index of a trained message: where in the text the engine begins to generate it}).
+
+    Raises Refused where inference would see another text: a template that rewrites what stands before a message, or
+    an earlier turn when the next user message comes.
     """
-
-    def render(part, **kwargs):
-        return tok.apply_chat_template(part, tools=tools or None, tokenize=False, **kwargs)
-
-    text, starts = render(messages), []
+    text = render(tok, messages, tools)
+    starts = {}
+    answered = False  # is there a trained message since the last user message?
     for i, message in enumerate(messages):
-        if message["role"] == "assistant" and i >= first:
-            prompt = render(messages[:i], add_generation_prompt=True)
+        if message["role"] == "user" and answered:
+            answered = False
+            if not text.startswith(render(tok, messages[:i], tools)):
+                raise Refused(f"messages[{i}]: the chat template rewrites the turn before it")
+        if i >= first and is_trained(message):
+            prompt = render(tok, messages[:i], tools, add_generation_prompt=True)
             if not text.startswith(prompt):
-                raise ValueError(f"the chat template rewrites what stands before message {i}")
-            starts.append(len(prompt))
+                raise Refused(f"messages[{i}]: the chat template rewrites what stands before it, or opens a thought "
+                              f"that the row has not; try --chat_template_kwargs")
+            starts[i] = len(prompt)
+            answered = True
+    return text, starts
+
+
+def label_tokens(tok, text: str, starts: dict[int, int]) -> tuple[list[int], list[int], dict[int, tuple[int, int]]]:
+    """(input_ids, labels, {message: (first, last) character of its trained text}); labels are -100 but for what the
+    engine must generate, stop token included.
+
+    Raises Refused where no mask would be right: a turn that begins inside a token, or has no stop token."""
     encoded = tok(text, add_special_tokens=False, return_offsets_mapping=True)
-    ids, labels, generating, turn = encoded["input_ids"], [], False, 0
-    for token, (start, end) in zip(ids, encoded["offset_mapping"]):
-        if turn < len(starts) and start < starts[turn] < end:
-            raise ValueError(f"assistant turn {turn} begins inside a token of its prompt")
-        if turn < len(starts) and start >= starts[turn]:
-            if generating:
-                raise ValueError(f"assistant turn {turn - 1} has no stop token")
-            generating, turn = True, turn + 1
-        labels.append(token if generating else -100)
-        if generating and token in tok.stop_ids:
-            generating = False
-    if generating:
+    ids = encoded["input_ids"]
+    labels = []
+    spans = {}
+    waiting = sorted(starts.items(), reverse=True)
+    turn = None  # the message that is being generated
+    for token, (begin, end) in zip(ids, encoded["offset_mapping"]):
+        if waiting and begin < waiting[-1][1] < end:
+            raise Refused(f"messages[{waiting[-1][0]}]: begins inside a token of its prompt")
+        if waiting and begin >= waiting[-1][1]:
+            if turn is not None:
+                raise Refused(f"messages[{turn}]: has no stop token")
+            turn, _ = waiting.pop()
+        labels.append(-100 if turn is None else token)
+        if turn is not None:
+            spans[turn] = (starts[turn], end)
+        if token in tok.stop_ids:
+            turn = None
+    if turn is not None:
         if tok.end_id is None:
-            raise ValueError("the last assistant turn has no stop token")
+            raise Refused(f"messages[{turn}]: has no stop token")
         ids.append(tok.end_id)
         labels.append(tok.end_id)
+    return ids, labels, spans
+
+
+def encode(tok, messages, tools, first=0) -> tuple[list[int], list[int]]:
+    """(input_ids, labels) of a conversation, e.g. with GLM-4.5's template and what carries loss in [[ ]]
+
+        [gMASK]<sop><|user|>\\nU<|assistant|>[[\\n<think></think>\\nD<|user|>]]
+
+    first: index of the first message that may carry loss. Raises Refused if the labels would not be exact, or the
+    template leaves out a part of the row; the same is tried with every text replaced by a word of its own, so that no
+    part is found where another stands.
+    """
+    text, starts = turn_starts(tok, messages, tools, first)
+    ids, labels, spans = label_tokens(tok, text, starts)
+    check_kept(messages, tools, text, spans)
+    words = (f"word{number}x" for number in range(10**9))
+    marked = [mark_texts(message, words) for message in messages]
+    text, starts = turn_starts(tok, marked, tools, first)
+    check_kept(marked, None, text, label_tokens(tok, text, starts)[2])
     return ids, labels
 
 
-def tokenize(tok, rows, max_length, no_stop_token=False, no_reasoning=False):
-    """(samples {"query_id", "input_ids", "labels"}, Counter of dropped samples by reason)."""
-    stops, samples, dropped = tok.convert_ids_to_tokens(sorted(tok.stop_ids)), [], Counter()
+def mark_texts(message: dict, words) -> dict:
+    """A copy of the message with the next of `words` in place of every text that is not empty."""
+    marked = copy.deepcopy(message)
+    for key in ("content", "reasoning_content"):
+        if marked.get(key):
+            marked[key] = next(words)
+    for call in marked.get("tool_calls", []):
+        function = call["function"]
+        function["name"] = next(words)
+        function["arguments"] = mark_value(function["arguments"], words)
+    return marked
+
+
+def mark_value(value, words):
+    if isinstance(value, dict):
+        return {key: mark_value(part, words) for key, part in value.items()}
+    if isinstance(value, list):
+        return [mark_value(part, words) for part in value]
+    return next(words) if isinstance(value, str) and value else value
+
+
+def parts_of(message: dict, thoughts: bool) -> list[tuple[str, object]]:
+    """[(field, value)] of all that a message says; thoughts: with its reasoning, which no template keeps for ever."""
+    content = re.split("</?think>", message["content"])
+    parts = [("content", piece) for piece in (content if thoughts else content[-1:])]
+    if thoughts:
+        parts.append(("reasoning_content", message.get("reasoning_content", "")))
+    for j, call in enumerate(message.get("tool_calls", [])):
+        field_name = f"tool_calls[{j}].function"
+        parts.append((f"{field_name}.name", call["function"]["name"]))
+        parts += leaves(call["function"]["arguments"], f"{field_name}.arguments")
+    return parts
+
+
+def leaves(value, name: str) -> list[tuple[str, object]]:
+    """[(path, key or value)] of everything in a JSON value."""
+    if not isinstance(value, (dict, list)):
+        return [(name, value)]
+    found = [(name, key) for key in value] if isinstance(value, dict) else []
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    for key, part in pairs:
+        found += leaves(part, f"{name}.{key}")
+    return found
+
+
+def stands_in(value, text: str) -> bool:
+    """Is it in the text, as it is, without the white space around it, in JSON, or in Python's notation?"""
+    plain = value.strip() if isinstance(value, str) else str(value)
+    return plain in text or any(json.dumps(value, ensure_ascii=ascii).strip('"') in text for ascii in (False, True))
+
+
+def check_kept(messages, tools, text: str, spans: dict[int, tuple[int, int]]) -> None:
+    """Raise Refused for a part of the row that the template left out of its place: of a trained message the trained
+    text, of everything else the whole text."""
+    for i, message in enumerate(messages):
+        begin, end = spans.get(i, (0, len(text)))
+        for name, value in parts_of(message, thoughts=i in spans):
+            if not stands_in(value, text[begin:end]):
+                thought = name == "reasoning_content"
+                remedy = "--no_reasoning trains without it" if thought else "no label of it would be exact"
+                raise Refused(f"messages[{i}].{name}: the chat template leaves it out; {remedy}")
+    for j, tool in enumerate(tools or []):
+        function = tool.get("function", tool)
+        names = [function.get("name", ""), *function.get("parameters", {}).get("properties", {})]
+        for value in (*names, function.get("description", "")):
+            if not stands_in(value, text):
+                raise Refused(f"tools[{j}]: the chat template leaves {value!r} out")
+
+
+def encode_conversation(tok, messages, tools) -> list[tuple[list[int], list[int]]]:
+    """[(input_ids, labels)]: one sample if one rendering is exact for every turn, else one per user message, so that
+    every turn is trained in the context it is served in (GLM-4.5 and Qwen3 drop a thought, and Qwen3 the empty one,
+    once the next user message is there)."""
+    users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    try:
+        return [encode(tok, messages, tools)]
+    except Refused:
+        if len(users) < 2:
+            raise
+    samples = []
+    for first, end in zip([0, *users[1:]], [*users[1:], len(messages)]):
+        if any(is_trained(message) for message in messages[first:end]):
+            samples.append(encode(tok, messages[:end], tools, first))
+    return samples
+
+
+def without_reasoning(message: dict) -> dict:
+    """As the templates render a message that a later user message follows."""
+    if message["role"] != "assistant":
+        return message
+    kept = {key: value for key, value in message.items() if key != "reasoning_content"}
+    return kept | {"content": message["content"].split("</think>")[-1].lstrip("\n")}
+
+
+def refuse_spelled_stops(messages, stops: list[str]) -> None:
+    """Text like a stop token becomes the token: loss would end in mid-answer."""
+    for i, message in enumerate(messages):
+        text = json.dumps(message, ensure_ascii=False)
+        if is_trained(message) and any(stop in text for stop in stops):
+            raise Refused(f"messages[{i}]: spells out a stop token")
+
+
+def tokenize(tok, rows, max_length: int, no_stop_token=False, no_reasoning=False):
+    """(samples {"query_id", "input_ids", "labels"}, Counter of samples left out by reason, refusals)."""
+    stops = tok.convert_ids_to_tokens(sorted(tok.stop_ids))
+    samples = []
+    left_out = Counter()
+    refused = []
     for row in rows:
-        talk = row["messages"]
-        if no_reasoning:  # as the templates render a message that a later user message follows
-            talk = [m | {"content": m["content"].split("</think>")[-1].lstrip("\n"), "reasoning_content": ""}
-                    if m["role"] == "assistant" else m for m in talk]  # fmt: skip
-        answers = json.dumps([m for m in talk if m["role"] == "assistant"], ensure_ascii=False)
-        if any(stop in answers for stop in stops):  # written out, it becomes the token: loss would end in mid-answer
-            dropped["an assistant message spells out a stop token"] += 1
+        messages = [without_reasoning(m) if no_reasoning else m for m in row["messages"]]
+        try:
+            refuse_spelled_stops(messages, stops)
+            pairs = encode_conversation(tok, messages, row.get("tools"))
+        except Refused as error:
+            refused.append(f"{row['where']}: {error}")
             continue
-        for messages, first in segments(talk):
-            try:
-                ids, labels = encode(tok, messages, row.get("tools"), first)
-            except ValueError as error:
-                raise InputError(f"{row['where']}: {error}; its labels would not be exact") from None
+        for ids, labels in pairs:
             if no_stop_token:
                 labels = [-100 if label in tok.stop_ids else label for label in labels]
             if len(ids) > max_length:
-                dropped[f"longer than max_length {max_length:,} tokens"] += 1
+                left_out[f"longer than max_length {max_length:,} tokens"] += 1
             else:
                 samples.append({"query_id": row["query_id"], "input_ids": ids, "labels": labels})
-    return samples, dropped
+    return samples, left_out, refused
 
 
-PAGE = """<!doctype html><meta charset="utf-8"><title>trained tokens</title><style>
-body{font:14px system-ui;margin:2em auto;max-width:70em} pre{white-space:pre-wrap;overflow-wrap:anywhere;padding:1em;
-line-height:1.6;background:#f6f8fa} .context{color:#57606a} .trained{background:#b7ebc0}
-.stop{background:#cf222e;color:#fff}</style>
-<h1>What the model learns</h1><p><span class=trained>trained</span> <span class=stop>stop token, trained</span>
-<span class=context>context, no loss</span>"""
+def load_samples(settings: Settings, args: SFTConfig, tok) -> tuple[list[dict], dict]:
+    """(samples, facts about them). Stops where more rows than --max_refused are refused, or none is left."""
+    started = time.monotonic()
+    rows, refused = read_rows(settings.train_file)
+    total = len(rows) + len(refused)
+    samples, left_out, more = tokenize(tok, rows, args.max_length, settings.no_stop_token, settings.no_reasoning)
+    refused += more
+    kinds = Counter(re.sub(r"\[\d+\]", "[]", line.split(": ", 1)[1]) for line in refused)
+    if len(refused) > settings.max_refused:
+        raise InputError(f"{refused[0]} ({len(refused)} of {total} rows refused, --max_refused "
+                         f"{settings.max_refused}: {dict(kinds.most_common(5))})")
+    for line in refused:
+        say(f"refused {line}")
+    if not samples:
+        raise InputError(f"{settings.train_file}: every sample was left out: {dict(left_out)}")
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    trained = sum(len(sample["labels"]) - sample["labels"].count(-100) for sample in samples)
+    facts = dict(rows=total, refused=dict(kinds), samples=len(samples), left_out=dict(left_out),
+                 tokens=sum(lengths), trained_tokens=trained, longest=max(lengths))
+    facts["reasoning"] = any(has_reasoning(row) for row in rows) and not settings.no_reasoning
+    told = ", ".join(f"{name}: {value}" for name, value in facts.items())
+    say(f"tokenised in {time.monotonic() - started:.1f} s: {told}")
+    return samples, facts
 
 
-def sample_page(tok, samples, most=10):
-    """HTML page of the first samples: trained tokens coloured, stop tokens marked."""
-    parts = []
-    for sample in samples[:most]:
-        kinds = ["context" if label == -100 else "stop" if label in tok.stop_ids else "trained"
-                 for label in sample["labels"]]  # fmt: skip
-        runs = groupby(zip(kinds, sample["input_ids"]), key=lambda pair: pair[0])  # a character may span tokens
-        texts = [(kind, html.escape(tok.decode([token for _, token in run]))) for kind, run in runs]
-        body = "".join(f'<span class="{kind}">{text}</span>' for kind, text in texts)
-        parts.append(f"<h2>{html.escape(sample['query_id'])}</h2><pre>{body}</pre>")
-    return f"{PAGE}; {len(parts)} of {len(samples)} samples shown</p>" + "".join(parts)
+def has_reasoning(row: dict) -> bool:
+    return any(m.get("reasoning_content") or "</think>" in m["content"] for m in row["messages"])
 
 
-def write_samples(tok, samples, output_dir):
-    write_jsonl(output_dir / "tokenized.jsonl", samples)
-    (output_dir / "sample.html").write_text(sample_page(tok, samples), encoding="utf-8")
+def read_switches(settings: Settings) -> dict:
+    """--chat_template_kwargs, which a YAML gives as a mapping and a flag as JSON."""
+    given = settings.chat_template_kwargs or {}
+    try:
+        given = json.loads(given) if isinstance(given, str) else given
+    except ValueError:
+        given = None
+    if not isinstance(given, dict):
+        raise InputError(f"--chat_template_kwargs {settings.chat_template_kwargs}: must be a JSON object")
+    return given
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Training
+# Which samples in which update
 
 
-def global_batches(lengths, num_samples, batch_size, seed):
-    """`num_samples` sample indices in training order: shuffled passes over the data, one after the other. The same on
-    any number of processes; inside a batch sorted by length, so that processes wait little on each other."""
-    rng, order = random.Random(seed), []
-    while len(order) < num_samples:
-        order += rng.sample(range(len(lengths)), len(lengths))
-    batches = [order[start : start + batch_size] for start in range(0, num_samples, batch_size)]
-    return [i for batch in batches for i in sorted(batch, key=lambda i: -lengths[i])]
+@dataclass
+class Layout:
+    fsdp: bool  # sharded over all processes by FSDP2
+    cp: int  # processes that share one sample by context parallelism
+    processes: int
 
 
-def layout(args):
-    """(sharded over all processes by FSDP2?, processes that share one sample by context parallelism). Both come from
-    accelerate's YAML, which its launcher passes on as environment variables."""
-    sizes = [int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", 1)) for name in ("DP_REPLICATE", "DP_SHARD", "CP")]
-    fsdp, cp = os.environ.get("ACCELERATE_USE_FSDP") == "true", sizes[2]
-    if os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true" and math.prod(sizes) != args.world_size:
-        told = "accelerate's parallelism_config: dp_replicate {} x dp_shard {} x cp {}".format(*sizes)
-        raise InputError(f"{told} is not the number of processes, {args.world_size}")
-    if cp > 1 and not fsdp:
+def read_layout(args: SFTConfig) -> Layout:
+    """From accelerate's YAML, which its launcher passes on as environment variables."""
+    names = ("DP_REPLICATE", "DP_SHARD", "CP")
+    sizes = [int(os.environ.get(f"PARALLELISM_CONFIG_{name}_SIZE", 1)) for name in names]
+    fsdp = os.environ.get("ACCELERATE_USE_FSDP") == "true"
+    parallel = os.environ.get("ACCELERATE_USE_PARALLELISM_CONFIG") == "true"
+    if parallel and math.prod(sizes) != args.world_size:
+        product = "dp_replicate {} x dp_shard {} x cp {}".format(*sizes)
+        raise InputError(f"accelerate's parallelism_config: {product} is not the number of processes, "
+                         f"{args.world_size}")
+    if sizes[2] > 1 and not fsdp:
         raise InputError("context parallelism needs distributed_type: FSDP in accelerate's YAML")
-    return fsdp, cp
+    return Layout(fsdp, sizes[2], args.world_size)
 
 
-def fit_window(config, longest):
-    """Stretch the rotary embedding where the data is longer than the model's window; a sentence about it, or None.
+def global_batches(lengths: list[int], num_samples: int, batch_size: int, seed: int) -> list[int]:
+    """`num_samples` sample indices in training order: shuffled passes over the data, one after the other. The same
+    on any number of processes; inside a batch sorted by length, so that processes wait little on each other."""
+    rng = random.Random(seed)
+    passes = []
+    while len(passes) < num_samples:
+        passes += rng.sample(range(len(lengths)), len(lengths))
+    order = []
+    for start in range(0, num_samples, batch_size):
+        batch = passes[start : min(start + batch_size, num_samples)]
+        order += sorted(batch, key=lambda i: -lengths[i])
+    return order
+
+
+@dataclass
+class Plan:
+    order: list[int]  # sample indices of all updates, one after the other
+    steps: int
+    accumulated: int  # micro-batches of a process in an update
+    rates: list[float]  # learning rate of every update
+    tokens: list[int]  # of every update
+    flops: list[float]
+
+
+def plan_updates(samples, settings: Settings, args: SFTConfig, layout: Layout, skeleton) -> Plan:
+    size = settings.global_batch_size
+    per_step = layout.processes // layout.cp * args.per_device_train_batch_size
+    if size % per_step:
+        raise InputError(f"--global_batch_size {size} is no multiple of {per_step}, processes x batch")
+    steps = count_updates(len(samples), size, args)
+    lengths = [len(sample["input_ids"]) for sample in samples]
+    order = global_batches(lengths, steps * size, size, args.seed)
+    active = count_parameters(skeleton)[1]
+    flops = []
+    for sample, length in zip(samples, lengths):
+        trained = length - sample["labels"].count(-100)
+        flops.append(sample_flops(skeleton.config, active, length, trained))
+    tokens = []
+    work = []
+    for start in range(0, len(order), size):
+        batch = order[start : start + size]
+        tokens.append(sum(lengths[i] for i in batch))
+        work.append(sum(flops[i] for i in batch))
+    rates = learning_rates(args, steps, settings.zero_first_update)
+    return Plan(order, steps, size // per_step, rates, tokens, work)
+
+
+def count_updates(samples: int, size: int, args: SFTConfig) -> int:
+    """Whole batches only. Raises InputError for less than one, or less than the warm-up takes."""
+    steps = args.max_steps
+    if steps == -1:
+        steps = int(samples * args.num_train_epochs) // size
+    remedy = "lower --global_batch_size or raise --num_train_epochs"
+    if steps == 0:
+        raise InputError(f"{samples} samples x {args.num_train_epochs:g} passes do not fill one batch of {size}; "
+                         f"{remedy}")
+    warmup = args.get_warmup_steps(steps)
+    if steps < warmup:
+        raise InputError(f"{steps} updates end inside the warm-up of {warmup}; {remedy}, or lower --warmup_steps")
+    return steps
+
+
+def make_schedule(args: SFTConfig, optimizer, steps: int, zero_first_update: bool):
+    """The scheduler whose first update is one step into the warm-up: at LR 0 it would learn nothing. One step more
+    than there are updates, or `linear` would spend the last one at 0."""
+    warmup = args.get_warmup_steps(steps)
+    ahead = warmup > 0 and not zero_first_update
+    options = args.lr_scheduler_kwargs or {}
+    try:
+        schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps + ahead, options)
+    except (TypeError, ValueError) as error:
+        raise InputError(f"--lr_scheduler_type {args.lr_scheduler_type} with {options}: {error}") from None
+    if ahead:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch expects an update before the first step
+            schedule.step()
+    return schedule
+
+
+def learning_rates(args: SFTConfig, steps: int, zero_first_update: bool) -> list[float]:
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(()))], lr=args.learning_rate)
+    schedule = make_schedule(args, optimizer, steps, zero_first_update)
+    rates = []
+    for _ in range(steps):
+        rates.append(optimizer.param_groups[0]["lr"])
+        optimizer.step()
+        schedule.step()
+    return rates
+
+
+def show_plan(plan: Plan, settings: Settings, args: SFTConfig, layout: Layout) -> None:
+    seen = Counter(plan.order).values()
+    parallel = layout.processes // layout.cp
+    say(f"{plan.steps} updates of {settings.global_batch_size} samples = {parallel} data-parallel x "
+        f"{args.per_device_train_batch_size} x {plan.accumulated} accumulated")
+    say(f"{len(seen)} samples are seen, each {min(seen)} to {max(seen)} times")
+    shown = [f"{rate:.3g}" for rate in plan.rates]
+    say("learning rates: " + ", ".join(shown if plan.steps <= 12 else [*shown[:5], "...", *shown[-3:]]))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The model
+
+
+def model_without_weights(config):
+    """The model on torch's meta device: names, shapes, no memory."""
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    except ValueError as error:
+        raise InputError(f"--model_name_or_path: {str(error).splitlines()[0]}") from None
+
+
+def count_parameters(skeleton) -> tuple[int, float, int]:
+    """(all, those that work on one token without embedding and output layer, those of the largest layer)."""
+    experts = getattr(skeleton.config.get_text_config(), "num_experts_per_tok", None)
+    layers = Counter()
+    active = 0
+    for name, parameter in skeleton.named_parameters():
+        if ".layers." not in name:
+            continue
+        layers[name.split(".layers.")[1].split(".")[0]] += parameter.numel()
+        share = experts / parameter.shape[0] if ".experts." in name else 1
+        active += share * parameter.numel()
+    return skeleton.num_parameters(), active, max(layers.values())
+
+
+def sample_flops(config, active: float, tokens: int, trained: int) -> float:
+    """Of one sample, forward and backward, without what checkpointing computes twice: 6 per weight and token, causal
+    attention, the output layer for trained tokens only."""
+    config = config.get_text_config()
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = config.num_hidden_layers * config.num_attention_heads * head * tokens**2
+    return 6 * (active * tokens + config.vocab_size * config.hidden_size * trained + attention)
+
+
+def load_config(model: str, longest: int):
+    """The model's config, with the rotary embedding stretched where the data is longer than the model's window.
 
     Qwen3 (window 40,960) is made for YaRN over its first 32,768 positions (model cards); the export tells vLLM."""
-    window, rope = config.max_position_embeddings, config.rope_parameters
+    config = AutoConfig.from_pretrained(model)
+    window = config.get_text_config().max_position_embeddings
     if longest <= window:
-        return None
+        return config
+    rope = config.rope_parameters
     if config.model_type not in ("qwen3", "qwen3_moe") or rope["rope_type"] != "default":
-        raise InputError(f"a sample of {longest:,} tokens, but the model's window is {window:,}; lower --max_length")
+        raise InputError(f"a sample of {longest:,} tokens, but the model's window is {window:,}; "
+                         "lower --max_length")
     factor = math.ceil(longest / 32_768)
     yarn = {"rope_type": "yarn", "factor": float(factor), "original_max_position_embeddings": 32_768}
-    config.rope_parameters, config.max_position_embeddings = rope | yarn, factor * 32_768
-    return f"YaRN factor {factor} for a sample of {longest:,} tokens: window {window:,} -> {factor * 32_768:,}"
+    config.rope_parameters = rope | yarn
+    config.max_position_embeddings = factor * 32_768
+    say(f"YaRN factor {factor} for a sample of {longest:,} tokens: window {window:,} -> {factor * 32_768:,}")
+    return config
 
 
-def load_model(settings, args, config, fsdp, source):
-    """fp32 weights, because AdamW applies about a tenth of an update at 1e-5 to bf16, unless it rounds at random.
+def load_model(settings: Settings, args: SFTConfig, config, layout: Layout, source: str):
+    """fp32 weights, because AdamW applies about a tenth of an update at 1e-5 to bf16, unless it rounds at random;
+    frozen ones (--lora) in the precision of the computation.
 
     source: the base, or a checkpoint, since the trainer restores an MoE's experts only under FSDP. Under FSDP2
     transformers gives each process its shard: accelerate would build the whole fp32 model in the memory of every
-    process, and its way around that fails on GLM-4.5's router bias. Tied embeddings (Qwen3-4B and smaller) are left to
-    accelerate: transformers' plan does not sum their gradient as output layer, and a loss that falls hides it.
+    process, and its way around that fails on GLM-4.5's router bias. Tied embeddings (Qwen3-4B and smaller) are left
+    to accelerate: transformers' plan does not sum their gradient as output layer, and a falling loss hides it.
     """
-    native = fsdp and not config.tie_word_embeddings
-    if fsdp:
-        os.environ["FSDP_AUTO_WRAP_POLICY"] = "NO_WRAP" if native else "TRANSFORMER_BASED_WRAP"
-        if settings.bf16_master and not native:
-            raise InputError("--bf16_master: accelerate would turn a model with tied embeddings to fp32; leave it out")
-    options = dict(dtype=torch.bfloat16 if settings.bf16_master else torch.float32, attn_implementation="sdpa")
-    if settings.from_scratch and fsdp:
-        raise InputError("--from_scratch builds the whole model in every process; not with FSDP")
+    native = layout.fsdp and not config.tie_word_embeddings
+    if layout.fsdp:
+        check_fsdp(settings, native)
+    half = settings.bf16_master or settings.lora and args.bf16 and not layout.fsdp
+    options = dict(dtype=torch.bfloat16 if half else torch.float32, attn_implementation="sdpa")
     if settings.from_scratch and source == settings.model_name_or_path:
         set_seed(0)
         return AutoModelForCausalLM.from_config(config, **options)
     if native:
         from transformers.distributed import DistributedConfig
 
-        options["distributed_config"] = DistributedConfig(fsdp_size=args.world_size, fsdp_mixed_precision=args.bf16)
+        mesh = DistributedConfig(fsdp_size=args.world_size, fsdp_mixed_precision=args.bf16)
+        options["distributed_config"] = mesh
     model = AutoModelForCausalLM.from_pretrained(source, config=config, **options)
     if native:  # from here on accelerate's: context parallelism, clipping, saving and resuming
         model._is_distributed_loading_by_transformers = False
@@ -387,175 +873,28 @@ def load_model(settings, args, config, fsdp, source):
     return model
 
 
-def random_rounding(values, generator):
-    """fp32 -> bf16, up or down at random, so that the mean is the fp32 value."""
-    noise = torch.randint(2**16, values.shape, generator=generator, device=values.device, dtype=torch.int32)
-    return (values.view(torch.int32) + noise & -0x10000).view(torch.float32).bfloat16()  # bf16: the upper half of fp32
+def check_fsdp(settings: Settings, native: bool) -> None:
+    os.environ["FSDP_AUTO_WRAP_POLICY"] = "NO_WRAP" if native else "TRANSFORMER_BASED_WRAP"
+    if settings.bf16_master and not native:
+        raise InputError("--bf16_master: accelerate would turn tied embeddings to fp32; leave it out")
+    if settings.from_scratch:
+        raise InputError("--from_scratch builds the whole model in every process; not with FSDP")
 
 
-class RoundingAdamW(torch.optim.AdamW):
-    """AdamW in fp32 that keeps weights and moments in bf16 by random rounding; to the nearest, a step below 0.2 % of a
-    weight is lost. Parameter and step seed the random numbers: replicas stay equal, a resumed run goes on exactly."""
-
-    @torch.no_grad()
-    def step(self, closure=None):
-        for number, (group, weight) in enumerate((group, w) for group in self.param_groups for w in group["params"]):
-            if weight.grad is None:
-                continue
-            state, (beta1, beta2) = self.state[weight], group["betas"]
-            if not state:
-                state["step"] = torch.zeros(())
-                state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
-            state["step"] += 1
-            step, grad = int(state["step"]), weight.grad.contiguous()
-            tensors = [weight, grad, state["exp_avg"], state["exp_avg_sq"]]
-            generator = torch.Generator(weight.device).manual_seed(random.Random(f"{number} {step}").getrandbits(32))
-            tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
-            for parts in zip(*(tensor.view(-1).split(2**22) for tensor in tensors)):  # in parts: fp32 takes memory
-                value, grad, mean, square = (part.float() for part in parts)
-                mean, square = mean.lerp(grad, 1 - beta1), square.lerp(grad * grad, 1 - beta2)
-                update = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + group["eps"])
-                value = value * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
-                for part, new in zip((parts[0], *parts[2:]), (value, mean, square)):
-                    part.copy_(random_rounding(new, generator))
+def experts_in_bf16(device: str) -> None:
+    """Tell autocast about the experts' matrix product, which it does not know (pytorch #174763): with fp32 weights
+    outside FSDP's mixed precision they would be computed in fp32."""
+    torch.library.register_autocast("aten::_grouped_mm", device, torch.bfloat16)
 
 
-def base_names(model_name_or_path):
-    """Tensor names of a checkpoint, without its weights."""
-    name = "model.safetensors.index.json"
-    if index := cached_file(model_name_or_path, name, _raise_exceptions_for_missing_entries=False):
-        return set(json.loads(Path(index).read_text())["weight_map"])
-    with safe_open(cached_file(model_name_or_path, "model.safetensors"), "pt") as file:
-        return set(file.keys())
-
-
-def whole(tensor):
-    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
-
-
-def adapters(model):
-    """{name of the adapted weight: peft's layer over it}"""
-    parts = ((name.replace(".base_layer", ""), part) for name, part in model.named_modules())
-    return {name + "." + getattr(part, "parameter_name", "weight"): part
-            for name, part in parts if hasattr(part, "get_delta_weight")}  # fmt: skip
-
-
-def export(model, tok, output_dir, names=None, main_process=True):
-    """Write the model in bf16, adapters merged; an old one stays until this is complete. names: the base's tensors,
-    another set is refused. Called by every process: shards are gathered one by one."""
-    state, router_bias, layers = {}, "e_score_correction_bias", adapters(model)  # the bias: fp32 in the base as well
-    for name, tensor in model.state_dict().items():
-        name = name.replace(".base_layer", "")
-        if name in model.all_tied_weights_keys or ".lora_" in name:  # the base does not store tied ones twice
-            continue
-        keep = name.endswith(router_bias) or name in layers or not tensor.is_floating_point()
-        tensor = whole(tensor.detach().to(tensor.dtype if keep else torch.bfloat16))
-        if name in layers:
-            tensor = (tensor.float() + whole(layers[name].get_delta_weight("default"))).to(torch.bfloat16)
-        if main_process:
-            state[name] = tensor.cpu()
-    if not main_process:
-        return
-    partial = Path(output_dir, "export.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
-        model.save_pretrained(partial, state_dict=state, max_shard_size="5GB")
-        tok.save_pretrained(partial)
-        config = json.loads((partial / "config.json").read_text()) | {"dtype": "bfloat16", "use_cache": True}
-        (partial / "config.json").write_text(json.dumps(config, indent=2))
-        ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["$^"]))  # GLM-4.5: its MTP layer
-        written = base_names(partial)
-        lost = {name for name in (names or written) - written if not ignored.search(name)}
-        if wrong := sorted(lost - model.all_tied_weights_keys.keys() | written - (names or written)):
-            raise InputError(f"the export's tensors are not the base's: {len(wrong)} differ, such as {wrong[0]}")
-        for old in Path(output_dir).glob("*.safetensors*"):
-            if not (partial / old.name).exists():
-                old.unlink()
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # what makes it load, last
-            file.replace(Path(output_dir, file.name))
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-
-
-def on_any_process(happened, args):
-    if args.world_size > 1:
-        happened = torch.tensor(float(happened), device=args.device)
-        torch.distributed.all_reduce(happened, torch.distributed.ReduceOp.MAX)
-    return bool(happened)
-
-
-class Trainer(SFTTrainer):
-    """TRL's trainer whose log lines tell the speed. A loss that is no number ends the run, as does a checkpoint that
-    does not fit on the disk: on all processes, however many wrote their part."""
-
-    def _save_checkpoint(self, model, trial):
-        told = ""
-        try:
-            super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError, RuntimeError, CheckpointException) as error:
-            line = re.search(".*(inline_container|OSError).*", str(error))  # torch's, of a file and of shards
-            if not line and not isinstance(error, (OSError, SafetensorError)):
-                raise
-            told = line[0] if line else str(error)
-        if on_any_process(told != "", self.args):
-            folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
-            shutil.rmtree(folder, ignore_errors=True)
-            raise OSError(f"{folder}: no space for it; the same command goes on from the one before. {told}")
-
-    def log(self, logs, start_time=None):
-        if "loss" in logs:
-            loss, norm = logs["loss"], logs.get("grad_norm", 0.0)
-            if not math.isfinite(loss) or not math.isfinite(norm):
-                told = f"update {self.state.global_step}: loss {loss}, grad_norm {norm}"
-                raise InputError(f"{told}; the last checkpoint and export are as they were; lower --learning_rate")
-            seconds = time.monotonic() - self.watch.step_started
-            tokens, flops = self.watch.work[self.state.global_step - 1]
-            logs["seconds"], logs["tokens_per_second"] = round(seconds, 4), round(tokens / seconds)
-            if torch.cuda.is_available():
-                logs["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
-                if peak := [peak for chip, peak in PEAK_FLOPS.items() if chip in torch.cuda.get_device_name()]:
-                    logs["mfu"] = round(flops / seconds / peak[0] / self.args.world_size, 3)
-        super().log(logs, start_time)
-
-
-class Watch(TrainerCallback):
-    """Times the steps; on SIGTERM (SLURM takes the machine away) saves after the running update and stops."""
-
-    def __init__(self, work):
-        self.work, self.stop, self.tokens = work, False, 0  # work: per step (tokens, floating point operations)
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop", True))
-
-    def on_step_begin(self, args, state, control, **kwargs):
-        self.step_started = time.monotonic()
-
-    def on_step_end(self, args, state, control, **kwargs):
-        self.tokens += self.work[state.global_step - 1][0]
-        self.stop = on_any_process(self.stop, args)  # the signal reaches them at different steps
-        if self.stop:
-            control.should_save = control.should_training_stop = True
-
-
-def census(config):
-    """Parameters: (all, those that work on one token without embedding and output layer, of the largest layer)."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    layers, active = Counter(), 0
-    for name, parameter in model.named_parameters():
-        if ".layers." in name:
-            layers[name.split(".layers.")[1].split(".")[0]] += parameter.numel()
-            share = config.num_experts_per_tok / parameter.shape[0] if ".experts." in name else 1
-            active += share * parameter.numel()
-    return model.num_parameters(), active, max(layers.values())
-
-
-def lora_config(settings, config, say):
-    """(peft's settings, number of adapter parameters). Tries them on a model without weights; says what gets an
-    adapter and refuses what peft would skip without a word, such as the linear layers that an MoE has fused."""
+def lora_config(settings: Settings, config):
+    """peft's settings. Tries them on a model without weights; says what gets an adapter and refuses what peft would
+    skip without a word, such as the linear layers that an MoE has fused."""
     from peft import LoraConfig, get_peft_model
 
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if settings.lora_experts else []
     options = dict(r=settings.lora_r, lora_alpha=2 * settings.lora_r, target_modules=settings.lora_target_modules,
-                   target_parameters=experts)  # fmt: skip
+                   target_parameters=experts)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         there = [name for name, _ in [*model.named_modules(), *model.named_parameters()]]
@@ -563,200 +902,651 @@ def lora_config(settings, config, say):
             model = get_peft_model(model, LoraConfig(**options))
         except ValueError as error:
             raise InputError(f"--lora_target_modules: {error}") from None
-    names = [name.removesuffix(".weight") for name in adapters(model)]
+    adapted = [name.removesuffix(".weight") for name in adapters(model)]
     for target in settings.lora_target_modules + experts:
-        present, adapted = (sum(f".{name}".endswith(f".{target}") for name in some) for some in (there, names))
-        if adapted != present or not present:
-            raise InputError(f"--lora: of {present} {target} in the model peft adapts {adapted}; "
-                             "--lora_target_modules names linear layers, --lora_experts adds experts")  # fmt: skip
-        say(f"LoRA on {adapted} x {target}")
-    return LoraConfig(**options), sum(part.numel() for part in model.parameters() if part.requires_grad)
+        present = count_targets(there, target)
+        found = count_targets(adapted, target)
+        if found != present or not present:
+            raise InputError(f"--lora: of {present} {target} in the model peft adapts {found}; "
+                             "--lora_target_modules names linear layers, --lora_experts adds experts")
+        say(f"LoRA on {found} x {target}")
+    return LoraConfig(**options)
 
 
-def attention_width(config, heads):
-    return heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+def count_targets(names: list[str], target: str) -> int:
+    return sum(f".{name}".endswith(f".{target}") for name in names)
 
 
-def sample_flops(config, active, tokens, trained):
-    """Of one sample, forward and backward, without what checkpointing computes twice: 6 per weight and token, causal
-    attention, the output layer for trained tokens only."""
-    attention = config.num_hidden_layers * attention_width(config, config.num_attention_heads) * tokens**2
-    return 6 * (active * tokens + config.vocab_size * config.hidden_size * trained + attention)
+def adapters(model) -> dict:
+    """{name of the adapted weight: peft's layer over it}"""
+    found = {}
+    for name, part in model.named_modules():
+        if hasattr(part, "get_delta_weight"):
+            weight = getattr(part, "parameter_name", "weight")
+            found[name.replace(".base_layer", "") + "." + weight] = part
+    return found
 
 
-def memory_per_device(config, counts, adapter_size, longest, layout, settings):
-    """GB of {"weights", "optimizer", "gradients", "activations", "host"}: a calculation, not a measurement.
-
-    layout: (devices, context parallel, FSDP2?). Adapters are fp32, whole on every device. Activations: a layer being
-    recomputed, the output layer's; with FSDP2 two layers gathered in bf16 and one's gradient, else autocast's bf16
-    copy of fp32 weights. Host: the inputs of all layers, offloaded."""
-    (total, _, layer), (devices, cp, fsdp), k = counts, layout, getattr(config, "num_experts_per_tok", 0)
-    size, shards = 2 if settings.bf16_master else 4, devices if fsdp else 1
-    trained = 4 * adapter_size if settings.lora else size * total / shards
-    width = (k + 1) * config.moe_intermediate_size if k else config.intermediate_size
-    heads = attention_width(config, config.num_attention_heads + 2 * config.num_key_value_heads)
-    residual = (2 if fsdp else size) * config.hidden_size
-    per_token = 10 * residual + 8 * heads + 10 * width + 4 * k * config.hidden_size
-    copies = (8 if settings.lora_experts or not settings.lora else 4) * layer if fsdp else (size - 2) * total
-    copies += 0 if fsdp else 2 * size * layer * settings.lora_experts
-    activations = longest / cp * per_token + 6 * config.vocab_size * config.hidden_size + copies
-    host = longest / cp * residual * config.num_hidden_layers
-    parts = dict(weights=size * total / shards, optimizer=2 * trained, gradients=trained, activations=activations)
-    return {name: part / 1e9 for name, part in (parts | {"host": host}).items()}
+def random_rounding(values, generator):
+    """fp32 -> bf16, up or down at random, so that the mean is the fp32 value."""
+    noise = torch.randint(2**16, values.shape, generator=generator, device=values.device, dtype=torch.int32)
+    return (values.view(torch.int32) + noise & -0x10000).view(torch.float32).bfloat16()  # bf16: fp32's upper half
 
 
-def print_memory(config, adapter_size, longest, here, settings):
-    """The dry run's table: the layout at hand, then the usual ones, and what to change where it does not fit."""
-    counts, usual = census(config), [(2, 1), (8, 1), (8, 8), (16, 8), (32, 8), (64, 8)]
-    card = torch.cuda.get_device_properties(0).total_memory / 1e9 if torch.cuda.is_available() else 80.0
-    print(f"{counts[0] / 1e9:.3g} billion parameters, {counts[1] / 1e9:.3g} active\n"
-          f"GB per device, calculated, for a sample of {longest:,} tokens:")  # fmt: skip
-    for devices, cp, fsdp in [here, *((*layout, True) for layout in usual)]:
-        parts = memory_per_device(config, counts, adapter_size, longest, (devices, cp, fsdp), settings)
-        told, needed = ", ".join(f"{name} {parts[name]:,.1f}" for name in parts), sum(parts.values()) - parts["host"]
-        fits = "" if needed < 0.9 * card else " does not fit"  # the allocator needs some room
-        layout = f"{devices:3} device(s){', FSDP2' * fsdp}, context parallel {cp}"
-        print(f"{layout}: {needed:,.1f} of {card:.0f} ({told}){fits}")
-        if fits and (devices, cp, fsdp) == here:
-            print("    use more devices (accelerate launch --config_file recipes/NAME/accelerate.yaml), "
-                  "--bf16_master, --lora or a lower --max_length")  # fmt: skip
+class RoundingAdamW(torch.optim.AdamW):
+    """AdamW in fp32 that keeps weights and moments in bf16 by random rounding; to the nearest, a step below 0.2 % of
+    a weight is lost. Parameter and step seed the random numbers: replicas stay equal, a resumed run goes on
+    exactly."""
+
+    @torch.no_grad()
+    def step(self, closure=None):
+        number = 0
+        for group in self.param_groups:
+            for weight in group["params"]:
+                if weight.grad is not None:
+                    self.update(weight, number, group)
+                number += 1
+
+    def update(self, weight, number: int, group: dict) -> None:
+        state = self.state[weight]
+        if not state:
+            state["step"] = torch.zeros(())
+            state["exp_avg"] = torch.zeros_like(weight)
+            state["exp_avg_sq"] = torch.zeros_like(weight)
+        state["step"] += 1
+        step = int(state["step"])
+        seed = random.Random(f"{number} {step}").getrandbits(32)
+        generator = torch.Generator(weight.device).manual_seed(seed)
+        tensors = [weight, weight.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"]]
+        tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        pieces = [tensor.view(-1).split(2**22) for tensor in tensors]  # in pieces: fp32 takes memory
+        for kept in zip(*pieces):
+            new = adamw(*(piece.float() for piece in kept), step, group)
+            for old, value in zip((kept[0], *kept[2:]), new):
+                old.copy_(random_rounding(value, generator))
 
 
-def loss_curve(path, log):
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    figure.subplots().plot([row["step"] for row in log], [row["loss"] for row in log], marker="o", markersize=3)
-    figure.axes[0].set(xlabel="update", ylabel="loss per trained token")
-    figure.savefig(path, dpi=120)
-
-
-def goes_on_from(args, output_dir, recipe):
-    """The checkpoint to resume from, or None. A run goes on from its own last one: the same command after a kill. What
-    another run left in the folder is not overwritten."""
-    fixed = {name: recipe["settings"][name] for name in SAME_RUN} | {"train_file_sha256": recipe["train_file_sha256"]}
-    # The trainer writes trainer_state.json last: a folder without it was cut short by a kill
-    complete = [file.parent for file in output_dir.glob("checkpoint-*/trainer_state.json")]
-    last = max(complete, key=lambda folder: int(folder.name.split("-")[1]), default=None)
-    run_file, resume = output_dir / "run.json", args.resume_from_checkpoint or last
-    if resume or (output_dir / "recipe.json").exists():
-        before = json.loads(run_file.read_text())
-        if changed := [f"{name} was {before.get(name)!r}" for name in fixed if before.get(name) != fixed[name]]:
-            told = f"{resume or output_dir} is of another run ({changed[0]})"
-            raise InputError(f"{told}; delete it or choose another --output_dir")
-    if recipe["settings"]["dry_run"] or args.process_index > 0:
-        return resume and str(resume)
-    output_dir.mkdir(parents=True, exist_ok=True)
-    run_file.write_text(json.dumps(fixed, indent=2))
-    for folder in set(output_dir.glob("checkpoint-[0-9]*")) - set(complete):
-        shutil.rmtree(folder)  # or the trainer may take it for the last one and delete the others
-    return resume and str(resume)
+def adamw(value, grad, mean, square, step: int, group: dict):
+    """One update in fp32: (weight, mean, mean square)."""
+    beta1, beta2 = group["betas"]
+    mean = mean.lerp(grad, 1 - beta1)
+    square = square.lerp(grad * grad, 1 - beta2)
+    update = mean / (1 - beta1**step) / ((square / (1 - beta2**step)).sqrt() + group["eps"])
+    value = value * (1 - group["lr"] * group["weight_decay"]) - group["lr"] * update
+    return value, mean, square
 
 
-def main(settings, args):
-    settings.lora |= settings.lora_experts
-    main_process, output_dir, (fsdp, cp) = args.process_index == 0, Path(args.output_dir), layout(args)
-    say = print if main_process else lambda *_, **__: None
-    rows = read_rows(settings.train_file)
-    commit = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    recipe = {
-        "settings": asdict(settings) | args.to_dict(),
-        "versions": {name: version(name) for name in ("torch", "transformers", "trl", "accelerate", "datasets")},
+# --------------------------------------------------------------------------------------------------------------------
+# Training
+
+
+def token_weights(sample: dict) -> list[float]:
+    """What each token counts in the loss: 1 if it is trained. Another loss by one line, on any layout: every sample
+    the same, 1 / the number of its trained tokens; the last turn only, 0 before it."""
+    return [float(label != -100) for label in sample["labels"]]
+
+
+def token_loss(log_probs, weights, total, kind="nll"):
+    """The loss of one micro-batch: its part of the weighted mean over all tokens of the global batch.
+
+    log_probs, weights: (batch, tokens), of the next token; 0 where there is nothing to train.
+    total: the sum of the weights of all tokens of the global batch, over all processes and micro-batches.
+    """
+    if kind == "dft":  # arXiv 2508.05629
+        weights = weights * log_probs.exp().detach()
+    return -(weights * log_probs).sum() / total
+
+
+@dataclass
+class Collator:
+    """Samples -> tensors (batch, tokens), filled up to the longest, for context parallelism to a multiple: its ring
+    cuts a sample into twice as many pieces as there are processes."""
+
+    tok: object
+    multiple: int = 1
+
+    def __call__(self, samples: list[dict]) -> dict:
+        pad_id = self.tok.eos_token_id if self.tok.pad_token_id is None else self.tok.pad_token_id
+        fillers = {"input_ids": pad_id, "labels": -100, "weights": 0.0, "attention_mask": 0}
+        longest = max(len(sample["input_ids"]) for sample in samples)
+        longest = -(-longest // self.multiple) * self.multiple
+        batch = {name: [] for name in fillers}
+        for sample in samples:
+            tokens = len(sample["input_ids"])
+            columns = sample | {"attention_mask": [1] * tokens}
+            for name, filler in fillers.items():
+                batch[name].append(columns[name] + [filler] * (longest - tokens))
+        return {name: torch.tensor(rows) for name, rows in batch.items()}
+
+
+class Trainer(SFTTrainer):
+    """TRL's trainer with the loss above, a schedule without an empty update, the speed in its log, and the user's
+    evaluation. A loss that is no number ends the run, as does a checkpoint that does not fit on the disk: on all
+    processes, however many wrote their part."""
+
+    def start(self, settings: Settings, plan: Plan, num_samples: int, names: set[str] | None) -> None:
+        """names: the base's tensors, which the export must have; None: any."""
+        self.settings = settings
+        self.plan = plan
+        self.num_samples = num_samples
+        self.names = names
+        self.kernels = set()  # of attention
+        self.watch = Watch()
+        self.add_callback(self.watch)
+        add_fused_lm_head(without_adapters(self.model))  # TRL's own computes the entropy as well
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        weights = inputs.pop("weights")
+        if "shift_labels" not in inputs:  # else context parallelism has shifted and cut both
+            weights = weights[:, 1:]
+        if self.aux_loss_enabled:
+            inputs["output_router_logits"] = True
+        with watched_attention(self.kernels):
+            outputs = model(**inputs, use_cache=False, fused_lm_head=True)
+        loss = token_loss(outputs.log_probs, weights, num_items_in_batch, self.args.loss_type)
+        loss = loss * self.accelerator.num_processes  # which average their gradients
+        if self.aux_loss_enabled:
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
+        return loss
+
+    def _get_num_items_in_batch(self, batch_samples, device):
+        """The `total` of token_loss. The trainer calls it once an update; being given a number, it leaves the
+        division by accumulation steps to the loss."""
+        total = sum(batch["weights"][:, 1:].sum() for batch in batch_samples).to(device)
+        if self.args.world_size > 1:
+            total = self.accelerator.gather(total).sum() / self.get_cp_size()
+        return total.clamp(min=1e-9)
+
+    def _prepare_context_parallel_inputs(self, model, inputs):
+        context, inputs = super()._prepare_context_parallel_inputs(model, inputs)
+        if "shift_labels" in inputs:  # token weights are cut as the labels are
+            inputs["weights"] = torch.nn.functional.pad(inputs["weights"], (0, 1))[:, 1:].contiguous()
+            context.keywords["buffers"].append(inputs["weights"])
+            context.keywords["buffer_seq_dims"].append(1)
+            context.keywords["no_restore_buffers"].add(inputs["weights"])
+        return context, inputs
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        optimizer = optimizer or self.optimizer
+        zero = self.settings.zero_first_update
+        self.lr_scheduler = make_schedule(self.args, optimizer, num_training_steps, zero)
+        return self.lr_scheduler
+
+    def _save_checkpoint(self, model, trial):
+        folder = Path(self.args.output_dir, f"checkpoint-{self.state.global_step}")
+        problem = None
+        try:
+            super()._save_checkpoint(model, trial)
+        except (OSError, SafetensorError, CheckpointException) as error:
+            problem = error
+        except RuntimeError as error:  # torch's, of a file that could not be written whole
+            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+                raise
+            problem = error
+        if on_any_process(problem is not None, self.args):
+            shutil.rmtree(folder, ignore_errors=True)
+            told = " ".join(str(problem or "").split())
+            raise OSError(f"{folder}: no space for it; the same command goes on from the one before. {told[:300]}")
+        if self.args.process_index == 0:  # what a later run takes for whole
+            write_whole(folder / "complete.json", json.dumps(file_sizes(folder)))
+
+    def log(self, logs, start_time=None):
+        if "loss" in logs:
+            step = self.state.global_step
+            loss = logs["loss"]
+            norm = logs.get("grad_norm", 0.0)
+            if not math.isfinite(loss) or not math.isfinite(norm):
+                raise InputError(f"update {step}: loss {loss}, grad_norm {norm}; the last checkpoint and export are "
+                                 "as they were; lower --learning_rate")
+            # The trainer makes one pass over an order that holds all of the user's
+            self.state.epoch = step * self.settings.global_batch_size / self.num_samples
+            seconds = time.monotonic() - self.watch.step_started
+            logs["seconds"] = round(seconds, 4)
+            logs["tokens_per_second"] = round(self.plan.tokens[step - 1] / seconds)
+            if torch.cuda.is_available():
+                logs |= gpu_figures(self.plan.flops[step - 1] / seconds / self.args.world_size)
+        super().log(logs, start_time)
+
+    def _maybe_log_save_evaluate(self, *arguments, **options):
+        super()._maybe_log_save_evaluate(*arguments, **options)
+        if self.settings.eval_command and self.state.global_step % (self.args.eval_steps or 1) == 0:
+            self.log(self.measure())
+
+    def measure(self) -> dict:
+        """{"eval_...": number} of --eval_command on the model so far; {} where it failed, which is said."""
+        folder = Path(self.args.output_dir, "model_to_evaluate")
+        export(self.accelerator.unwrap_model(self.model), self.processing_class, folder, self.names)
+        metrics = {}
+        if self.args.process_index == 0:
+            metrics = run_eval_command(self.settings.eval_command, folder, self.state.global_step)
+            shutil.rmtree(folder)
+        self.accelerator.wait_for_everyone()
+        return metrics
+
+
+def run_eval_command(command: str, folder: Path, step: int) -> dict:
+    launcher = re.compile("RANK|LOCAL_|GROUP_|WORLD_SIZE|ROLE_|MASTER_|TORCHELASTIC|ACCELERATE_|FSDP_|PARALLELISM_")
+    environment = {name: value for name, value in os.environ.items() if not launcher.match(name)}
+    environment["CHECKPOINT"] = str(folder)
+    result = subprocess.run(command, shell=True, env=environment, stdout=subprocess.PIPE, text=True)
+    try:
+        measured = json.loads(result.stdout.strip().splitlines()[-1])
+        numbers = {f"eval_{name}": float(value) for name, value in measured.items()}
+    except (IndexError, ValueError, AttributeError, TypeError):
+        numbers = {}
+    if result.returncode or not numbers:
+        say(f"--eval_command after update {step}: exit code {result.returncode}, no JSON object of numbers in its "
+            "last line; the training goes on")
+    return {} if result.returncode else numbers
+
+
+def without_adapters(model):
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+@contextlib.contextmanager
+def watched_attention(kernels: set):
+    """Adds to `kernels` which of torch's implementations the first call of attention takes."""
+    attention = torch.nn.functional.scaled_dot_product_attention
+
+    def watched(*tensors, **options):
+        if not kernels:
+            kernels.add(SDPBackend(torch._fused_sdp_choice(*tensors, **options)).name)
+            say(f"attention: {min(kernels)}")
+        return attention(*tensors, **options)
+
+    if not kernels:
+        torch.nn.functional.scaled_dot_product_attention = watched
+    try:
+        yield
+    finally:
+        torch.nn.functional.scaled_dot_product_attention = attention
+
+
+def gpu_figures(flops_per_second: float) -> dict:
+    chip = torch.cuda.get_device_name()
+    peak = [peak for name, peak in PEAK_FLOPS.items() if name in chip]
+    figures = {"memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1)}
+    return figures | ({"mfu": round(flops_per_second / peak[0], 3)} if peak else {})
+
+
+def on_any_process(happened: bool, args: SFTConfig) -> bool:
+    if args.world_size == 1:
+        return happened
+    flag = torch.tensor(float(happened), device=args.device)
+    torch.distributed.all_reduce(flag, torch.distributed.ReduceOp.MAX)
+    return bool(flag)
+
+
+class Watch(TrainerCallback):
+    """Times the updates and says how far a long one is; on SIGTERM (SLURM takes the machine away) saves after the
+    running update and stops."""
+
+    def __init__(self):
+        self.stop = False
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop", True))
+        if "TORCHELASTIC_RUN_ID" in os.environ and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
+            say("on SIGTERM the launcher kills after 30 s; export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=900 for longer "
+                "updates")
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        self.step_started = self.said = time.monotonic()
+        self.micro_batches = 0
+
+    def on_substep_end(self, args, state, control, **kwargs):
+        self.micro_batches += 1
+        if time.monotonic() - self.said > 60:
+            self.said = time.monotonic()
+            say(f"update {state.global_step + 1}: {self.micro_batches} of {args.gradient_accumulation_steps} "
+                f"micro-batches, {self.said - self.step_started:.0f} s")
+
+    def on_step_end(self, args, state, control, **kwargs):
+        self.stop = on_any_process(self.stop, args)  # the signal reaches them at different updates
+        if self.stop:
+            control.should_save = control.should_training_stop = True
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Export
+
+
+def base_names(model_name_or_path: str) -> set[str]:
+    """Tensor names of a checkpoint, without its weights."""
+    index_name = "model.safetensors.index.json"
+    index = cached_file(model_name_or_path, index_name, _raise_exceptions_for_missing_entries=False)
+    if index:
+        return set(json.loads(Path(index).read_text())["weight_map"])
+    with safe_open(cached_file(model_name_or_path, "model.safetensors"), "pt") as file:
+        return set(file.keys())
+
+
+def valid_generation_config(model: str) -> GenerationConfig | None:
+    """The base's, or None without one. save_pretrained refuses a temperature without do_sample, which many have."""
+    try:
+        config = GenerationConfig.from_pretrained(model)
+    except OSError:
+        return None
+    try:
+        config.validate(strict=True)
+    except ValueError:
+        config.do_sample = True
+        say("generation_config.json samples (temperature, top_p or top_k) without do_sample: the export says true")
+        try:
+            config.validate(strict=True)
+        except ValueError as error:
+            raise InputError(f"{model}/generation_config.json: {error}") from None
+    return config
+
+
+def try_export(model, tok, settings: Settings, args: SFTConfig) -> set[str] | None:
+    """Before the first update, all that the export will need: a valid generation config, the tokenizer, the base's
+    tensor names (returned), room on the disk. Raises InputError."""
+    valid_generation_config(settings.model_name_or_path)
+    names = None if settings.from_scratch else base_names(settings.model_name_or_path)
+    state = {name: part for name, part in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    check_names(model, set(revert_weight_conversion(model, state)), names)
+    with tempfile.TemporaryDirectory() as folder:
+        save_tokenizer(tok, folder)
+    parent = Path(args.output_dir)
+    while not parent.exists():
+        parent = parent.parent
+    needed = 2 * model.num_parameters()
+    free = shutil.disk_usage(parent).free
+    if free < needed:
+        raise InputError(f"--output_dir {args.output_dir}: the export takes {needed / 1e9:.1f} GB, "
+                         f"{free / 1e9:.1f} are free")
+    return names
+
+
+def check_names(model, written: set[str], names: set[str] | None) -> None:
+    """The export has the tensors of the base, but for tied ones and what transformers never loads (GLM-4.5's MTP
+    layer)."""
+    if names is None:
+        return
+    ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["$^"]))
+    lost = {name for name in names - written if not ignored.search(name)}
+    wrong = sorted(lost - model.all_tied_weights_keys.keys() | written - names)
+    if wrong:
+        raise InputError(f"the export's tensors are not the base's: {len(wrong)} differ, such as {wrong[0]}")
+
+
+def save_tokenizer(tok, folder) -> None:
+    """With --chat_template_kwargs as the template's defaults: whoever serves it renders what was trained."""
+    template = tok.chat_template
+    for name, value in tok.template_kwargs.items():
+        literal = json.dumps(value).replace("null", "none")
+        switch = f"{{%- if {name} is not defined %}}{{%- set {name} = {literal} %}}{{%- endif %}}"
+        tok.chat_template = switch + tok.chat_template
+    tok.save_pretrained(folder)
+    tok.chat_template = template
+
+
+def gathered(tensor):
+    return tensor.full_tensor() if hasattr(tensor, "full_tensor") else tensor
+
+
+def weights_to_export(model) -> dict:
+    """bf16, adapters merged, on the host's memory. Called by every process: shards are gathered one by one."""
+    state = {}
+    layers = adapters(model)
+    for name, tensor in model.state_dict().items():
+        name = name.replace(".base_layer", "")
+        if name in model.all_tied_weights_keys or ".lora_" in name:  # the base does not store tied ones twice
+            continue
+        as_it_is = name.endswith("e_score_correction_bias") or not tensor.is_floating_point()  # fp32 in the base
+        dtype = tensor.dtype if as_it_is or name in layers else torch.bfloat16
+        tensor = gathered(tensor.detach().to(dtype))
+        if name in layers:
+            tensor = tensor.float() + gathered(layers[name].get_delta_weight("default"))
+            tensor = tensor.to(torch.bfloat16)
+        state[name] = tensor.cpu()
+    return state
+
+
+def export(model, tok, output_dir, names=None) -> None:
+    """Write the model; an old one stays until this is complete. names: the base's tensors."""
+    model = without_adapters(model)
+    state = weights_to_export(model)
+    if not is_first_process():
+        return
+    partial = Path(output_dir, "export.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        model.save_pretrained(partial, state_dict=state, max_shard_size="5GB")
+        save_tokenizer(tok, partial)
+        config = json.loads((partial / "config.json").read_text()) | {"dtype": "bfloat16", "use_cache": True}
+        (partial / "config.json").write_text(json.dumps(config, indent=2))
+        check_names(model, base_names(partial), names)
+        for old in Path(output_dir).glob("*.safetensors*"):
+            if not (partial / old.name).exists():
+                old.unlink()
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # makes it load: last
+            file.replace(Path(output_dir, file.name))
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One run, and going on with it
+
+
+def record_of_run(settings: Settings, args: SFTConfig, facts: dict) -> dict:
+    """What recipe.json says; `run`: what must be the same when a run goes on."""
+    everything = asdict(settings) | args.to_dict()
+    script = Path(__file__)
+    commit = ["git", "-C", str(script.parent), "describe", "--always", "--dirty", "--abbrev=40"]
+    packages = ("torch", "transformers", "trl", "accelerate", "datasets")
+    run = {name: value for name, value in everything.items() if name not in HARMLESS}
+    run["train_file_sha256"] = data = sha256(Path(settings.train_file))
+    run["script_sha256"] = sha256(script)
+    run["base_sha256"] = base_sha256(settings.model_name_or_path)
+    return {
+        "settings": everything,
+        "run": json.loads(json.dumps(run)),
+        "versions": {name: version(name) for name in packages},
         "python": sys.version.split()[0],
         "commit": subprocess.run(commit, capture_output=True, text=True).stdout.strip() or None,
-        "train_file_sha256": hashlib.sha256(Path(settings.train_file).read_bytes()).hexdigest(),
+        "train_file_sha256": data,
         "processes": args.world_size,
+        "chat_template_kwargs": settings.chat_template_kwargs or {},
+        "data": facts,
     }
-    started, tok = time.monotonic(), load_tokenizer(settings.model_name_or_path)
-    samples, dropped = tokenize(tok, rows, args.max_length, settings.no_stop_token, settings.no_reasoning)
-    lengths = [len(sample["input_ids"]) for sample in samples]
-    trained = [sum(label != -100 for label in sample["labels"]) for sample in samples]
-    facts = recipe["data"] = dict(rows=len(rows), samples=len(samples), dropped=dict(dropped), tokens=sum(lengths),
-                                  trained_tokens=sum(trained), longest=max(lengths, default=0))  # fmt: skip
-    say(f"tokenised in {time.monotonic() - started:.1f} s: " + ", ".join(f"{name}: {facts[name]}" for name in facts))
-    if not samples:
-        raise InputError(f"{settings.train_file}: every sample was dropped: {dict(dropped)}")
-    config = AutoConfig.from_pretrained(settings.model_name_or_path)
-    if stretched := fit_window(config, max(lengths)):
-        say(stretched)
-    peft_config, adapter_size = lora_config(settings, config, say) if settings.lora else (None, 0)
-    if settings.dry_run:
-        goes_on_from(args, output_dir, recipe)
-        if main_process:
-            write_samples(tok, samples, output_dir)
-            print_memory(config, adapter_size, max(lengths), (args.world_size, cp, fsdp), settings)
-            print(f"wrote {output_dir / 'tokenized.jsonl'} and {output_dir / 'sample.html'}; nothing was trained")
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def base_sha256(model: str) -> str:
+    """Of the base's small files and the names and sizes of its weights."""
+    folder = Path(cached_file(model, "config.json")).parent
+    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".safetensors"))
+    known = [(file.name, sha256(file) if file.stat().st_size < 2**26 else file.stat().st_size) for file in files]
+    return hashlib.sha256(json.dumps(known).encode()).hexdigest()
+
+
+def file_sizes(folder: Path) -> dict[str, int]:
+    files = [file for file in folder.rglob("*") if file.is_file() and file.name != "complete.json"]
+    return {str(file.relative_to(folder)): file.stat().st_size for file in files}
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """A kill leaves a folder without complete.json, a lost disk one with files of other sizes."""
+    try:
+        expected = json.loads((checkpoint / "complete.json").read_text())
+    except (OSError, ValueError):
+        return False
+    return file_sizes(checkpoint) == expected
+
+
+def last_checkpoint(args: SFTConfig) -> Path | None:
+    """The newest whole one of the output folder, or the one that the user names."""
+    if args.resume_from_checkpoint:
+        named = Path(args.resume_from_checkpoint)
+        if not is_whole(named):
+            raise InputError(f"--resume_from_checkpoint {named}: not a whole checkpoint of 03_sft.py")
+        return named
+    folders = Path(args.output_dir).glob("checkpoint-[0-9]*")
+    for folder in sorted(folders, key=lambda folder: -int(folder.name.split("-")[1])):
+        if is_whole(folder):
+            return folder
+        say(f"{folder} was cut short or damaged, so the run does not go on from it")
+    return None
+
+
+def refuse_another_run(output_dir: Path, run: dict) -> None:
+    """What a run of other settings, data, script or base left in the folder is not overwritten, nor gone on with."""
+    file = output_dir / "run.json"
+    there = list(output_dir.glob("checkpoint-*/complete.json")) + list(output_dir.glob("recipe.json"))
+    if not there:
         return
+    before = json.loads(file.read_text()) if file.exists() else {}
+    changed = [name for name in run.keys() | before.keys() if before.get(name) != run.get(name)]
+    if changed:
+        name = min(changed)
+        raise InputError(f"{output_dir} is of another run ({name} was {before.get(name)!r}, is {run.get(name)!r}); "
+                         "delete it or choose another --output_dir")
 
-    # Which samples in which update
-    size, per_step = settings.global_batch_size, args.world_size // cp * args.per_device_train_batch_size
-    if size % per_step:
-        raise InputError(f"--global_batch_size {size} is no multiple of {per_step}, processes x batch")
-    steps = args.max_steps if args.max_steps > 0 else int(len(samples) * args.num_train_epochs) // size
-    if steps == 0:
-        told = f"{len(samples)} samples x {args.num_train_epochs:g} passes do not fill one batch of {size}"
-        raise InputError(f"{told}; lower --global_batch_size or raise --num_train_epochs")
-    order = global_batches(lengths, steps * size, size, args.seed)
-    dataset = Dataset.from_list([{key: s[key] for key in ("input_ids", "labels")} for s in samples]).select(order)
-    active = census(config)[1]
-    flops = [sample_flops(config, active, *pair) for pair in zip(lengths, trained)]
-    batches = [order[start : start + size] for start in range(0, len(order), size)]
-    work = [(sum(lengths[i] for i in batch), sum(flops[i] for i in batch)) for batch in batches]
-    say(f"{steps} updates of {size} samples = {args.world_size // cp} data-parallel x "
-        f"{args.per_device_train_batch_size} x {size // per_step} accumulated", flush=True)  # fmt: skip
 
-    # The order is made: nothing may shuffle, cut or tokenise again
-    args.num_train_epochs, args.train_sampling_strategy, args.max_length = 1, "sequential", None
-    args.gradient_accumulation_steps, args.dataset_kwargs = size // per_step, {"skip_prepare_dataset": True}
-    args.save_strategy = SaveStrategy.STEPS if args.save_steps else SaveStrategy.NO
-    args.logging_steps = min(args.logging_steps, steps)
-    if cp > 1:
-        args.pad_to_multiple_of = 2 * cp  # the ring cuts a sample into twice as many pieces as processes
-    if fsdp:  # else every device keeps whole gradients until the last micro-batch
-        args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
-    resume = goes_on_from(args, output_dir, recipe)
-    if main_process:
-        write_samples(tok, samples, output_dir)
-    from_base = resume is None or fsdp or settings.lora
-    model = load_model(settings, args, config, fsdp, settings.model_name_or_path if from_base else resume)
-    watch = Watch(work)
-    adam = dict(lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
-    optimizer = (RoundingAdamW, adam) if settings.bf16_master and not settings.lora else None  # adapters are fp32
-    trainer = Trainer(model, args, train_dataset=dataset, processing_class=tok, peft_config=peft_config,
-                      callbacks=[watch], optimizer_cls_and_kwargs=optimizer)  # fmt: skip
-    trainer.watch = watch
-    if settings.lora and fsdp and not config.tie_word_embeddings:
+def begin_run(output_dir: Path, record: dict, samples: list[dict], resume: Path | None) -> None:
+    """The files that say what is trained; checkpoints that no run goes on from are deleted."""
+    if not is_first_process():
+        return
+    write_whole(output_dir / "run.json", json.dumps(record["run"], indent=2))
+    write_samples(output_dir, samples)
+    for folder in output_dir.glob("checkpoint-[0-9]*"):
+        if not is_whole(folder):
+            shutil.rmtree(folder)
+
+
+def write_samples(output_dir: Path, samples: list[dict]) -> None:
+    if is_first_process():
+        file = output_dir / "tokenized.jsonl"
+        write_whole(file, "".join(json.dumps(sample) + "\n" for sample in samples))
+        say(f"wrote {file}: what is trained; recipes/view.py shows it")
+
+
+def build_trainer(settings, args, config, layout, plan, samples, tok, resume, names) -> Trainer:
+    own_the_order(args, layout, plan)
+    if args.bf16:
+        experts_in_bf16("cpu" if args.use_cpu else "cuda")
+    from_base = resume is None or layout.fsdp or settings.lora
+    source = settings.model_name_or_path if from_base else str(resume)
+    model = load_model(settings, args, config, layout, source)
+    model.generation_config = valid_generation_config(settings.model_name_or_path) or model.generation_config
+    columns = []
+    for sample in samples:
+        weights = token_weights(sample)
+        columns.append({"input_ids": sample["input_ids"], "labels": sample["labels"], "weights": weights})
+    trainer = Trainer(
+        model,
+        args,
+        train_dataset=Dataset.from_list(columns).select(plan.order),
+        processing_class=tok,
+        data_collator=Collator(tok, 2 * layout.cp if layout.cp > 1 else 1),
+        peft_config=lora_config(settings, config) if settings.lora else None,
+        optimizer_cls_and_kwargs=rounding_optimizer(settings, args),
+    )
+    trainer.start(settings, plan, len(samples), names)
+    if settings.lora and layout.fsdp and not config.tie_word_embeddings:
         # What is added to a model that is already sharded is not: make it equal everywhere, average its gradients
         trainer._sync_replicated_trainable_parameters(trainer.model)
-    say(f"going on from {resume}" if resume else "training", flush=True)
+    return trainer
+
+
+def rounding_optimizer(settings: Settings, args: SFTConfig):
+    if not settings.bf16_master or settings.lora:  # adapters are fp32
+        return None
+    return RoundingAdamW, dict(lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
+
+
+def own_the_order(args: SFTConfig, layout: Layout, plan: Plan) -> None:
+    """It is made: nothing may shuffle, cut or tokenise again."""
+    args.num_train_epochs = 1
+    args.train_sampling_strategy = "sequential"
+    args.max_length = None
+    args.dataset_kwargs = {"skip_prepare_dataset": True}
+    args.remove_unused_columns = False
+    args.gradient_accumulation_steps = plan.accumulated
+    args.save_strategy = SaveStrategy.STEPS if args.save_steps else SaveStrategy.NO
+    args.logging_steps = min(args.logging_steps, plan.steps)
+    if layout.fsdp:  # else every device keeps whole gradients until the last micro-batch
+        args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
+
+
+def draw_log(path: Path, log: list[dict]) -> None:
+    """The loss, and below it what --eval_command measured."""
+    from matplotlib.figure import Figure
+
+    measured = sorted(name for name in set().union(*log) if name.startswith("eval_"))
+    figure = Figure(figsize=(6, 3 + 2.5 * len(measured)), layout="constrained")
+    panels = figure.subplots(1 + len(measured), squeeze=False)[:, 0]
+    for panel, name in zip(panels, ["loss", *measured]):
+        points = [(row["step"], row[name]) for row in log if name in row]
+        panel.plot(*zip(*points), marker="o", markersize=3)
+        panel.set(xlabel="update", ylabel="loss per trained token" if name == "loss" else name)
+    partial = path.with_name("partial.png")
+    figure.savefig(partial, dpi=120)
+    partial.replace(path)
+
+
+def finish(trainer: Trainer, record: dict, first_step: int, seconds: float) -> None:
+    """Export, then what says that the run is over."""
+    output_dir = Path(trainer.args.output_dir)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    export(model, trainer.processing_class, output_dir, trainer.names)
+    if trainer.args.process_index > 0:
+        return
+    log = [row for row in trainer.state.log_history if "train_runtime" not in row]
+    losses = [row["loss"] for row in log if "loss" in row]
+    record |= {"steps": trainer.plan.steps, "seconds": round(seconds, 1), "loss": losses, "log": log}
+    record["attention"] = sorted(trainer.kernels)
+    draw_log(output_dir / "loss.png", log)
+    write_whole(output_dir / "recipe.json", json.dumps(record, indent=2))
+    tokens = sum(trainer.plan.tokens[first_step:])
+    print(f"steps: {trainer.plan.steps}\nloss: {losses[0]:.4f} -> {losses[-1]:.4f}\nseconds: {seconds:.1f}\n"
+          f"tokens_per_second: {tokens / seconds:.0f}\nmodel: {output_dir}")
+
+
+def main(settings: Settings, args: SFTConfig) -> None:
+    settings.lora |= settings.lora_experts
+    settings.chat_template_kwargs = read_switches(settings)
+    check_flags(settings, args)
+    layout = read_layout(args)
+    tok = load_tokenizer(settings.model_name_or_path, settings.chat_template_kwargs)
+    samples, facts = load_samples(settings, args, tok)
+    config = load_config(settings.model_name_or_path, facts["longest"])
+    skeleton = model_without_weights(config)
+    plan = plan_updates(samples, settings, args, layout, skeleton)
+    show_plan(plan, settings, args, layout)
+    names = try_export(skeleton, tok, settings, args)
+    record = record_of_run(settings, args, facts)
+    output_dir = Path(args.output_dir)
+    refuse_another_run(output_dir, record["run"])
+    if settings.dry_run:
+        return write_samples(output_dir, samples)
+    if (output_dir / "recipe.json").exists():
+        return say(f"{output_dir / 'recipe.json'}: this run is finished; delete the folder to repeat it")
+    resume = last_checkpoint(args)
+    begin_run(output_dir, record, samples, resume)
+    trainer = build_trainer(settings, args, config, layout, plan, samples, tok, resume, names)
+    say(f"going on from {resume}" if resume else "training")
     started = time.monotonic()
-    trainer.train(resume_from_checkpoint=resume)
-    seconds = time.monotonic() - started
-    if watch.stop:
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    if trainer.watch.stop:
         say(f"stopped by SIGTERM after update {trainer.state.global_step}; the same command goes on from there")
         sys.exit(143)
-
-    model = trainer.accelerator.unwrap_model(trainer.model)
-    model = model.get_base_model() if settings.lora else model
-    names = None if settings.from_scratch else base_names(settings.model_name_or_path)
-    export(model, tok, output_dir, names, main_process)
-    if main_process:
-        log = [row for row in trainer.state.log_history if "loss" in row]
-        curve = [row["loss"] for row in log]
-        recipe |= {"steps": steps, "seconds": round(seconds, 1), "loss": curve, "log": log}
-        (output_dir / "recipe.json").write_text(json.dumps(recipe, indent=2))
-        loss_curve(output_dir / "loss.png", log)
-        print(f"steps: {steps}\nloss: {curve[0]:.4f} -> {curve[-1]:.4f}\nseconds: {seconds:.1f}\n"
-              f"tokens_per_second: {watch.tokens / seconds:.0f}\nmodel: {output_dir}")  # fmt: skip
+    first_step = int(resume.name.split("-")[1]) if resume else 0
+    finish(trainer, record, first_step, time.monotonic() - started)
 
 
 if __name__ == "__main__":
     try:
-        main(*parse_settings(make_parser()))
+        main(*read_settings(make_parser()))
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
     except (InputError, OSError, SafetensorError) as error:  # the last: a full disk
-        if os.environ.get("LOCAL_RANK", "0") != "0":  # the first process tells it; the launcher then ends the others
+        if os.environ.get("LOCAL_RANK", "0") != "0":  # the first tells it; the launcher then ends the others
             signal.signal(signal.SIGTERM, lambda *_: sys.exit(2))
             time.sleep(30)
         print(f"{Path(__file__).name}: {' '.join(str(error).split())}", file=sys.stderr)
