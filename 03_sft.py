@@ -24,6 +24,7 @@ import copy
 import difflib
 import hashlib
 import importlib.util
+import itertools
 import json
 import math
 import os
@@ -488,23 +489,31 @@ def encode(tok, messages, tools, first=0) -> tuple[list[int], list[int]]:
     text, starts = turn_starts(tok, messages, tools, first)
     ids, labels, spans = label_tokens(tok, text, starts)
     check_kept(messages, tools, text, spans)
-    words = (f"word{number}x" for number in range(10**9))
-    marked = [mark_texts(message, words) for message in messages]
+    marked = mark_texts(messages)
     text, starts = turn_starts(tok, marked, tools, first)
     check_kept(marked, None, text, label_tokens(tok, text, starts)[2])
     return ids, labels
 
 
-def mark_texts(message: dict, words) -> dict:
-    """A copy of the message with the next of `words` in place of every text that is not empty."""
-    marked = copy.deepcopy(message)
-    for key in ("content", "reasoning_content"):
-        if marked.get(key):
-            marked[key] = next(words)
-    for call in marked.get("tool_calls", []):
-        function = call["function"]
-        function["name"] = next(words)
-        function["arguments"] = mark_value(function["arguments"], words)
+def mark_texts(messages: list[dict]) -> list[dict]:
+    """A copy with a word of its own in place of every text that is not empty; ids of calls that hold the call's name
+    (Kimi-K2's, functions.NAME:0) follow it."""
+    words = (f"word{number}x" for number in itertools.count())
+    marked = copy.deepcopy(messages)
+    ids = {}
+    for message in marked:
+        for key in ("content", "reasoning_content"):
+            if message.get(key):
+                message[key] = next(words)
+        for call in message.get("tool_calls", []):
+            function = call["function"]
+            word = next(words)
+            old_id = call.get("id", "")
+            call["id"] = ids[old_id] = old_id.replace(f".{function['name']}:", f".{word}:")
+            function["name"] = word
+            function["arguments"] = mark_value(function["arguments"], words)
+        if "tool_call_id" in message:
+            message["tool_call_id"] = ids.get(message["tool_call_id"], message["tool_call_id"])
     return marked
 
 
