@@ -1,22 +1,23 @@
 """Stage 3: fine-tune a model on the trajectories; loss on exactly the tokens that the model must generate.
 
-    accelerate launch --config_file recipes/glm-4.5-air/accelerate.yaml 03_sft.py --config recipes/glm-4.5-air/sft.yaml
-    python 03_sft.py --config recipes/demo/sft.yaml --dry_run   # labels, updates, learning rates; trains nothing
+    NAME=qwen3-8b; accelerate launch --config_file recipes/$NAME/accelerate.yaml \\
+        03_sft.py --config recipes/$NAME/sft.yaml
+    python 03_sft.py --config recipes/demo/sft.yaml --dry_run   # labels, updates, rates; trains nothing
 
 Reads  data/train.jsonl (02_format_trajectories.py): {"query_id", "messages", "tools", "meta"} per line
-Writes outputs/limi/  bf16 checkpoint that vLLM loads, tokenizer with its chat template, recipe.json (all settings,
-                      versions, commit, data hash, every update), loss.png, tokenized.jsonl (what was trained:
-                      {"query_id", "input_ids", "labels"} a sample; recipes/view.py shows it)
+Writes outputs/limi/  bf16 checkpoint that vLLM loads, tokenizer with its chat template, recipe.json (all
+                      settings, versions, commit, data hash, every update; recipes/plot.py draws it),
+                      tokenized.jsonl ({"query_id", "input_ids", "labels"} a sample; recipes/view.py shows it)
 
-What carries loss: of every assistant message the tokens from the end of the generation prompt up to and including the
-stop token, in the model's own inference template. GLM-4.5 ends a turn with the next role token (<|user|>,
-<|observation|>), Qwen3 with <|im_end|>; leave it out and the model never learns to stop. Every text, call, argument
-and reasoning of a trained message stands in its trained span and every result and schema in its context, or the row is
-refused by line and field. "weight": 0 on an assistant message makes it context.
+What carries loss: of every assistant message the tokens from the end of the generation prompt up to and
+including the stop token, in the model's own inference template. GLM-4.5 ends a turn with the next role token
+(<|user|>, <|observation|>), Qwen3 with <|im_end|>; leave it out and the model never learns to stop. Every
+text, call, argument and reasoning of a trained message stands in its trained span and every result and schema
+in its context, or the row is refused by line and field. "weight": 0 on an assistant message makes it context.
 
-The loss is `token_loss` below: the mean over all trained tokens of the global batch, on any layout: one process,
-several, FSDP2, context parallel. With --save_steps N the same command goes on from the last checkpoint; SIGTERM saves
-one and stops.
+The loss is `token_loss` below: the mean over all trained tokens of the global batch, on any layout: one
+process, several, FSDP2, context parallel. With --save_steps N the same command goes on from the last
+checkpoint; SIGTERM saves one and stops.
 """
 
 import contextlib
@@ -51,21 +52,21 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
-from transformers import get_scheduler, set_seed
+from transformers import get_scheduler
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import cached_file
 from trl import SFTConfig, SFTTrainer, TrlParser
 from trl.trainer.utils import add_fused_lm_head
 
-# The recipe. Values of the released run (LIMI scripts/train/*.sh; all models the same) unless a comment says ours.
+# The recipe. Values of the released run (LIMI scripts/train/*.sh, the same for all models); "ours" where not.
 # Any of them can be given in a YAML (--config) or as a flag, e.g. --learning_rate 3e-5
 RECIPE = dict(
     output_dir="outputs/limi",
     learning_rate=1e-5,  # --lr 1e-5
     lr_scheduler_type="cosine_with_min_lr",  # --lr-decay-style cosine
     lr_scheduler_kwargs={"min_lr": 1e-6},  # --min-lr 1e-6
-    warmup_steps=2,  # --lr-warmup-iters 2; theirs was overridden by a second flag, a warm-up over 90 % of training
+    warmup_steps=2,  # --lr-warmup-iters 2; a second flag of theirs overrode it: 90 % of training
     adam_beta1=0.9,
     adam_beta2=0.98,  # --adam-beta2 0.98
     weight_decay=0.1,  # --weight-decay 0.1
@@ -84,35 +85,38 @@ RECIPE = dict(
 )
 
 
+def setting(default, text: str):
+    return field(default=default, metadata={"help": text})
+
+
 @dataclass
 class Settings:
-    model_name_or_path: str = field(default="zai-org/GLM-4.5", metadata={"help": "Base model: folder or Hub id."})
-    train_file: str = field(default="data/train.jsonl", metadata={"help": "Rows of 02_format_trajectories.py."})
-    global_batch_size: int = field(default=64, metadata={"help": "Samples per update over all processes (LIMI: 64)."})
-    dry_run: bool = field(default=False, metadata={"help": "Tokenise, plan the updates, load no model."})
-    max_refused: int = field(default=0, metadata={"help": "So many rows may be refused and left out."})
-    chat_template_kwargs: dict | str | None = field(
-        default=None,
-        metadata={"help": "The template's switches, in JSON, such as '{\"enable_thinking\": false}' where no row has "
-                          "reasoning; kept in recipe.json and as the exported tokenizer's default."},
+    model_name_or_path: str = setting("zai-org/GLM-4.5", "Base model: folder or Hub id.")
+    train_file: str = setting("data/train.jsonl", "Rows of 02_format_trajectories.py.")
+    global_batch_size: int = setting(64, "Samples per update over all processes (LIMI: 64).")
+    dry_run: bool = setting(False, "Tokenise, plan the updates, try the export; load no model.")
+    max_refused: int = setting(0, "So many rows may be refused and left out.")
+    chat_template_kwargs: dict | str | None = setting(
+        None,
+        "The template's switches, in JSON, such as '{\"enable_thinking\": false}' where no row has "
+        "reasoning; kept in recipe.json and as the exported tokenizer's default.",
     )
-    from_scratch: bool = field(default=False, metadata={"help": "Random weights, from the model's config.json alone."})
-    lora: bool = field(default=False, metadata={"help": "Train low-rank adapters; use --learning_rate 1e-4 with it."})
-    lora_r: int = field(default=32, metadata={"help": "Rank of the adapters; alpha is twice that."})
+    lora: bool = setting(False, "Train low-rank adapters; use --learning_rate 1e-4 with it.")
+    lora_r: int = setting(32, "Rank of the adapters; alpha is twice that.")
     lora_target_modules: list[str] = field(
         default_factory=lambda: ["q_proj", "k_proj", "v_proj", "o_proj"],
         metadata={"help": "Names of the linear layers that get an adapter."},
     )
-    lora_experts: bool = field(default=False, metadata={"help": "Adapters for the routed experts of an MoE as well."})
-    bf16_master: bool = field(default=False, metadata={"help": "Weights and moments in bf16, stochastic rounding."})
-    eval_command: str | None = field(
-        default=None,
-        metadata={"help": "Shell command run after every --eval_steps updates (default 1) with the model so far in "
-                          "$CHECKPOINT; the last line of its output, a JSON object of numbers, goes into the log."},
+    lora_experts: bool = setting(False, "Adapters for the routed experts of an MoE as well.")
+    bf16_master: bool = setting(False, "Weights and moments in bf16, stochastic rounding.")
+    eval_command: str | None = setting(
+        None,
+        "Shell command run after every --eval_steps updates (default 1) with the model so far in "
+        "$CHECKPOINT; the last line of its output, a JSON object of numbers, goes into the log.",
     )
-    zero_first_update: bool = field(default=False, metadata={"help": "Megatron's warm-up: update 1 at rate 0."})
-    no_stop_token: bool = field(default=False, metadata={"help": "Ablation: no loss on stop tokens, as LIMI's code."})
-    no_reasoning: bool = field(default=False, metadata={"help": "Ablation: train without the rows' reasoning."})
+    zero_first_update: bool = setting(False, "Megatron's warm-up: the first update is at rate 0.")
+    no_stop_token: bool = setting(False, "Ablation: no loss on stop tokens, as LIMI's code.")
+    no_reasoning: bool = setting(False, "Ablation: train without the rows' reasoning.")
 
 
 # The ten settings that people use first; --help shows them before the rest
@@ -121,24 +125,28 @@ FIRST += ["num_train_epochs", "global_batch_size", "save_steps", "lora"]
 
 # Settings of TRL and transformers that would do nothing here or break what the run promises: {why: names}
 REFUSED = {
-    "03_sft.py accumulates what --global_batch_size needs": "gradient_accumulation_steps auto_find_batch_size",
-    "03_sft.py makes the order of the samples itself, from --seed":
-        "train_sampling_strategy length_column_name shuffle_dataset data_seed dataloader_drop_last",
-    "03_sft.py tokenises the rows itself, one sample a row of the batch":
-        "packing packing_strategy padding_free eval_packing pad_to_multiple_of truncation_mode completion_only_loss "
-        "assistant_only_loss dataset_text_field dataset_kwargs dataset_num_proc remove_unused_columns label_names",
-    "labels and export use the base's own; change them in a copy of its folder":
-        "chat_template_path eos_token pad_token model_init_kwargs trust_remote_code use_cache",
-    "--save_steps N writes checkpoints that a run goes on from exactly":
-        "save_strategy save_only_model save_on_each_node enable_jit_checkpoint ignore_data_skip "
-        "restore_callback_states_from_checkpoint load_best_model_at_end metric_for_best_model greater_is_better",
-    "--eval_command measures while training":
-        "do_train do_eval do_predict eval_strategy eval_delay eval_on_start eval_accumulation_steps "
-        "per_device_eval_batch_size prediction_loss_only eval_do_concat_batches eval_use_gather_object "
-        "include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval",
-    "the output folder holds the training conversations; upload the finished export yourself":
-        "push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision",
-    "the loss is the function token_loss in 03_sft.py": "label_smoothing_factor average_tokens_across_devices",
+    "03_sft.py accumulates what --global_batch_size needs": """
+        gradient_accumulation_steps auto_find_batch_size""",
+    "03_sft.py makes the order of the samples itself, from --seed": """
+        train_sampling_strategy length_column_name shuffle_dataset data_seed dataloader_drop_last""",
+    "03_sft.py tokenises the rows itself, and pads no batch of one": """
+        packing packing_strategy padding_free eval_packing pad_to_multiple_of truncation_mode
+        completion_only_loss assistant_only_loss dataset_text_field dataset_kwargs dataset_num_proc
+        remove_unused_columns label_names""",
+    "labels and export use the base's own; change them in a copy of its folder": """
+        chat_template_path eos_token pad_token model_init_kwargs trust_remote_code use_cache""",
+    "--save_steps N writes checkpoints that a run goes on from exactly": """
+        save_strategy save_only_model save_on_each_node enable_jit_checkpoint ignore_data_skip
+        restore_callback_states_from_checkpoint load_best_model_at_end metric_for_best_model
+        greater_is_better""",
+    "--eval_command measures while training": """
+        do_train do_eval do_predict eval_strategy eval_delay eval_on_start eval_accumulation_steps
+        per_device_eval_batch_size prediction_loss_only eval_do_concat_batches eval_use_gather_object
+        include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval""",
+    "the output folder holds the training conversations; upload the finished export yourself": """
+        push_to_hub hub_token hub_private_repo hub_model_id hub_strategy hub_always_push hub_revision""",
+    "the loss is the function token_loss in 03_sft.py": """
+        label_smoothing_factor average_tokens_across_devices""",
     "accelerate's YAML decides it": "fsdp fsdp_config deepspeed parallelism_config accelerator_config",
     "weights are trained in fp32 or bf16": "fp16",
     "TRL's fused output layer stands in its place": "use_liger_kernel liger_kernel_config",
@@ -147,16 +155,17 @@ REFUSED = {
 
 # Settings that may change when a run goes on: they change no number of the training, or only its last digits
 # (processes, batch per device). Data and base are compared by their hashes, not by their paths
-HARMLESS = """output_dir train_file model_name_or_path dry_run max_refused eval_command eval_steps report_to run_name
-project trackio_space_id trackio_bucket_id trackio_static_space_id logging_steps logging_first_step logging_dir log_level
-log_level_replica log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen disable_tqdm save_steps
-save_total_limit resume_from_checkpoint per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing
-gradient_checkpointing_kwargs activation_offloading torch_empty_cache_steps dataloader_num_workers
-dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor dataloader_multiprocessing_context
-dataloader_in_order ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
-ddp_timeout skip_memory_metrics debug use_cpu local_rank""".split()
+HARMLESS = """output_dir train_file model_name_or_path dry_run max_refused eval_command eval_steps report_to
+    run_name project trackio_space_id trackio_bucket_id trackio_static_space_id logging_steps
+    logging_first_step log_level log_level_replica log_on_each_node logging_nan_inf_filter
+    include_num_input_tokens_seen disable_tqdm save_steps save_total_limit resume_from_checkpoint
+    per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs activation_offloading
+    torch_empty_cache_steps dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
+    dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
+    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
+    ddp_timeout skip_memory_metrics debug use_cpu local_rank""".split()
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense bf16, NVIDIA's data sheets
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense bf16, data sheets
 ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "weight"}
 FOREIGN_KEYS = {"chat_template_kwargs", "tool_defs", "tools_json", "functions", "prompt", "completion"}
@@ -183,19 +192,21 @@ def say(text: str) -> None:
 
 
 def make_parser() -> TrlParser:
-    """Our settings and TRL's: defaults < --config YAML < flags. An unknown one is an error that names the nearest."""
+    """Our settings and TRL's: defaults < --config YAML < flags. An unknown one is an error that names the
+    nearest."""
     on_gpu = torch.cuda.is_available()
     parser = TrlParser((Settings, SFTConfig), usage="03_sft.py [--config x.yaml] [--setting value ...]")
     parser.description = "Fine-tune a model on the rows of 02_format_trajectories.py."
-    bf16 = os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16" if on_gpu else "no") == "bf16"  # slower on a CPU
+    precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16" if on_gpu else "no")
     offload = {"offload": True} if on_gpu else None  # of gradient checkpoints to the host's memory
-    parser.set_defaults(**RECIPE, use_cpu=not on_gpu, bf16=bf16, gradient_checkpointing_kwargs=offload)
+    parser.set_defaults(**RECIPE, use_cpu=not on_gpu, bf16=precision == "bf16")
+    parser.set_defaults(gradient_checkpointing_kwargs=offload)
     parser.allow_abbrev = False
     parser.error = mistake
-    everything = parser._optionals._group_actions
+    everything = {action.dest: action for action in parser._optionals._group_actions}
     first = parser.add_argument_group("used first")
-    first._group_actions = sorted((a for a in everything if a.dest in FIRST), key=lambda a: FIRST.index(a.dest))
-    parser._optionals._group_actions = [a for a in everything if a.dest not in FIRST]
+    first._group_actions = [everything.pop(name) for name in FIRST]
+    parser._optionals._group_actions = list(everything.values())
     parser._action_groups.insert(0, parser._action_groups.pop())
     return parser
 
@@ -284,15 +295,15 @@ def write_whole(path: Path, text: str) -> None:
         partial.unlink(missing_ok=True)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Rows -> input_ids and labels
 
 
 def read_rows(path: str) -> tuple[list[dict], list[str]]:
-    """(rows of train.jsonl, refusals "path:line: field: why"). Not through an Arrow schema, which would fill tool
-    arguments with nulls. Keys without a value are left out, as templates take them for given."""
+    """(rows of train.jsonl, refusals "path:line: field: why"). Not through an Arrow schema, which would fill
+    tool arguments with nulls. Keys without a value are left out, as templates take them for given."""
     if not Path(path).exists():
-        raise InputError(f"{path}: no such file; 02_format_trajectories.py writes it, --train_file names another")
+        raise InputError(f"{path}: no such file; 02_format_trajectories.py writes it, --train_file names one")
     rows = []
     refused = []
     for where, row in read_jsonl(path):
@@ -314,26 +325,28 @@ def without_empty_keys(message: dict) -> dict:
 
 
 def check_row(row: dict) -> None:
-    """Raise Refused naming the field of what no template renders, or renders wrongly, or 03 would not read."""
+    """Raise Refused naming the field of what no template renders, or wrongly, or what 03 would not read."""
     messages = row.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise Refused("messages: must be a list of objects")
     for i, message in enumerate(messages):
         check_message(message, f"messages[{i}]")
-    tools = row.get("tools") or []
-    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
-        raise Refused("tools: must be a list of objects (a string of JSON: parse it first)")
+    check_tools(row)
     for name in sorted(FOREIGN_KEYS & row.keys()):
         raise Refused(f"{name}: not read by 03; a row has messages and tools, a template's switches go to "
                       "--chat_template_kwargs")
-    called = [i for i, message in enumerate(messages) if message.get("tool_calls")]
-    if called and not tools:
-        raise Refused("tools: missing, but messages call tools; 02_format_trajectories.py --tools adds them")
     if not any(is_trained(message) for message in messages):
         raise Refused("messages: no assistant message in it to train")
-    last = len(messages) - 1
-    if last in called and is_trained(messages[last]):  # the stop token of a call is not that of an answer
-        raise Refused(f"messages[{last}]: the row ends with a tool call without its result")
+    if is_trained(messages[-1]) and messages[-1].get("tool_calls"):  # its stop token is not that of an answer
+        raise Refused(f"messages[{len(messages) - 1}]: the row ends with a tool call without its result")
+
+
+def check_tools(row: dict) -> None:
+    tools = row.get("tools") or []
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise Refused("tools: must be a list of objects (a string of JSON: parse it first)")
+    if not tools and any(message.get("tool_calls") for message in row["messages"]):
+        raise Refused("tools: missing, but messages call tools; 02_format_trajectories.py --tools adds them")
 
 
 def is_trained(message: dict) -> bool:
@@ -343,21 +356,18 @@ def is_trained(message: dict) -> bool:
 def check_message(message: dict, name: str) -> None:
     if message.get("role") not in ROLES:
         raise Refused(f"{name}.role: {message.get('role')!r}, not one of {ROLES}")
-    if not isinstance(message.get("content"), str):
-        raise Refused(f"{name}.content: must be a string")
-    if not isinstance(message.get("reasoning_content") or "", str):
-        raise Refused(f"{name}.reasoning_content: must be a string")
+    for key, kinds in (("content", str), ("reasoning_content", str | None)):
+        if not isinstance(message.get(key), kinds):
+            raise Refused(f"{name}.{key}: must be a string")
     for key in message.keys() - MESSAGE_KEYS:
         if message[key] not in EMPTY:
             raise Refused(f"{name}.{key}: not read by 03; {REMEDIES.get(key, 'take it out')}")
-    if message.get("weight", 1) not in (0, 1) or "weight" in message and message["role"] != "assistant":
+    if "weight" in message and (message["role"] != "assistant" or message["weight"] not in (0, 1)):
         raise Refused(f"{name}.weight: must be 0 or 1, on an assistant message")
     for j, call in enumerate(message.get("tool_calls") or []):
         check_call(call, f"{name}.tool_calls[{j}]")
-    try:
-        json.dumps(message, ensure_ascii=False).encode()
-    except UnicodeEncodeError:
-        raise Refused(f"{name}: half a character in it (a lone surrogate); repair the text") from None
+    if re.search("[\ud800-\udfff]", json.dumps(message, ensure_ascii=False)):
+        raise Refused(f"{name}: half a character in it (a lone surrogate); repair the text")
 
 
 def check_call(call: dict, name: str) -> None:
@@ -371,11 +381,11 @@ def check_call(call: dict, name: str) -> None:
 
 
 def load_tokenizer(model: str, template_kwargs: dict | None = None):
-    """The tokenizer with three more attributes: stop_ids, the token ids at which the engine stops (vLLM reads the same
-    generation_config.json), end_id, the one that ends a conversation's last turn if the template writes none, and
-    template_kwargs, the template's switches."""
+    """The tokenizer with three more attributes: stop_ids, the token ids at which the engine stops (vLLM reads
+    the same generation_config.json), end_id, the one that ends a conversation's last turn if the template
+    writes none, and template_kwargs, the template's switches."""
     if Path(model).is_dir() and not Path(model, "tokenizer_config.json").exists():
-        raise InputError(f"{model}: no tokenizer_config.json there; the folder must hold the model and its tokenizer")
+        raise InputError(f"{model}: no tokenizer_config.json in the folder; it must hold the tokenizer too")
     try:
         config = AutoConfig.from_pretrained(model)
         tok = AutoTokenizer.from_pretrained(model)
@@ -398,9 +408,9 @@ def load_tokenizer(model: str, template_kwargs: dict | None = None):
 
 
 def token_after_an_answer(tok) -> int | None:
-    """GLM-4.5 writes no stop token after a conversation's last answer: the next role token is it. None for the
-    templates that write one."""
-    talk = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
+    """GLM-4.5 writes no stop token after a conversation's last answer: the next role token is it. None for
+    the templates that write one."""
+    talk = [{"role": role, "content": "a"} for role in ("user", "assistant", "user")]
     try:
         two = render(tok, talk[:2], None)
         three = render(tok, talk, None)
@@ -423,10 +433,11 @@ def render(tok, messages: list[dict], tools: list[dict] | None, **kwargs) -> str
 
 
 def turn_starts(tok, messages, tools, first: int) -> tuple[str, dict[int, int]]:
-    """(text of the conversation, {index of a trained message: where in the text the engine begins to generate it}).
+    """(text of the conversation, {index of a trained message: where in the text the engine begins to generate
+    it}).
 
-    Raises Refused where inference would see another text: a template that rewrites what stands before a message, or
-    an earlier turn when the next user message comes.
+    Raises Refused where inference would see another text: a template that rewrites what stands before a
+    message, or an earlier turn when the next user message comes.
     """
     text = render(tok, messages, tools)
     starts = {}
@@ -439,16 +450,16 @@ def turn_starts(tok, messages, tools, first: int) -> tuple[str, dict[int, int]]:
         if i >= first and is_trained(message):
             prompt = render(tok, messages[:i], tools, add_generation_prompt=True)
             if not text.startswith(prompt):
-                raise Refused(f"messages[{i}]: the chat template rewrites what stands before it, or opens a thought "
-                              f"that the row has not; try --chat_template_kwargs")
+                raise Refused(f"messages[{i}]: the chat template rewrites what stands before it, or opens a "
+                              "thought that the row has not; try --chat_template_kwargs")
             starts[i] = len(prompt)
             answered = True
     return text, starts
 
 
-def label_tokens(tok, text: str, starts: dict[int, int]) -> tuple[list[int], list[int], dict[int, tuple[int, int]]]:
-    """(input_ids, labels, {message: (first, last) character of its trained text}); labels are -100 but for what the
-    engine must generate, stop token included.
+def label_tokens(tok, text: str, starts: dict[int, int]) -> tuple[list[int], list[int], dict[int, tuple]]:
+    """(input_ids, labels, {message: (first, last) character of its trained text}); labels are -100 but for
+    what the engine must generate, stop token included.
 
     Raises Refused where no mask would be right: a turn that begins inside a token, or has no stop token."""
     encoded = tok(text, add_special_tokens=False, return_offsets_mapping=True)
@@ -480,11 +491,11 @@ def label_tokens(tok, text: str, starts: dict[int, int]) -> tuple[list[int], lis
 def encode(tok, messages, tools, first=0) -> tuple[list[int], list[int]]:
     """(input_ids, labels) of a conversation, e.g. with GLM-4.5's template and what carries loss in [[ ]]
 
-        [gMASK]<sop><|user|>\\nU<|assistant|>[[\\n<think></think>\\nD<|user|>]]
+    [gMASK]<sop><|user|>\\nU<|assistant|>[[\\n<think></think>\\nD<|user|>]]
 
-    first: index of the first message that may carry loss. Raises Refused if the labels would not be exact, or the
-    template leaves out a part of the row; the same is tried with every text replaced by a word of its own, so that no
-    part is found where another stands.
+    first: index of the first message that may carry loss. Raises Refused if the labels would not be exact, or
+    the template leaves out a part of the row; the same is tried with every text replaced by a word of its
+    own, so that no part is found where another stands.
     """
     text, starts = turn_starts(tok, messages, tools, first)
     ids, labels, spans = label_tokens(tok, text, starts)
@@ -496,8 +507,8 @@ def encode(tok, messages, tools, first=0) -> tuple[list[int], list[int]]:
 
 
 def mark_texts(messages: list[dict]) -> list[dict]:
-    """A copy with a word of its own in place of every text that is not empty; ids of calls that hold the call's name
-    (Kimi-K2's, functions.NAME:0) follow it."""
+    """A copy with a word of its own in place of every text that is not empty; ids of calls that hold the
+    call's name (Kimi-K2's, functions.NAME:0) follow it."""
     words = (f"word{number}x" for number in itertools.count())
     marked = copy.deepcopy(messages)
     ids = {}
@@ -526,7 +537,8 @@ def mark_value(value, words):
 
 
 def parts_of(message: dict, thoughts: bool) -> list[tuple[str, object]]:
-    """[(field, value)] of all that a message says; thoughts: with its reasoning, which no template keeps for ever."""
+    """[(field, value)] of all that a message says; thoughts: with its reasoning, which no template keeps for
+    ever."""
     content = re.split("</?think>", message["content"])
     parts = [("content", piece) for piece in (content if thoughts else content[-1:])]
     if thoughts:
@@ -551,13 +563,14 @@ def leaves(value, name: str) -> list[tuple[str, object]]:
 
 def stands_in(value, text: str) -> bool:
     """Is it in the text, as it is, without the white space around it, in JSON, or in Python's notation?"""
-    plain = value.strip() if isinstance(value, str) else str(value)
-    return plain in text or any(json.dumps(value, ensure_ascii=ascii).strip('"') in text for ascii in (False, True))
+    spelled = [value.strip() if isinstance(value, str) else str(value)]
+    spelled += [json.dumps(value, ensure_ascii=only_ascii).strip('"') for only_ascii in (False, True)]
+    return any(form in text for form in spelled)
 
 
 def check_kept(messages, tools, text: str, spans: dict[int, tuple[int, int]]) -> None:
-    """Raise Refused for a part of the row that the template left out of its place: of a trained message the trained
-    text, of everything else the whole text."""
+    """Raise Refused for a part of the row that the template left out of its place: of a trained message the
+    trained text, of everything else the whole text."""
     for i, message in enumerate(messages):
         begin, end = spans.get(i, (0, len(text)))
         for name, value in parts_of(message, thoughts=i in spans):
@@ -574,9 +587,9 @@ def check_kept(messages, tools, text: str, spans: dict[int, tuple[int, int]]) ->
 
 
 def encode_conversation(tok, messages, tools) -> list[tuple[list[int], list[int]]]:
-    """[(input_ids, labels)]: one sample if one rendering is exact for every turn, else one per user message, so that
-    every turn is trained in the context it is served in (GLM-4.5 and Qwen3 drop a thought, and Qwen3 the empty one,
-    once the next user message is there)."""
+    """[(input_ids, labels)]: one sample if one rendering is exact for every turn, else one per user message,
+    so that every turn is trained in the context it is served in (GLM-4.5 and Qwen3 drop a thought, and Qwen3
+    the empty one, once the next user message is there)."""
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
     try:
         return [encode(tok, messages, tools)]
@@ -635,7 +648,8 @@ def load_samples(settings: Settings, args: SFTConfig, tok) -> tuple[list[dict], 
     started = time.monotonic()
     rows, refused = read_rows(settings.train_file)
     total = len(rows) + len(refused)
-    samples, left_out, more = tokenize(tok, rows, args.max_length, settings.no_stop_token, settings.no_reasoning)
+    ablations = dict(no_stop_token=settings.no_stop_token, no_reasoning=settings.no_reasoning)
+    samples, left_out, more = tokenize(tok, rows, args.max_length, **ablations)
     refused += more
     kinds = Counter(re.sub(r"\[\d+\]", "[]", line.split(": ", 1)[1]) for line in refused)
     if len(refused) > settings.max_refused:
@@ -671,7 +685,7 @@ def read_switches(settings: Settings) -> dict:
     return given
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Which samples in which update
 
 
@@ -698,8 +712,9 @@ def read_layout(args: SFTConfig) -> Layout:
 
 
 def global_batches(lengths: list[int], num_samples: int, batch_size: int, seed: int) -> list[int]:
-    """`num_samples` sample indices in training order: shuffled passes over the data, one after the other. The same
-    on any number of processes; inside a batch sorted by length, so that processes wait little on each other."""
+    """`num_samples` sample indices in training order: shuffled passes over the data, one after the other. The
+    same on any number of processes; inside a batch sorted by length, so that processes wait little on each
+    other."""
     rng = random.Random(seed)
     passes = []
     while len(passes) < num_samples:
@@ -751,17 +766,18 @@ def count_updates(samples: int, size: int, args: SFTConfig) -> int:
         steps = int(samples * args.num_train_epochs) // size
     remedy = "lower --global_batch_size or raise --num_train_epochs"
     if steps == 0:
-        raise InputError(f"{samples} samples x {args.num_train_epochs:g} passes do not fill one batch of {size}; "
-                         f"{remedy}")
+        passes = f"{samples} samples x {args.num_train_epochs:g} passes"
+        raise InputError(f"{passes} do not fill one batch of {size}; {remedy}")
     warmup = args.get_warmup_steps(steps)
     if steps < warmup:
-        raise InputError(f"{steps} updates end inside the warm-up of {warmup}; {remedy}, or lower --warmup_steps")
+        raise InputError(f"{steps} updates end inside the warm-up of {warmup}; {remedy}, or lower "
+                         "--warmup_steps")
     return steps
 
 
 def make_schedule(args: SFTConfig, optimizer, steps: int, zero_first_update: bool):
-    """The scheduler whose first update is one step into the warm-up: at LR 0 it would learn nothing. One step more
-    than there are updates, or `linear` would spend the last one at 0."""
+    """The scheduler whose first update is one step into the warm-up: at LR 0 it would learn nothing. One step
+    more than there are updates, or `linear` would spend the last one at 0."""
     warmup = args.get_warmup_steps(steps)
     ahead = warmup > 0 and not zero_first_update
     options = args.lr_scheduler_kwargs or {}
@@ -797,7 +813,7 @@ def show_plan(plan: Plan, settings: Settings, args: SFTConfig, layout: Layout) -
     say("learning rates: " + ", ".join(shown if plan.steps <= 12 else [*shown[:5], "...", *shown[-3:]]))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The model
 
 
@@ -825,8 +841,8 @@ def count_parameters(skeleton) -> tuple[int, float, int]:
 
 
 def sample_flops(config, active: float, tokens: int, trained: int) -> float:
-    """Of one sample, forward and backward, without what checkpointing computes twice: 6 per weight and token, causal
-    attention, the output layer for trained tokens only."""
+    """Of one sample, forward and backward, without what checkpointing computes twice: 6 per weight and token,
+    causal attention, the output layer for trained tokens only."""
     config = config.get_text_config()
     head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = config.num_hidden_layers * config.num_attention_heads * head * tokens**2
@@ -834,9 +850,11 @@ def sample_flops(config, active: float, tokens: int, trained: int) -> float:
 
 
 def load_config(model: str, longest: int):
-    """The model's config, with the rotary embedding stretched where the data is longer than the model's window.
+    """The model's config, with the rotary embedding stretched where the data is longer than the model's
+    window.
 
-    Qwen3 (window 40,960) is made for YaRN over its first 32,768 positions (model cards); the export tells vLLM."""
+    Qwen3 (window 40,960) is made for YaRN over its first 32,768 positions (model cards); the export tells
+    vLLM."""
     config = AutoConfig.from_pretrained(model)
     window = config.get_text_config().max_position_embeddings
     if longest <= window:
@@ -853,32 +871,32 @@ def load_config(model: str, longest: int):
     return config
 
 
-def load_model(settings: Settings, args: SFTConfig, config, layout: Layout, source: str):
-    """fp32 weights, because AdamW applies about a tenth of an update at 1e-5 to bf16, unless it rounds at random;
-    frozen ones (--lora) in the precision of the computation.
+def load_model(settings: Settings, args: SFTConfig, config, layout: Layout, resume: Path | None):
+    """fp32 weights, because AdamW applies about a tenth of an update at 1e-5 to bf16, unless it rounds at
+    random; frozen ones (--lora) in the precision of the computation.
 
-    source: the base, or a checkpoint, since the trainer restores an MoE's experts only under FSDP. Under FSDP2
-    transformers gives each process its shard: accelerate would build the whole fp32 model in the memory of every
-    process, and its way around that fails on GLM-4.5's router bias. Tied embeddings (Qwen3-4B and smaller) are left
-    to accelerate: transformers' plan does not sum their gradient as output layer, and a falling loss hides it.
+    From the checkpoint of a run that goes on, since the trainer restores an MoE's experts only under FSDP.
+    Under FSDP2 transformers gives each process its shard: accelerate would build the whole fp32 model in the
+    memory of every process, and its way around that fails on GLM-4.5's router bias. Tied embeddings (Qwen3-4B
+    and smaller) are left to accelerate: transformers' plan does not sum their gradient as output layer, and a
+    falling loss hides it.
     """
     native = layout.fsdp and not config.tie_word_embeddings
     if layout.fsdp:
         check_fsdp(settings, native)
     half = settings.bf16_master or settings.lora and args.bf16 and not layout.fsdp
     options = dict(dtype=torch.bfloat16 if half else torch.float32, attn_implementation="sdpa")
-    if settings.from_scratch and source == settings.model_name_or_path:
-        set_seed(0)
-        return AutoModelForCausalLM.from_config(config, **options)
     if native:
         from transformers.distributed import DistributedConfig
 
         mesh = DistributedConfig(fsdp_size=args.world_size, fsdp_mixed_precision=args.bf16)
         options["distributed_config"] = mesh
+    from_base = resume is None or layout.fsdp or settings.lora
+    source = settings.model_name_or_path if from_base else resume
     model = AutoModelForCausalLM.from_pretrained(source, config=config, **options)
     if native:  # from here on accelerate's: context parallelism, clipping, saving and resuming
         model._is_distributed_loading_by_transformers = False
-        model.config.distributed_config = None  # else save_pretrained gathers once more, and only on one process
+        model.config.distributed_config = None  # else save_pretrained gathers once more, on one process only
     return model
 
 
@@ -886,29 +904,27 @@ def check_fsdp(settings: Settings, native: bool) -> None:
     os.environ["FSDP_AUTO_WRAP_POLICY"] = "NO_WRAP" if native else "TRANSFORMER_BASED_WRAP"
     if settings.bf16_master and not native:
         raise InputError("--bf16_master: accelerate would turn tied embeddings to fp32; leave it out")
-    if settings.from_scratch:
-        raise InputError("--from_scratch builds the whole model in every process; not with FSDP")
 
 
 def experts_in_bf16(device: str) -> None:
-    """Tell autocast about the experts' matrix product, which it does not know (pytorch #174763): with fp32 weights
-    outside FSDP's mixed precision they would be computed in fp32."""
+    """Tell autocast about the experts' matrix product, which it does not know (pytorch #174763): with fp32
+    weights outside FSDP's mixed precision they would be computed in fp32."""
     torch.library.register_autocast("aten::_grouped_mm", device, torch.bfloat16)
 
 
 def lora_config(settings: Settings, config):
-    """peft's settings. Tries them on a model without weights; says what gets an adapter and refuses what peft would
-    skip without a word, such as the linear layers that an MoE has fused."""
+    """peft's settings. Tries them on a model without weights; says what gets an adapter and refuses what peft
+    would skip without a word, such as the linear layers that an MoE has fused."""
     from peft import LoraConfig, get_peft_model
 
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if settings.lora_experts else []
-    options = dict(r=settings.lora_r, lora_alpha=2 * settings.lora_r, target_modules=settings.lora_target_modules,
-                   target_parameters=experts)
+    targets = dict(target_modules=settings.lora_target_modules, target_parameters=experts)
+    lora = LoraConfig(r=settings.lora_r, lora_alpha=2 * settings.lora_r, **targets)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
         there = [name for name, _ in [*model.named_modules(), *model.named_parameters()]]
         try:
-            model = get_peft_model(model, LoraConfig(**options))
+            model = get_peft_model(model, copy.deepcopy(lora))
         except ValueError as error:
             raise InputError(f"--lora_target_modules: {error}") from None
     adapted = [name.removesuffix(".weight") for name in adapters(model)]
@@ -919,7 +935,7 @@ def lora_config(settings: Settings, config):
             raise InputError(f"--lora: of {present} {target} in the model peft adapts {found}; "
                              "--lora_target_modules names linear layers, --lora_experts adds experts")
         say(f"LoRA on {found} x {target}")
-    return LoraConfig(**options)
+    return lora
 
 
 def count_targets(names: list[str], target: str) -> int:
@@ -939,13 +955,14 @@ def adapters(model) -> dict:
 def random_rounding(values, generator):
     """fp32 -> bf16, up or down at random, so that the mean is the fp32 value."""
     noise = torch.randint(2**16, values.shape, generator=generator, device=values.device, dtype=torch.int32)
-    return (values.view(torch.int32) + noise & -0x10000).view(torch.float32).bfloat16()  # bf16: fp32's upper half
+    rounded = values.view(torch.int32) + noise & -0x10000  # bf16 is the upper half of fp32
+    return rounded.view(torch.float32).bfloat16()
 
 
 class RoundingAdamW(torch.optim.AdamW):
-    """AdamW in fp32 that keeps weights and moments in bf16 by random rounding; to the nearest, a step below 0.2 % of
-    a weight is lost. Parameter and step seed the random numbers: replicas stay equal, a resumed run goes on
-    exactly."""
+    """AdamW in fp32 that keeps weights and moments in bf16 by random rounding; to the nearest, a step below
+    0.2 % of a weight is lost. Parameter and step seed the random numbers: replicas stay equal, a resumed run
+    goes on exactly."""
 
     @torch.no_grad()
     def step(self, closure=None):
@@ -985,13 +1002,13 @@ def adamw(value, grad, mean, square, step: int, group: dict):
     return value, mean, square
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Training
 
 
 def token_weights(sample: dict) -> list[float]:
-    """What each token counts in the loss: 1 if it is trained. Another loss by one line, on any layout: every sample
-    the same, 1 / the number of its trained tokens; the last turn only, 0 before it."""
+    """What each token counts in the loss: 1 if it is trained. Another loss by one line, on any layout: every
+    sample the same, 1 / the number of its trained tokens; the last turn only, 0 before it."""
     return [float(label != -100) for label in sample["labels"]]
 
 
@@ -1008,8 +1025,8 @@ def token_loss(log_probs, weights, total, kind="nll"):
 
 @dataclass
 class Collator:
-    """Samples -> tensors (batch, tokens), filled up to the longest, for context parallelism to a multiple: its ring
-    cuts a sample into twice as many pieces as there are processes."""
+    """Samples -> tensors (batch, tokens), filled up to the longest, for context parallelism to a multiple:
+    its ring cuts a sample into twice as many pieces as there are processes."""
 
     tok: object
     multiple: int = 1
@@ -1029,9 +1046,9 @@ class Collator:
 
 
 class Trainer(SFTTrainer):
-    """TRL's trainer with the loss above, a schedule without an empty update, the speed in its log, and the user's
-    evaluation. A loss that is no number ends the run, as does a checkpoint that does not fit on the disk: on all
-    processes, however many wrote their part."""
+    """TRL's trainer with the loss above, a schedule without an empty update, the speed in its log, and the
+    user's evaluation. A loss that is no number ends the run, as does a checkpoint that does not fit on the
+    disk: on all processes, however many wrote their part."""
 
     def start(self, settings: Settings, plan: Plan, num_samples: int, names: set[str] | None) -> None:
         """names: the base's tensors, which the export must have; None: any."""
@@ -1055,7 +1072,8 @@ class Trainer(SFTTrainer):
         loss = token_loss(outputs.log_probs, weights, num_items_in_batch, self.args.loss_type)
         loss = loss * self.accelerator.num_processes  # which average their gradients
         if self.aux_loss_enabled:
-            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / self.current_gradient_accumulation_steps
+            steps = self.current_gradient_accumulation_steps
+            loss = loss + self.router_aux_loss_coef * outputs.aux_loss / steps
         return loss
 
     def _get_num_items_in_batch(self, batch_samples, device):
@@ -1094,8 +1112,8 @@ class Trainer(SFTTrainer):
             problem = error
         if on_any_process(problem is not None, self.args):
             shutil.rmtree(folder, ignore_errors=True)
-            told = " ".join(str(problem or "").split())
-            raise OSError(f"{folder}: no space for it; the same command goes on from the one before. {told[:300]}")
+            remedy = "the same command goes on from the one before"
+            raise OSError(f"{folder}: no space for it; {remedy}. {problem or ''}")
         if self.args.process_index == 0:  # what a later run takes for whole
             write_whole(folder / "complete.json", json.dumps(file_sizes(folder)))
 
@@ -1105,8 +1123,8 @@ class Trainer(SFTTrainer):
             loss = logs["loss"]
             norm = logs.get("grad_norm", 0.0)
             if not math.isfinite(loss) or not math.isfinite(norm):
-                raise InputError(f"update {step}: loss {loss}, grad_norm {norm}; the last checkpoint and export are "
-                                 "as they were; lower --learning_rate")
+                raise InputError(f"update {step}: loss {loss}, grad_norm {norm}; the last checkpoint and "
+                                 "export are as they were; lower --learning_rate")
             # The trainer makes one pass over an order that holds all of the user's
             self.state.epoch = step * self.settings.global_batch_size / self.num_samples
             seconds = time.monotonic() - self.watch.step_started
@@ -1134,8 +1152,9 @@ class Trainer(SFTTrainer):
 
 
 def run_eval_command(command: str, folder: Path, step: int) -> dict:
-    launcher = re.compile("RANK|LOCAL_|GROUP_|WORLD_SIZE|ROLE_|MASTER_|TORCHELASTIC|ACCELERATE_|FSDP_|PARALLELISM_")
-    environment = {name: value for name, value in os.environ.items() if not launcher.match(name)}
+    launcher = "RANK LOCAL_ GROUP_ WORLD_SIZE ROLE_ MASTER_ TORCHELASTIC ACCELERATE_ FSDP_ PARALLELISM_"
+    ours = tuple(launcher.split())  # of these processes; the command may start its own
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment["CHECKPOINT"] = str(folder)
     result = subprocess.run(command, shell=True, env=environment, stdout=subprocess.PIPE, text=True)
     try:
@@ -1144,8 +1163,8 @@ def run_eval_command(command: str, folder: Path, step: int) -> dict:
     except (IndexError, ValueError, AttributeError, TypeError):
         numbers = {}
     if result.returncode or not numbers:
-        say(f"--eval_command after update {step}: exit code {result.returncode}, no JSON object of numbers in its "
-            "last line; the training goes on")
+        say(f"--eval_command after update {step}: exit code {result.returncode}, no JSON object of numbers "
+            "in its last line; the training goes on")
     return {} if result.returncode else numbers
 
 
@@ -1188,15 +1207,15 @@ def on_any_process(happened: bool, args: SFTConfig) -> bool:
 
 
 class Watch(TrainerCallback):
-    """Times the updates and says how far a long one is; on SIGTERM (SLURM takes the machine away) saves after the
-    running update and stops."""
+    """Times the updates and says how far a long one is; on SIGTERM (SLURM takes the machine away) saves after
+    the running update and stops."""
 
     def __init__(self):
         self.stop = False
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop", True))
         if "TORCHELASTIC_RUN_ID" in os.environ and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
-            say("on SIGTERM the launcher kills after 30 s; export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=900 for longer "
-                "updates")
+            say("on SIGTERM the launcher kills after 30 s; for longer updates export "
+                "TORCH_ELASTIC_SHUTDOWN_TIMEOUT=900")
 
     def on_step_begin(self, args, state, control, **kwargs):
         self.step_started = self.said = time.monotonic()
@@ -1215,7 +1234,7 @@ class Watch(TrainerCallback):
             control.should_save = control.should_training_stop = True
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Export
 
 
@@ -1230,7 +1249,8 @@ def base_names(model_name_or_path: str) -> set[str]:
 
 
 def valid_generation_config(model: str) -> GenerationConfig | None:
-    """The base's, or None without one. save_pretrained refuses a temperature without do_sample, which many have."""
+    """The base's, or None without one. save_pretrained refuses a temperature without do_sample, which many
+    have."""
     try:
         config = GenerationConfig.from_pretrained(model)
     except OSError:
@@ -1239,7 +1259,7 @@ def valid_generation_config(model: str) -> GenerationConfig | None:
         config.validate(strict=True)
     except ValueError:
         config.do_sample = True
-        say("generation_config.json samples (temperature, top_p or top_k) without do_sample: the export says true")
+        say("generation_config.json has temperature, top_p or top_k without do_sample: the export says true")
         try:
             config.validate(strict=True)
         except ValueError as error:
@@ -1247,12 +1267,13 @@ def valid_generation_config(model: str) -> GenerationConfig | None:
     return config
 
 
-def try_export(model, tok, settings: Settings, args: SFTConfig) -> set[str] | None:
-    """Before the first update, all that the export will need: a valid generation config, the tokenizer, the base's
-    tensor names (returned), room on the disk. Raises InputError."""
+def try_export(model, tok, settings: Settings, args: SFTConfig) -> set[str]:
+    """Before the first update, all that the export will need: a valid generation config, the tokenizer, the
+    base's tensor names (returned), room on the disk. Raises InputError."""
     valid_generation_config(settings.model_name_or_path)
-    names = None if settings.from_scratch else base_names(settings.model_name_or_path)
-    state = {name: part for name, part in model.state_dict().items() if name not in model.all_tied_weights_keys}
+    names = base_names(settings.model_name_or_path)
+    tied = model.all_tied_weights_keys
+    state = {name: part for name, part in model.state_dict().items() if name not in tied}
     check_names(model, set(revert_weight_conversion(model, state)), names)
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(tok, folder)
@@ -1268,8 +1289,8 @@ def try_export(model, tok, settings: Settings, args: SFTConfig) -> set[str] | No
 
 
 def check_names(model, written: set[str], names: set[str] | None) -> None:
-    """The export has the tensors of the base, but for tied ones and what transformers never loads (GLM-4.5's MTP
-    layer)."""
+    """The export has the tensors of the base, but for tied ones and what transformers never loads (GLM-4.5's
+    MTP layer)."""
     if names is None:
         return
     ignored = re.compile("|".join(model._keys_to_ignore_on_load_unexpected or ["$^"]))
@@ -1295,15 +1316,16 @@ def gathered(tensor):
 
 
 def weights_to_export(model) -> dict:
-    """bf16, adapters merged, on the host's memory. Called by every process: shards are gathered one by one."""
+    """bf16, adapters merged, in the host's memory. On every process: shards are gathered one by one."""
     state = {}
     layers = adapters(model)
     for name, tensor in model.state_dict().items():
         name = name.replace(".base_layer", "")
         if name in model.all_tied_weights_keys or ".lora_" in name:  # the base does not store tied ones twice
             continue
-        as_it_is = name.endswith("e_score_correction_bias") or not tensor.is_floating_point()  # fp32 in the base
-        dtype = tensor.dtype if as_it_is or name in layers else torch.bfloat16
+        router_bias = name.endswith("e_score_correction_bias")  # fp32 in the base
+        as_it_is = router_bias or name in layers or not tensor.is_floating_point()
+        dtype = tensor.dtype if as_it_is else torch.bfloat16
         tensor = gathered(tensor.detach().to(dtype))
         if name in layers:
             tensor = tensor.float() + gathered(layers[name].get_delta_weight("default"))
@@ -1329,13 +1351,14 @@ def export(model, tok, output_dir, names=None) -> None:
         for old in Path(output_dir).glob("*.safetensors*"):
             if not (partial / old.name).exists():
                 old.unlink()
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # makes it load: last
+        last = "config.json"  # what makes the folder load
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == last):
             file.replace(Path(output_dir, file.name))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One run, and going on with it
 
 
@@ -1370,7 +1393,10 @@ def base_sha256(model: str) -> str:
     """Of the base's small files and the names and sizes of its weights."""
     folder = Path(cached_file(model, "config.json")).parent
     files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".safetensors"))
-    known = [(file.name, sha256(file) if file.stat().st_size < 2**26 else file.stat().st_size) for file in files]
+    known = []
+    for file in files:
+        size = file.stat().st_size
+        known.append((file.name, size, sha256(file) if size < 2**26 else ""))
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()
 
 
@@ -1404,7 +1430,8 @@ def last_checkpoint(args: SFTConfig) -> Path | None:
 
 
 def refuse_another_run(output_dir: Path, run: dict) -> None:
-    """What a run of other settings, data, script or base left in the folder is not overwritten, nor gone on with."""
+    """What a run of other settings, data, script or base left in the folder is not overwritten, nor gone on
+    with."""
     file = output_dir / "run.json"
     there = list(output_dir.glob("checkpoint-*/complete.json")) + list(output_dir.glob("recipe.json"))
     if not there:
@@ -1413,7 +1440,8 @@ def refuse_another_run(output_dir: Path, run: dict) -> None:
     changed = [name for name in run.keys() | before.keys() if before.get(name) != run.get(name)]
     if changed:
         name = min(changed)
-        raise InputError(f"{output_dir} is of another run ({name} was {before.get(name)!r}, is {run.get(name)!r}); "
+        change = f"{name} was {before.get(name)!r}, is {run.get(name)!r}"
+        raise InputError(f"{output_dir} is of another run ({change}); "
                          "delete it or choose another --output_dir")
 
 
@@ -1439,9 +1467,7 @@ def build_trainer(settings, args, config, layout, plan, samples, tok, resume, na
     own_the_order(args, layout, plan)
     if args.bf16:
         experts_in_bf16("cpu" if args.use_cpu else "cuda")
-    from_base = resume is None or layout.fsdp or settings.lora
-    source = settings.model_name_or_path if from_base else str(resume)
-    model = load_model(settings, args, config, layout, source)
+    model = load_model(settings, args, config, layout, resume)
     model.generation_config = valid_generation_config(settings.model_name_or_path) or model.generation_config
     columns = []
     for sample in samples:
@@ -1458,7 +1484,7 @@ def build_trainer(settings, args, config, layout, plan, samples, tok, resume, na
     )
     trainer.start(settings, plan, len(samples), names)
     if settings.lora and layout.fsdp and not config.tie_word_embeddings:
-        # What is added to a model that is already sharded is not: make it equal everywhere, average its gradients
+        # What is added to a sharded model is not sharded: make it equal everywhere, average its gradients
         trainer._sync_replicated_trainable_parameters(trainer.model)
     return trainer
 
@@ -1466,7 +1492,8 @@ def build_trainer(settings, args, config, layout, plan, samples, tok, resume, na
 def rounding_optimizer(settings: Settings, args: SFTConfig):
     if not settings.bf16_master or settings.lora:  # adapters are fp32
         return None
-    return RoundingAdamW, dict(lr=args.learning_rate, betas=(args.adam_beta1, args.adam_beta2), eps=args.adam_epsilon)
+    betas = (args.adam_beta1, args.adam_beta2)
+    return RoundingAdamW, dict(lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
 
 
 def own_the_order(args: SFTConfig, layout: Layout, plan: Plan) -> None:
@@ -1483,22 +1510,6 @@ def own_the_order(args: SFTConfig, layout: Layout, plan: Plan) -> None:
         args.accelerator_config.gradient_accumulation_kwargs = {"sync_each_batch": True}
 
 
-def draw_log(path: Path, log: list[dict]) -> None:
-    """The loss, and below it what --eval_command measured."""
-    from matplotlib.figure import Figure
-
-    measured = sorted(name for name in set().union(*log) if name.startswith("eval_"))
-    figure = Figure(figsize=(6, 3 + 2.5 * len(measured)), layout="constrained")
-    panels = figure.subplots(1 + len(measured), squeeze=False)[:, 0]
-    for panel, name in zip(panels, ["loss", *measured]):
-        points = [(row["step"], row[name]) for row in log if name in row]
-        panel.plot(*zip(*points), marker="o", markersize=3)
-        panel.set(xlabel="update", ylabel="loss per trained token" if name == "loss" else name)
-    partial = path.with_name("partial.png")
-    figure.savefig(partial, dpi=120)
-    partial.replace(path)
-
-
 def finish(trainer: Trainer, record: dict, first_step: int, seconds: float) -> None:
     """Export, then what says that the run is over."""
     output_dir = Path(trainer.args.output_dir)
@@ -1510,7 +1521,6 @@ def finish(trainer: Trainer, record: dict, first_step: int, seconds: float) -> N
     losses = [row["loss"] for row in log if "loss" in row]
     record |= {"steps": trainer.plan.steps, "seconds": round(seconds, 1), "loss": losses, "log": log}
     record["attention"] = sorted(trainer.kernels)
-    draw_log(output_dir / "loss.png", log)
     write_whole(output_dir / "recipe.json", json.dumps(record, indent=2))
     tokens = sum(trainer.plan.tokens[first_step:])
     print(f"steps: {trainer.plan.steps}\nloss: {losses[0]:.4f} -> {losses[-1]:.4f}\nseconds: {seconds:.1f}\n"
@@ -1543,7 +1553,8 @@ def main(settings: Settings, args: SFTConfig) -> None:
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=resume and str(resume))
     if trainer.watch.stop:
-        say(f"stopped by SIGTERM after update {trainer.state.global_step}; the same command goes on from there")
+        step = trainer.state.global_step
+        say(f"stopped by SIGTERM after update {step}; the same command goes on from there")
         sys.exit(143)
     first_step = int(resume.name.split("-")[1]) if resume else 0
     finish(trainer, record, first_step, time.monotonic() - started)

@@ -857,15 +857,6 @@ def test_full_disk_leaves_the_old_checkpoint(stage, glm_base, train_file, tmp_pa
     assert train(sft, glm_base, train_file, tmp_path / "out")["steps"] == 3
 
 
-def test_from_scratch_needs_only_a_config(stage, glm_base, train_file, work):
-    import shutil
-
-    shutil.copytree(glm_base, work / "config-only", ignore=shutil.ignore_patterns("*.safetensors"))
-    flags = ["--from_scratch", "--max_steps", 1, *NO_WARM_UP]
-    recipe = train(stage("03_sft"), work / "config-only", train_file, work / "scratch", *flags)
-    assert len(recipe["loss"]) == 1 and weights(work / "scratch").keys() == weights(glm_base).keys()
-
-
 def test_dry_run_writes_what_will_be_trained(stage, glm_base, train_file, work):
     sft, folder = stage("03_sft"), work / "dry"
     flags = ["--model_name_or_path", glm_base, "--train_file", train_file, "--output_dir", folder, "--dry_run"]
