@@ -57,6 +57,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import cached_file
 from trl import SFTConfig, SFTTrainer, TrlParser
+from trl.chat_template_utils import add_response_schema
 from trl.trainer.utils import add_fused_lm_head
 
 # The recipe. Values of the released run (LIMI scripts/train/*.sh, the same for all models); "ours" where not.
@@ -165,7 +166,6 @@ HARMLESS = """output_dir train_file model_name_or_path dry_run max_refused eval_
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
     ddp_timeout skip_memory_metrics debug use_cpu local_rank""".split()
 
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense bf16, data sheets
 ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "weight"}
 FOREIGN_KEYS = {"chat_template_kwargs", "tool_defs", "tools_json", "functions", "prompt", "completion"}
@@ -733,10 +733,9 @@ class Plan:
     accumulated: int  # micro-batches of a process in an update
     rates: list[float]  # learning rate of every update
     tokens: list[int]  # of every update
-    flops: list[float]
 
 
-def plan_updates(samples, settings: Settings, args: SFTConfig, layout: Layout, skeleton) -> Plan:
+def plan_updates(samples, settings: Settings, args: SFTConfig, layout: Layout) -> Plan:
     size = settings.global_batch_size
     per_step = layout.processes // layout.cp * args.per_device_train_batch_size
     if size % per_step:
@@ -744,19 +743,11 @@ def plan_updates(samples, settings: Settings, args: SFTConfig, layout: Layout, s
     steps = count_updates(len(samples), size, args)
     lengths = [len(sample["input_ids"]) for sample in samples]
     order = global_batches(lengths, steps * size, size, args.seed)
-    active = count_parameters(skeleton)[1]
-    flops = []
-    for sample, length in zip(samples, lengths):
-        trained = length - sample["labels"].count(-100)
-        flops.append(sample_flops(skeleton.config, active, length, trained))
     tokens = []
-    work = []
     for start in range(0, len(order), size):
-        batch = order[start : start + size]
-        tokens.append(sum(lengths[i] for i in batch))
-        work.append(sum(flops[i] for i in batch))
+        tokens.append(sum(lengths[i] for i in order[start : start + size]))
     rates = learning_rates(args, steps, settings.zero_first_update)
-    return Plan(order, steps, size // per_step, rates, tokens, work)
+    return Plan(order, steps, size // per_step, rates, tokens)
 
 
 def count_updates(samples: int, size: int, args: SFTConfig) -> int:
@@ -824,29 +815,6 @@ def model_without_weights(config):
             return AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
     except ValueError as error:
         raise InputError(f"--model_name_or_path: {str(error).splitlines()[0]}") from None
-
-
-def count_parameters(skeleton) -> tuple[int, float, int]:
-    """(all, those that work on one token without embedding and output layer, those of the largest layer)."""
-    experts = getattr(skeleton.config.get_text_config(), "num_experts_per_tok", None)
-    layers = Counter()
-    active = 0
-    for name, parameter in skeleton.named_parameters():
-        if ".layers." not in name:
-            continue
-        layers[name.split(".layers.")[1].split(".")[0]] += parameter.numel()
-        share = experts / parameter.shape[0] if ".experts." in name else 1
-        active += share * parameter.numel()
-    return skeleton.num_parameters(), active, max(layers.values())
-
-
-def sample_flops(config, active: float, tokens: int, trained: int) -> float:
-    """Of one sample, forward and backward, without what checkpointing computes twice: 6 per weight and token,
-    causal attention, the output layer for trained tokens only."""
-    config = config.get_text_config()
-    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    attention = config.num_hidden_layers * config.num_attention_heads * head * tokens**2
-    return 6 * (active * tokens + config.vocab_size * config.hidden_size * trained + attention)
 
 
 def load_config(model: str, longest: int):
@@ -1131,7 +1099,7 @@ class Trainer(SFTTrainer):
             logs["seconds"] = round(seconds, 4)
             logs["tokens_per_second"] = round(self.plan.tokens[step - 1] / seconds)
             if torch.cuda.is_available():
-                logs |= gpu_figures(self.plan.flops[step - 1] / seconds / self.args.world_size)
+                logs["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
         super().log(logs, start_time)
 
     def _maybe_log_save_evaluate(self, *arguments, **options):
@@ -1189,13 +1157,6 @@ def watched_attention(kernels: set):
         yield
     finally:
         torch.nn.functional.scaled_dot_product_attention = attention
-
-
-def gpu_figures(flops_per_second: float) -> dict:
-    chip = torch.cuda.get_device_name()
-    peak = [peak for name, peak in PEAK_FLOPS.items() if name in chip]
-    figures = {"memory_gb": round(torch.cuda.max_memory_allocated() / 1e9, 1)}
-    return figures | ({"mfu": round(flops_per_second / peak[0], 3)} if peak else {})
 
 
 def on_any_process(happened: bool, args: SFTConfig) -> bool:
@@ -1301,8 +1262,15 @@ def check_names(model, written: set[str], names: set[str] | None) -> None:
 
 
 def save_tokenizer(tok, folder) -> None:
-    """With --chat_template_kwargs as the template's defaults: whoever serves it renders what was trained."""
+    """With --chat_template_kwargs as the template's defaults, so that whoever serves it renders what was trained,
+    and with TRL's description of the answers, where it has one for this template, for vLLM's parsers "hf"."""
     template = tok.chat_template
+    with contextlib.suppress(ValueError):  # no description of this template
+        described = add_response_schema(copy.copy(tok)).response_template
+        fields = described["fields"]
+        names = {"reasoning_content": "thinking"}  # vLLM's word
+        fields = {names.get(name, name): rule for name, rule in fields.items()}
+        tok.response_template = described | {"fields": fields}
     for name, value in tok.template_kwargs.items():
         literal = json.dumps(value).replace("null", "none")
         switch = f"{{%- if {name} is not defined %}}{{%- set {name} = {literal} %}}{{%- endif %}}"
@@ -1535,10 +1503,9 @@ def main(settings: Settings, args: SFTConfig) -> None:
     tok = load_tokenizer(settings.model_name_or_path, settings.chat_template_kwargs)
     samples, facts = load_samples(settings, args, tok)
     config = load_config(settings.model_name_or_path, facts["longest"])
-    skeleton = model_without_weights(config)
-    plan = plan_updates(samples, settings, args, layout, skeleton)
+    plan = plan_updates(samples, settings, args, layout)
     show_plan(plan, settings, args, layout)
-    names = try_export(skeleton, tok, settings, args)
+    names = try_export(model_without_weights(config), tok, settings, args)
     record = record_of_run(settings, args, facts)
     output_dir = Path(args.output_dir)
     refuse_another_run(output_dir, record["run"])

@@ -805,6 +805,8 @@ def test_export_is_bf16_with_the_names_of_the_base(request, base, run):
     assert config["dtype"] == "bfloat16" and config["use_cache"] is True
     assert config["eos_token_id"] == json.loads((base / "config.json").read_text())["eos_token_id"]
     assert (folder / "generation_config.json").exists()
+    described = json.loads((folder / "tokenizer_config.json").read_text())["response_template"]
+    assert set(described["fields"]) == {"thinking", "tool_calls", "content"}  # for vLLM's parsers "hf"
     assert AutoTokenizer.from_pretrained(folder).chat_template == AutoTokenizer.from_pretrained(base).chat_template
     exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     trained = AutoModelForCausalLM.from_pretrained(folder / "checkpoint-3", dtype=torch.float32).state_dict()
@@ -969,7 +971,7 @@ def test_full_disk_writes_no_half_file(stage, glm_base, train_file, tmp_path):
     flags += ["--global_batch_size", 4]
     with pytest.raises(OSError, match="File too large"), full_disk_after(2_000):
         sft.main(*sft.read_settings(sft.make_parser(), [str(flag) for flag in flags]))
-    assert list((tmp_path / "o").iterdir()) == []
+    assert not list((tmp_path / "o").glob("*"))
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -1020,39 +1022,6 @@ def test_a_sample_beyond_the_window_is_refused_elsewhere(stage, glm_base):
     sft = stage("03_sft")
     with pytest.raises(sft.InputError, match="16,385 tokens, but the model's window is 16,384; lower --max_length"):
         sft.load_config(glm_base, 16_385)
-
-
-@pytest.fixture(scope="session")
-def air():
-    """GLM-4.5-Air's config.json."""
-    from transformers import Glm4MoeConfig
-
-    return Glm4MoeConfig(vocab_size=151552, hidden_size=4096, intermediate_size=10944, moe_intermediate_size=1408,
-                         num_hidden_layers=46, num_attention_heads=96, num_key_value_heads=8, head_dim=128,
-                         n_routed_experts=128, num_experts_per_tok=8, n_shared_experts=1, first_k_dense_replace=1,
-                         attention_bias=True)  # fmt: skip
-
-
-def test_parameters_of_glm_air(stage, air):
-    """By hand: 106.85 billion parameters, 2.34 in a layer; 12.18 at work on a token beside the 1.24 of embedding and
-    output layer: 45 x (8 + 1) experts of 3 x 4096 x 1408, attention 4096 x 128 x (2 x 96 + 2 x 8), ..."""
-    sft = stage("03_sft")
-    total, active, layer = sft.count_parameters(sft.model_without_weights(air))
-    attention, expert, router = 4096 * 128 * (2 * 96 + 2 * 8) + 128 * (96 + 2 * 8), 3 * 4096 * 1408, 128 * 4096
-    everywhere = 46 * (attention + 2 * 4096) + 45 * (expert + router) + 3 * 4096 * 10944
-    assert total == everywhere + 45 * 128 * expert + 2 * 151552 * 4096 + 4096
-    assert active == everywhere + 45 * 8 * expert
-    assert layer == attention + 2 * 4096 + 129 * expert + router
-
-
-def test_floating_point_operations_by_hand(stage, glm_base):
-    """6 for each weight and token; attention forward: 2 products of n x n / 2 x heads x head_dim, 2 each."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(glm_base)
-    attention = 3 * 2 * (2 * 2 * 100 * 100 / 2 * 2 * 32)  # layers 2, heads 2 x 32; backward is twice forward
-    expected = 6 * 1000 * 100 + 6 * 30 * 277 * 32 + attention
-    assert stage("03_sft").sample_flops(config, 1000, 100, 30) == pytest.approx(expected)
 
 
 def test_an_export_without_the_names_of_the_base_is_refused(stage, glm_base, glm_run, tmp_path):
@@ -1146,3 +1115,407 @@ def test_recipes_parse(stage, name):
     assert settings.global_batch_size % (config.num_processes // cp) == 0
     assert args.output_dir == f"outputs/{name}"
     assert config.fsdp_config["fsdp_version"] == 2 and not config.fsdp_config["fsdp_cpu_ram_efficient_loading"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The row is what is trained
+
+
+def refusals(sft, base, path):
+    rows, refused = sft.read_rows(path)
+    samples, _, more = sft.tokenize(sft.load_tokenizer(str(base)), rows, 10_000)
+    return samples, refused + more
+
+
+CASES = ROOT.parent / "shared/cases/sft"
+TOLD = {
+    "foreign_loss_false": 'messages[2].loss: not read by 03; write "weight": 0',
+    "foreign_no_tools": "tools: missing, but messages call tools",
+    "foreign_reasoning_key": "messages[2].reasoning: not read by 03; call it reasoning_content",
+    "foreign_template_kwargs": "chat_template_kwargs: not read by 03",
+    "foreign_tools_string": "tools: must be a list of objects",
+    "rows_surrogate": "messages[2]: half a character in it",
+}
+
+
+@pytest.mark.skipif(not CASES.exists(), reason="needs ../shared/cases")
+@pytest.mark.parametrize("name", ["foreign_weight0", "rows_parallel", "rows_single", *TOLD])
+def test_rows_made_for_other_trainers(stage, glm_base, name):
+    sft, path = stage("03_sft"), CASES / f"{name}.jsonl"
+    samples, refused = refusals(sft, glm_base, path)
+    if name in TOLD:
+        assert not samples and refused[0].startswith(f"{path}:1: {TOLD[name]}")
+        return
+    assert not refused
+    text = trained_text(sft.load_tokenizer(str(glm_base)), samples)
+    if name == "foreign_weight0":
+        assert "WRONGTURN" not in text and text.endswith("\nDone.<|user|>")
+    else:
+        assert "I look." in text and text.count("<tool_call>f\n") == (2 if name == "rows_parallel" else 1)
+
+
+def trained_text(tok, samples):
+    return tok.decode([label for sample in samples for label in sample["labels"] if label != -100])
+
+
+def test_a_message_of_weight_0_is_context_without_loss(stage, glm_base):
+    sft = stage("03_sft")
+    tok = sft.load_tokenizer(str(glm_base))
+    talk = [user("U"), assistant("", ("f", {"p": "bad"})) | {"weight": 0}, tool("no"), assistant("D")]
+    by_weight = (
+        "[gMASK]<sop><|user|>\nU<|assistant|>\n<think></think>\n<tool_call>f\n<arg_key>p</arg_key>\n"
+        "<arg_value>bad</arg_value>\n</tool_call><|observation|>\n<tool_response>\nno\n</tool_response>"
+        "<|assistant|>[[\n<think></think>\nD<|user|>]]"
+    )
+    assert sft.encode(tok, talk, None) == by_hand(by_weight, GLM)
+
+
+@pytest.mark.parametrize("weight, role", [(0.5, "assistant"), (-1, "assistant"), ("0", "assistant"), (0, "user")])
+def test_other_weights_are_refused(stage, tmp_path, weight, role):
+    talk = [user("U"), assistant("D"), user("V"), assistant("E")]
+    talk = [message | {"weight": weight} if message["role"] == role else message for message in talk]
+    _, refused = stage("03_sft").read_rows(write_rows(tmp_path / "t.jsonl", [{"messages": talk}]))
+    assert f"[{1 if role == 'assistant' else 0}].weight: must be 0 or 1, on an assistant message" in refused[0]
+
+
+def test_a_template_that_drops_the_thought_says_what_to_do(stage, qwen_base, train_file):
+    sft = stage("03_sft")
+    tok = sft.load_tokenizer(str(qwen_base))
+    tok.chat_template = files("trl").joinpath("chat_templates/qwen2_5.jinja").read_text()
+    rows, _ = sft.read_rows(train_file)
+    samples, _, refused = sft.tokenize(tok, rows, 10_000)
+    assert len(samples) == 2  # those without a thought
+    told = "messages[2].reasoning_content: the chat template leaves it out; --no_reasoning trains without it"
+    assert refused[0] == f"{train_file}:1: {told}" and len(refused) == 3
+    samples, _, refused = sft.tokenize(tok, rows, 10_000, no_reasoning=True)
+    assert len(samples) == 5 and not refused
+
+
+def test_refused_rows_stop_the_run_before_a_model_is_loaded(stage, monkeypatch, glm_base, train_file, tmp_path, capsys):
+    sft = stage("03_sft")
+    lines = train_file.read_text() + json.dumps({"messages": [user("U")]}) + "\n"
+    (tmp_path / "t.jsonl").write_text(lines)
+    monkeypatch.setattr(sft, "load_model", None)
+    with pytest.raises(sft.InputError, match=r"t.jsonl:6: messages: no assistant message .*1 of 6 rows refused, --max"):
+        train(sft, glm_base, tmp_path / "t.jsonl", tmp_path / "out")
+    flags = ["--model_name_or_path", glm_base, "--train_file", tmp_path / "t.jsonl", "--output_dir", tmp_path / "out"]
+    flags += [*FLAGS, "--max_refused", 1, "--dry_run"]
+    sft.main(*sft.read_settings(sft.make_parser(), [str(flag) for flag in flags]))
+    told = capsys.readouterr().out
+    assert f"refused {tmp_path}/t.jsonl:6: messages: no assistant message in it to train\n" in told
+    assert "rows: 6, refused: {'messages: no assistant message in it to train': 1}, samples: 5" in told
+
+
+def test_switches_of_the_template_are_trained_and_exported(stage, qwen_base, tmp_path):
+    """With enable_thinking false Qwen3's prompt holds the empty thought; the exported tokenizer writes it by itself."""
+    from transformers import AutoTokenizer
+
+    sft = stage("03_sft")
+    path = write_rows(tmp_path / "t.jsonl", [{"messages": BARE}] * 4)
+    recipe = train(sft, qwen_base, path, tmp_path / "out", "--chat_template_kwargs", '{"enable_thinking": false}')
+    assert recipe["chat_template_kwargs"] == {"enable_thinking": False} and recipe["data"]["reasoning"] is False
+    first = json.loads((tmp_path / "out/tokenized.jsonl").read_text().splitlines()[0])
+    head = "<|im_start|>user\nU<|im_end|>\n<|im_start|>assistant\n<think>\n\n</think>\n\n"
+    assert (first["input_ids"], first["labels"]) == by_hand(head + "[[D<|im_end|>]]\n", QWEN)
+    exported = AutoTokenizer.from_pretrained(tmp_path / "out")
+    prompt = exported.apply_chat_template(BARE[:1], add_generation_prompt=True, tokenize=False)
+    assert prompt == head
+    thinking = dict(add_generation_prompt=True, tokenize=False, enable_thinking=True)
+    assert exported.apply_chat_template(BARE[:1], **thinking) == head.removesuffix("<think>\n\n</think>\n\n")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# A run is what it says
+
+
+def sum_by_hand(base, samples, weights):
+    """Weighted mean of the cross-entropy of the base's first batch."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    total = count = 0.0
+    for sample, weight in zip(samples, weights):
+        with torch.no_grad():
+            logits = model(torch.tensor([sample["input_ids"]])).logits[0, :-1]
+        labels = torch.tensor(sample["labels"][1:])
+        losses = torch.nn.functional.cross_entropy(logits, labels, ignore_index=-100, reduction="none")
+        total += (losses * torch.tensor(weight[1:])).sum().item()
+        count += sum(w for w, label in zip(weight[1:], sample["labels"][1:]) if label != -100)
+    return total / count
+
+
+def per_sample_mean(sample):
+    trained = len(sample["labels"]) - sample["labels"].count(-100)
+    return [(label != -100) / trained for label in sample["labels"]]
+
+
+def last_turn_only(sample):
+    labels = sample["labels"]
+    start = max(i for i in range(1, len(labels)) if labels[i] != -100 and labels[i - 1] == -100)
+    return [float(i >= start and label != -100) for i, label in enumerate(labels)]
+
+
+def heavy_stops(sample):
+    return [0.0 if label == -100 else 5.0 if label in (263, 265) else 1.0 for label in sample["labels"]]
+
+
+@pytest.mark.parametrize("fork", [per_sample_mean, last_turn_only, heavy_stops])
+@pytest.mark.parametrize("batch", [1, 2])
+def test_a_fork_of_the_loss_in_one_function(stage, monkeypatch, glm_base, train_file, tmp_path, fork, batch):
+    sft = stage("03_sft")
+    monkeypatch.setattr(sft, "token_weights", fork)
+    flags = ["--max_steps", 1, "--warmup_steps", 0, "--save_steps", 0, "--per_device_train_batch_size", batch]
+    recipe = train(sft, glm_base, train_file, tmp_path / "out", *flags)
+    samples = [json.loads(line) for line in (tmp_path / "out/tokenized.jsonl").read_text().splitlines()]
+    first = [samples[i] for i in sft.global_batches([len(s["labels"]) for s in samples], 4, 4, seed=42)]
+    assert recipe["loss"] == [pytest.approx(sum_by_hand(glm_base, first, map(fork, first)), abs=2e-6)]
+
+
+def test_dft_weighs_by_the_probability(stage):
+    import torch
+
+    log_probs = torch.tensor([[-0.5, -2.0, 0.0]])
+    weights = torch.tensor([[1.0, 2.0, 0.0]])
+    sft = stage("03_sft")
+    assert sft.token_loss(log_probs, weights, 3).item() == pytest.approx((0.5 + 4.0) / 3)
+    dft = (0.5 * 2.718281828**-0.5 + 4.0 * 2.718281828**-2) / 3
+    assert sft.token_loss(log_probs, weights, 3, "dft").item() == pytest.approx(dft)
+
+
+# What each setting of TRL and transformers does here; one that is in no set is new and must be looked at
+WORKS = """output_dir per_device_train_batch_size num_train_epochs max_steps learning_rate lr_scheduler_type
+lr_scheduler_kwargs warmup_steps optim optim_args optim_target_modules weight_decay adam_beta1 adam_beta2 adam_epsilon
+max_grad_norm bf16 tf32 gradient_checkpointing gradient_checkpointing_kwargs torch_compile torch_compile_backend
+torch_compile_mode neftune_noise_alpha torch_empty_cache_steps logging_steps logging_first_step log_on_each_node
+logging_nan_inf_filter include_num_input_tokens_seen log_level log_level_replica disable_tqdm report_to run_name project
+trackio_space_id trackio_bucket_id trackio_static_space_id eval_steps save_steps save_total_limit seed full_determinism
+use_cpu dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+dataloader_multiprocessing_context dataloader_in_order ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
+ddp_static_graph ddp_backend ddp_timeout debug skip_memory_metrics resume_from_checkpoint router_aux_loss_coef max_length
+activation_offloading loss_type local_rank""".split()
+OTHER = {"save_strategy": "epoch", "logging_strategy": "no", "eval_strategy": "steps", "fsdp": "full_shard",
+         "train_sampling_strategy": "group_by_length", "hub_strategy": "end", "deepspeed": {"zero_optimization": {}},
+         "truncation_mode": "keep_end", "packing_strategy": "wrapped"}  # fmt: skip
+
+
+def test_every_setting_works_or_is_refused(stage):
+    import copy
+    import dataclasses
+
+    sft = stage("03_sft")
+    refused = " ".join(sft.REFUSED.values()).split()
+    names = [item.name for item in dataclasses.fields(sft.SFTConfig)]
+    assert sorted(WORKS + refused) == sorted(names)
+    settings, args = sft.read_settings(sft.make_parser(), [])
+    sft.check_flags(settings, args)
+    for name in refused:
+        changed = copy.copy(args)
+        value = getattr(args, name)
+        other = OTHER.get(name, not value if isinstance(value, bool) else 7 if isinstance(value, int) else "other")
+        setattr(changed, name, other)
+        with pytest.raises(sft.InputError, match=f"^--{name} has no place here: "):
+            sft.check_flags(settings, changed)
+
+
+@pytest.mark.parametrize(
+    "flags, told",
+    [
+        (["--gradient_accumulation_steps", "8"], "--gradient_accumulation_steps has no place here: 03_sft.py accum"),
+        (["--packing", "true"], "--packing has no place here"),
+        (["--lora_r", "8"], "--lora_r needs --lora"),
+        (["--eval_steps", "2"], "--eval_steps needs --eval_command"),
+        (["--bf16_master", "--optim", "sgd"], "leave out --optim"),
+        (["--max_steps", "0"], "--max_steps 0: at least 1"),
+        (["--learning_rate", "0"], "--learning_rate 0.0: must be above 0"),
+        (["--report_to", "trackio"], "--report_to trackio: pip install trackio"),
+        (["--report_to", "wandb"], "WANDB_MODE=offline"),
+        (["--optim", "adamw_torch_8bit"], "--optim adamw_torch_8bit: "),
+        (["--lr_scheduler_type", "linear"], "--lr_scheduler_type linear with {'min_lr': 1e-06}"),
+        (["--max_steps", "1"], "1 updates end inside the warm-up of 2; lower --global_batch_size or raise"),
+        (["--chat_template_kwargs", "no"], "--chat_template_kwargs no: must be a JSON object"),
+        (["--learning_rat", "1"], "no such setting: --learning_rat; nearest: --learning_rate"),
+        (["--learning_rate", "fast"], "argument --learning_rate: invalid float value: 'fast'"),
+        (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: not a whole checkpoint"),
+    ],
+)
+def test_a_mistake_is_told_before_a_model_is_loaded(stage, monkeypatch, glm_base, train_file, tmp_path, flags, told):
+    sft = stage("03_sft")
+    monkeypatch.setattr(sft, "load_model", None)
+    with pytest.raises(sft.InputError) as error:
+        train(sft, glm_base, train_file, tmp_path / "out", *flags)
+    assert told in str(error.value)
+    assert not (tmp_path / "out/run.json").exists()
+
+
+def test_unknown_keys_of_a_yaml_are_named_with_the_nearest(stage, tmp_path):
+    sft = stage("03_sft")
+    (tmp_path / "x.yaml").write_text("learning_rte: 1.0e-5\n")
+    with pytest.raises(sft.InputError, match="no such setting: --learning_rte; nearest: --learning_rate"):
+        sft.read_settings(sft.make_parser(), ["--config", str(tmp_path / "x.yaml")])
+
+
+def test_help_begins_with_what_people_use_first(stage):
+    told = stage("03_sft").make_parser().format_help()
+    first = told.split("used first:")[1].split("options:")[0]
+    names = [line.split()[0] for line in first.splitlines() if line.startswith("  --")]
+    assert names == [f"--{name}" for name in stage("03_sft").FIRST] and len(told.split("usage:")[1].split("\n\n")[0]) < 100
+
+
+@pytest.mark.parametrize("zero", [False, True])
+def test_no_update_at_rate_zero(stage, zero):
+    """Nine updates, warm-up of two, cosine from 1e-5 to 1e-6: by hand. LIMI's (Megatron's) first one is at 0."""
+    import math
+
+    sft = stage("03_sft")
+    _, args = sft.read_settings(sft.make_parser(), [])
+
+    def cosine(step, steps):
+        return 1e-6 + 9e-6 * (1 + math.cos(math.pi * (step - 2) / (steps - 2))) / 2
+
+    ours = [5e-6, 1e-5, *[cosine(step, 10) for step in range(3, 10)]]
+    megatron = [0, 5e-6, 1e-5, *[cosine(step, 9) for step in range(3, 9)]]
+    assert sft.learning_rates(args, 9, zero) == pytest.approx(megatron if zero else ours)
+
+
+# One value that differs from the run's for each setting that changes what is trained
+CHANGES = dict(
+    learning_rate=2e-3, lr_scheduler_type="constant", lr_scheduler_kwargs='{"min_lr": 0.0}', warmup_steps=1,
+    adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6, weight_decay=0.0, max_grad_norm=2.0, optim="sgd",
+    optim_args="a=b", loss_type="dft", neftune_noise_alpha=5, router_aux_loss_coef=0.1, num_train_epochs=9, max_steps=4,
+    max_length=1000, seed=1, global_batch_size=2, bf16="true", tf32="false", full_determinism="true",
+    torch_compile="true", zero_first_update="true", no_stop_token="true", no_reasoning="true", lora="true",
+    bf16_master="true", chat_template_kwargs='{"enable_thinking": false}', optim_target_modules="all-linear",
+)  # fmt: skip
+SAME = dict(
+    save_steps=1, save_total_limit=1, logging_steps=2, disable_tqdm="true", per_device_train_batch_size=2,
+    gradient_checkpointing="true", dataloader_num_workers=1, run_name="x", eval_command="true", max_refused=3,
+)  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def begun(stage, glm_run):
+    """(settings of glm_run's command, its folder): what is compared, without training again."""
+    return glm_run
+
+
+@pytest.mark.parametrize("name, value", [*CHANGES.items(), *SAME.items()])
+def test_a_run_goes_on_only_with_its_own_settings(stage, monkeypatch, glm_base, train_file, begun, name, value):
+    sft, (recipe, folder) = stage("03_sft"), begun
+    flags = ["--model_name_or_path", glm_base, "--train_file", train_file, "--output_dir", folder, *FLAGS]
+    flags += [f"--{name}", value]
+    settings, args = sft.read_settings(sft.make_parser(), [str(flag) for flag in flags])
+    settings.chat_template_kwargs = sft.read_switches(settings)
+    run = sft.record_of_run(settings, args, {})["run"]
+    if name in SAME:
+        sft.refuse_another_run(folder, run)
+    else:
+        with pytest.raises(sft.InputError, match=f"is of another run .{name} was "):
+            sft.refuse_another_run(folder, run)
+
+
+def test_other_data_script_or_base_is_another_run(stage, monkeypatch, glm_base, train_file, glm_run, tmp_path):
+    import shutil
+
+    sft, (recipe, folder) = stage("03_sft"), glm_run
+    shutil.copytree(glm_base, tmp_path / "base")
+    shutil.copy(train_file, tmp_path / "t.jsonl")
+    shutil.copy(sft.__file__, tmp_path / "03_sft.py")
+
+    def run():
+        flags = ["--model_name_or_path", tmp_path / "base", "--train_file", tmp_path / "t.jsonl", *FLAGS]
+        record = sft.record_of_run(*sft.read_settings(sft.make_parser(), [str(flag) for flag in flags]), {})
+        return record["run"] | {"chat_template_kwargs": {}}
+
+    monkeypatch.setattr(sft, "__file__", str(tmp_path / "03_sft.py"))
+    sft.refuse_another_run(folder, run())
+    for file, name in (("t.jsonl", "train_file"), ("03_sft.py", "script"), ("base/tokenizer.json", "base")):
+        before = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(before + "\n")
+        with pytest.raises(sft.InputError, match=f"another run .{name}_sha256 was"):
+            sft.refuse_another_run(folder, run())
+        (tmp_path / file).write_text(before)
+
+
+def test_a_finished_run_is_left_alone(stage, glm_run, glm_base, train_file, capsys):
+    before = {path: path.stat().st_mtime_ns for path in glm_run[1].rglob("*")}
+    train(stage("03_sft"), glm_base, train_file, glm_run[1])
+    assert "this run is finished" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in glm_run[1].rglob("*")} == before
+
+
+@pytest.mark.parametrize("damage", ["optimizer.pt", "trainer_state.json", "model.safetensors", "complete.json"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(stage, glm_run, glm_base, train_file, tmp_path, capsys, damage):
+    import shutil
+
+    recipe, folder = glm_run
+    shutil.copytree(folder, tmp_path / "out", ignore=lambda *_: ["recipe.json"])
+    file = tmp_path / "out/checkpoint-3" / damage
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    sft = stage("03_sft")
+    _, args = sft.read_settings(sft.make_parser(), ["--output_dir", str(tmp_path / "out")])
+    assert sft.last_checkpoint(args) == tmp_path / "out/checkpoint-2"
+    assert f"{tmp_path}/out/checkpoint-3 was cut short or damaged" in capsys.readouterr().out
+    if damage == "optimizer.pt":
+        again = train(sft, glm_base, train_file, tmp_path / "out")
+        assert again["loss"] == recipe["loss"]
+
+
+def test_evaluation_while_training(stage, glm_base, train_file, tmp_path):
+    """The command sees a model that loads; its numbers are in the log. A command that fails is said, nothing more."""
+    sft = stage("03_sft")
+    command = f'ls $CHECKPOINT >> {tmp_path}/seen; echo chatter; echo "{{\\"score\\": 0.5}}"'
+    recipe = train(sft, glm_base, train_file, tmp_path / "out", "--eval_command", command, "--eval_steps", 2)
+    assert [(row["step"], row["eval_score"]) for row in recipe["log"] if "eval_score" in row] == [(2, 0.5)]
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= set((tmp_path / "seen").read_text().split())
+    assert not (tmp_path / "out/model_to_evaluate").exists()
+
+
+def test_the_export_is_tried_before_the_first_update(stage, monkeypatch, glm_base, train_file, tmp_path, capsys):
+    """A base that samples without do_sample is repaired; names that the export would not have end the run at once."""
+    import shutil
+
+    sft = stage("03_sft")
+    shutil.copytree(glm_base, tmp_path / "base")
+    config = json.loads((glm_base / "generation_config.json").read_text()) | {"temperature": 0.6, "top_p": 0.95}
+    (tmp_path / "base/generation_config.json").write_text(json.dumps(config))
+    train(sft, tmp_path / "base", train_file, tmp_path / "out", "--max_steps", 2)
+    exported = json.loads((tmp_path / "out/generation_config.json").read_text())
+    assert (exported["temperature"], exported["do_sample"]) == (0.6, True)
+    monkeypatch.setattr(sft, "load_model", None)
+    names = sft.base_names(glm_base)
+    monkeypatch.setattr(sft, "base_names", lambda _: names | {"model.layers.0.extra.weight"})
+    with pytest.raises(sft.InputError, match="the export's tensors are not the base's: 1 differ, such as model.layers.0"):
+        train(sft, glm_base, train_file, tmp_path / "out2")
+    monkeypatch.setattr(sft, "base_names", lambda _: names)
+    monkeypatch.setattr(sft.shutil, "disk_usage", lambda _: type("Disk", (), {"free": 1000})())
+    with pytest.raises(sft.InputError, match="the export takes 0.0 GB, 0.0 are free"):
+        train(sft, glm_base, train_file, tmp_path / "out2")
+
+
+def test_dry_run_says_updates_rates_and_split(stage, glm_base, train_file, tmp_path, capsys):
+    sft = stage("03_sft")
+    flags = ["--model_name_or_path", glm_base, "--train_file", train_file, "--output_dir", tmp_path, *FLAGS, "--dry_run"]
+    sft.main(*sft.read_settings(sft.make_parser(), [str(flag) for flag in flags]))
+    told = capsys.readouterr().out
+    assert "3 updates of 4 samples = 1 data-parallel x 1 x 4 accumulated\n" in told
+    assert "5 samples are seen, each 2 to 3 times\n" in told
+    assert "learning rates: 0.0005, 0.001, 0.000501\n" in told
+
+
+@pytest.mark.parametrize("flags", [[], ["--lora_experts"]])
+def test_experts_compute_in_bf16_under_autocast(stage, glm_base, train_file, tmp_path, monkeypatch, flags):
+    """Outside FSDP the weights are fp32 and torch's grouped_mm is no autocast op of its own."""
+    import torch
+
+    sft, seen = stage("03_sft"), set()
+    product = torch.nn.functional.grouped_mm
+
+    def watched(*tensors, **options):
+        out = product(*tensors, **options)
+        seen.add(out.dtype)
+        return out
+
+    monkeypatch.setattr(torch.nn.functional, "grouped_mm", watched)
+    train(sft, glm_base, train_file, tmp_path / "out", "--bf16", "true", "--max_steps", 2, *flags)
+    assert seen == {torch.bfloat16}
