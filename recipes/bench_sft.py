@@ -1,16 +1,18 @@
 """Speed and memory of 03_sft.py beside plain TRL on the same rows, random weights, one device.
 
-    python recipes/bench_sft.py --model_name_or_path Qwen/Qwen3-4B --lengths 8192 16384 32768 65536 125000
-    python recipes/bench_sft.py --model_name_or_path outputs/demo/base --train_file data/demo/train.jsonl --steps 20
+    python recipes/bench_sft.py --model_name_or_path Qwen/Qwen3-4B --lengths 8192 42000 125000
+    python recipes/bench_sft.py --model_name_or_path outputs/demo/base --lengths 2000 --pairs 5   # on a CPU
 
 Plain TRL: SFTTrainer with assistant_only_loss, no cut at max_length, one sample a step, fp32 weights (bf16 compute on
-a GPU) as here, otherwise TRL's own settings. Only the model's config.json and tokenizer are needed. Every row of the
-table is a process of its own, so one that runs out of memory says so and the table goes on.
+a GPU) as here, otherwise TRL's own settings. Only the model's config.json and tokenizer are needed. Every measurement
+is a process of its own, so one that runs out of memory says so and the table goes on. On a CPU the figure is user CPU
+seconds, which other programs on the machine change little; ours and theirs run in turn, --pairs times.
 """
 
 import argparse
 import importlib
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -19,111 +21,174 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense bf16, data sheets
+SCHEMA = {"type": "function", "function": {"name": "read_file", "description": "Reads.", "parameters": {
+    "type": "object", "properties": {"absolute_path": {"type": "string"}}}}}
+OURS = "03_sft.py"
+THEIRS = "plain TRL"
 
 
-def make_row(tok, length):
+def make_row(tok, length: int) -> dict:
     """A trajectory of about `length` tokens: calls of 60 tokens, outputs of 500, as in agent logs."""
     line = "def step(state, action): return state.apply(action)  # value 12345\n"
     output = line * (500 // len(tok(line)["input_ids"]))
-    call = {"type": "function", "function": {"name": "read_file", "arguments": {"absolute_path": "/workspace/a.py"}}}
-    turn = [{"role": "assistant", "content": "I read the file before I change it. " * 4, "tool_calls": [call]},
-            {"role": "tool", "content": output, "tool_call_id": "call"}]  # fmt: skip
+    function = {"name": "read_file", "arguments": {"absolute_path": "/workspace/a.py"}}
+    call = {"id": "call", "type": "function", "function": function}
+    turn = [
+        {"role": "assistant", "content": "I read the file before I change it. " * 4, "tool_calls": [call]},
+        {"role": "tool", "content": output, "tool_call_id": "call"},
+    ]
     size = len(tok(output + turn[0]["content"] + json.dumps(call))["input_ids"])
     messages = [{"role": "user", "content": "Repair it."}, *turn * max(1, length // size)]
-    return {"query_id": str(length), "messages": [*messages, {"role": "assistant", "content": "Done."}], "tools": []}
+    messages.append({"role": "assistant", "content": "Done."})
+    return {"query_id": str(length), "messages": messages, "tools": [SCHEMA]}
 
 
-def ours(sft, model, train_file, steps, folder):
-    """Seconds of each step, from the log that 03_sft.py writes."""
-    flags = ["--model_name_or_path", model, "--train_file", train_file, "--output_dir", folder, "--from_scratch",
-             "--global_batch_size", 1, "--max_steps", steps, "--max_length", 10**6]  # fmt: skip
-    sft.export = lambda *_: None  # writing the random model is not what is measured
-    sft.main(*sft.make_parser().parse_args_and_config(args=[str(flag) for flag in flags]))
-    log = json.loads(Path(folder, "recipe.json").read_text())["log"]
-    return [row["seconds"] for row in log]
+def random_model(sft, model: str, folder: Path) -> str:
+    """A folder with the model's config and tokenizer and random weights in bf16."""
+    import torch
+
+    sft.AutoTokenizer.from_pretrained(model).save_pretrained(folder)
+    torch.manual_seed(0)
+    network = sft.AutoModelForCausalLM.from_config(sft.AutoConfig.from_pretrained(model), dtype=torch.bfloat16)
+    network.save_pretrained(folder)
+    return str(folder)
 
 
-def plain(sft, model, train_file, steps, folder):
-    """Seconds of each step of TRL's trainer."""
-    from datasets import Dataset
-    from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, TrainerCallback, set_seed
+class Clock:
+    """Wall and user CPU seconds of every step but the first, which warms up."""
 
-    class Clock(TrainerCallback):
-        seconds = []
+    def __init__(self):
+        self.wall = []
+        self.user = []
 
+    def begin(self):
+        self.started = (time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+
+    def end(self):
+        self.wall.append(time.monotonic() - self.started[0])
+        self.user.append(resource.getrusage(resource.RUSAGE_SELF).ru_utime - self.started[1])
+
+
+def clocked(sft, clock: Clock):
+    class Timed(sft.TrainerCallback):
         def on_step_begin(self, *_, **__):
-            self.started = time.monotonic()
+            clock.begin()
 
         def on_step_end(self, *_, **__):
-            self.seconds.append(time.monotonic() - self.started)
+            clock.end()
 
+    return Timed()
+
+
+def ours(sft, model: str, train_file: str, steps: int, folder: Path, clock: Clock) -> None:
+    flags = ["--model_name_or_path", model, "--train_file", train_file, "--output_dir", folder / "out"]
+    flags += ["--global_batch_size", 1, "--max_steps", steps, "--max_length", 10**6]
+    flags += ["--gradient_checkpointing", "true"]
+    sft.export = lambda *_: None  # writing the random model is not what is measured
+    start = sft.Trainer.start
+
+    def start_clocked(trainer, *arguments):
+        start(trainer, *arguments)
+        trainer.add_callback(clocked(sft, clock))
+
+    sft.Trainer.start = start_clocked
+    sft.main(*sft.read_settings(sft.make_parser(), [str(flag) for flag in flags]))
+
+
+def plain(sft, model: str, train_file: str, steps: int, folder: Path, clock: Clock) -> None:
     on_gpu = sft.torch.cuda.is_available()
-    set_seed(0)
-    network = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(model), dtype=sft.torch.float32)
-    rows = [{key: row[key] for key in ("messages", "tools")} for _, row in sft.read_jsonl(train_file)]
+    network = sft.AutoModelForCausalLM.from_pretrained(model, dtype=sft.torch.float32)
+    rows = []
+    for _, row in sft.read_jsonl(train_file):
+        rows.append({"messages": row["messages"], "tools": row["tools"]})
     args = sft.SFTConfig(
-        output_dir=folder, assistant_only_loss=True, max_length=None, per_device_train_batch_size=1, max_steps=steps,
-        bf16=on_gpu, use_cpu=not on_gpu, save_strategy="no", report_to="none", logging_steps=1,
-    )  # fmt: skip
-    dataset = Dataset.from_list(rows, on_mixed_types="use_json")
-    tok = AutoTokenizer.from_pretrained(model)
-    sft.SFTTrainer(network, args, train_dataset=dataset, processing_class=tok, callbacks=[Clock()]).train()
-    return Clock.seconds
+        output_dir=str(folder / "out"), assistant_only_loss=True, max_length=None, per_device_train_batch_size=1,
+        max_steps=steps, bf16=on_gpu, use_cpu=not on_gpu, save_strategy="no", report_to="none", logging_steps=1,
+    )
+    dataset = sft.Dataset.from_list(rows, on_mixed_types="use_json")
+    tok = sft.AutoTokenizer.from_pretrained(model)
+    callbacks = [clocked(sft, clock)]
+    sft.SFTTrainer(network, args, train_dataset=dataset, processing_class=tok, callbacks=callbacks).train()
 
 
-def measure(which, model, train_file, steps):
-    """One row of the table, as JSON on the last line of stdout."""
-    sys.path.insert(0, str(ROOT))
+def measure(which: str, model: str, train_file: str, steps: int) -> None:
+    """One measurement, as JSON on the last line of stdout."""
     sft = importlib.import_module("03_sft")
-    samples, _ = sft.tokenize(sft.load_tokenizer(model), sft.read_rows(train_file), 10**6)
+    clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
-        seconds = {"03_sft.py": ours, "plain TRL": plain}[which](sft, model, train_file, steps, folder)
-    config = sft.AutoConfig.from_pretrained(model)
-    pairs = [(len(sample["labels"]), sum(label != -100 for label in sample["labels"])) for sample in samples]
-    active = sft.census(config)[1]
-    step = statistics.mean(seconds[1:])  # the first one warms up
-    row = {"tokens": statistics.mean(tokens for tokens, _ in pairs), "seconds": step}
-    row["flops"] = statistics.mean(sft.sample_flops(config, active, *pair) for pair in pairs) / step
+        run = {OURS: ours, THEIRS: plain}[which]
+        run(sft, model, train_file, steps, Path(folder), clock)
+    figures = {"wall": statistics.mean(clock.wall[1:]), "user": statistics.mean(clock.user[1:])}
     if sft.torch.cuda.is_available():
-        name = sft.torch.cuda.get_device_name()
-        row["peak"] = next((peak for chip, peak in sft.PEAK_FLOPS.items() if chip in name), None)
-        row["memory"] = sft.torch.cuda.max_memory_allocated() / 1e9
-    print(json.dumps(row))
+        figures["memory"] = sft.torch.cuda.max_memory_allocated() / 1e9
+        figures["chip"] = sft.torch.cuda.get_device_name()
+    else:
+        figures["memory"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+    print(json.dumps(figures))
 
 
-def main():
+def sample_of(sft, model: str, train_file: Path) -> tuple[int, int]:
+    """(tokens, trained tokens) of the file's samples, on average."""
+    rows, _ = sft.read_rows(str(train_file))
+    samples, _, _ = sft.tokenize(sft.load_tokenizer(model), rows, 10**7)
+    tokens = sum(len(sample["labels"]) for sample in samples)
+    context = sum(sample["labels"].count(-100) for sample in samples)
+    return tokens // len(samples), (tokens - context) // len(samples)
+
+
+def print_row(sft, options, model: str, train_file: Path, name: str) -> None:
+    from memory import count_parameters, sample_flops
+
+    tokens, trained = sample_of(sft, model, train_file)
+    config = sft.AutoConfig.from_pretrained(model)
+    active = count_parameters(sft.model_without_weights(config))[1]
+    flops = sample_flops(config, active, tokens, trained)
+    user = {OURS: [], THEIRS: []}
+    for _ in range(options.pairs):
+        for which, seconds in user.items():
+            command = [sys.executable, __file__, "--one", which, "--steps", str(options.steps)]
+            command += ["--model_name_or_path", model, "--train_file", str(train_file)]
+            result = subprocess.run(command, capture_output=True, text=True)
+            if result.returncode:
+                error = (result.stderr.strip().splitlines() or ["failed"])[-1]
+                print(f"{name:>10} {which:<10} {error[:80]}", flush=True)
+                continue
+            figures = json.loads(result.stdout.splitlines()[-1])
+            seconds.append(figures["user"])
+            peak = [peak for chip, peak in PEAK_FLOPS.items() if chip in figures.get("chip", "")]
+            mfu = f"{flops / figures['wall'] / peak[0]:.1%}" if peak else "-"
+            print(f"{name:>10} {which:<10} {tokens:8} {figures['wall']:8.3f} {figures['user']:8.3f} "
+                  f"{tokens / figures['wall']:9.0f} {mfu:>6} {figures['memory']:6.2f}", flush=True)
+    if all(user.values()):
+        ratios = [a / b for a, b in zip(user[OURS], user[THEIRS])]
+        print(f"{name:>10} user CPU seconds, ours : theirs, median of {len(ratios)} pairs: "
+              f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})", flush=True)
+
+
+def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model_name_or_path", required=True)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 16384, 32768, 65536, 125000])
+    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 42000, 125000])
     parser.add_argument("--train_file", help="rows to measure on, instead of made ones of --lengths")
     parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--one", choices=["03_sft.py", "plain TRL"], help=argparse.SUPPRESS)
+    parser.add_argument("--pairs", type=int, default=1, help="how often ours and theirs are run, in turn")
+    parser.add_argument("--one", choices=[OURS, THEIRS], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         return measure(options.one, options.model_name_or_path, options.train_file, options.steps)
-    from transformers import AutoTokenizer
-
-    tok = AutoTokenizer.from_pretrained(options.model_name_or_path)
-    print(f"{'rows':>10} {'by':<10} {'tokens':>8} {'s/step':>8} {'tokens/s':>9} {'MFU':>6} {'GB':>6}")
-    for length in [None] if options.train_file else options.lengths:
-        with tempfile.TemporaryDirectory() as folder:
-            path = options.train_file
-            if length:
-                path = Path(folder, "train.jsonl")
-                path.write_text((json.dumps(make_row(tok, length)) + "\n") * options.steps)
-            for which in ("03_sft.py", "plain TRL"):
-                command = [sys.executable, __file__, "--one", which, "--steps", str(options.steps)]
-                command += ["--model_name_or_path", options.model_name_or_path, "--train_file", str(path)]
-                result = subprocess.run(command, capture_output=True, text=True)
-                name = f"{length or Path(path).name:>10} {which:<10}"
-                if result.returncode:
-                    print(name, (result.stderr.strip().splitlines() or ["failed"])[-1][:80], flush=True)
-                    continue
-                row = json.loads(result.stdout.splitlines()[-1])
-                mfu = f"{row['flops'] / row['peak']:.1%}" if row.get("peak") else "-"
-                memory = f"{row['memory']:.1f}" if "memory" in row else "-"
-                print(f"{name} {row['tokens']:8.0f} {row['seconds']:8.3f} {row['tokens'] / row['seconds']:9.0f} "
-                      f"{mfu:>6} {memory:>6}", flush=True)  # fmt: skip
+    sft = importlib.import_module("03_sft")
+    print(f"{'rows':>10} {'by':<10} {'tokens':>8} {'s/step':>8} {'user s':>8} {'tokens/s':>9} {'MFU':>6} {'GB':>6}")
+    with tempfile.TemporaryDirectory() as folder:
+        model = random_model(sft, options.model_name_or_path, Path(folder, "model"))
+        if options.train_file:
+            return print_row(sft, options, model, Path(options.train_file), Path(options.train_file).name)
+        tok = sft.AutoTokenizer.from_pretrained(model)
+        for length in options.lengths:
+            path = Path(folder, f"{length}.jsonl")
+            path.write_text((json.dumps(make_row(tok, length)) + "\n") * options.steps)
+            print_row(sft, options, model, path, str(length))
 
 
 if __name__ == "__main__":
