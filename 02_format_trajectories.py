@@ -1,30 +1,47 @@
 """Stage 2: turn agent logs into chat rows that 03_sft.py trains on; every log is kept, or rejected with a reason.
 
     python 02_format_trajectories.py logs/ results/teacher/episodes.jsonl     # files and folders, formats may be mixed
-    python 02_format_trajectories.py GAIR/LIMI --tokenizer zai-org/GLM-4.5-Air --report data/report.html
+    python 02_format_trajectories.py GAIR/LIMI --tokenizer zai-org/GLM-4.5-Air    # a data set of the Hub
+    python 02_format_trajectories.py ~/.claude/projects --redact              # a tool's own logs, by recipes/logs/
 
-Reads  what READERS lists below, told by content: logs of SII CLI, Gemini CLI, Qwen Code, Claude Code, Codex, opencode,
-       OpenHands, SWE-agent and mini-swe-agent; ATIF; rows (04_eval.py's episodes.jsonl, GAIR/LIMI's limi.json)
-Writes data/train.jsonl                    {"query_id", "messages", "tools", "meta": {"source", "format", ...}} a line
-       data/rejected_trajectories.jsonl    {"source", "reasons": [str]} a line
+Reads  rows of any chat shape, logs of SII CLI, dumps of requests and responses; every other tool's log by a reader:
+       a file of --readers with KINDS, fits(record) and read(record) (recipes/logs/README.md). Told apart by structure.
+Writes data/train.jsonl           {"query_id", "messages", "tools", "meta": {"source", "format", ...}} a line
+       data/train.rejected.jsonl  {"source", "format", "reasons": [str]} a line
+       data/train.settings.json   settings, versions, sha256 of the inputs, counts
+
+The rule: every text of a log stands in its row, or in the reader's own list of what it leaves out, or the log is
+rejected (lost_content). Nothing is written before all of it is done; a run that is killed leaves nothing behind.
 """
+import contextlib
+import fcntl
+import fnmatch
+import gzip
 import hashlib
-import heapq
-import html
+import importlib.metadata
+import importlib.util
 import io
 import itertools
 import json
-import math
+import os
+import platform
 import re
+import runpy
 import sys
+import tempfile
+import unicodedata
 import zlib
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import yaml
 from tqdm import tqdm
 from trl import TrlParser
+
+HERE = Path(__file__).resolve().parent
 
 
 def option(default, text):
@@ -33,60 +50,24 @@ def option(default, text):
 
 @dataclass
 class Settings:
-    output_file: str = option("data/train.jsonl", "Rows; the rejects go beside this file.")
-    tools: str | None = option(None, "JSON list of tool schemas for logs that hold none; else those are rejected.")
+    output_file: str = option("data/train.jsonl", "Rows; rejects and settings go beside it.")
+    readers: str = option(str(HERE / "recipes/logs"), "Folder of readers of other tools' logs.")
+    tools: list[str] | None = option(None, "Tool schemas of logs that hold none: FILE, or FORMAT=FILE for one format;"
+                                           " a JSON list or a tools file (.py). recipes/tools/FORMAT.py is found.")
+    tools_seen: bool = option(False, "Only print the tools and argument names that the logs call, as schemas.")
+    queries: str | None = option(None, "Tasks (stage 1): a row takes id, domain and source of the task it answers.")
     tokenizer: str | None = option(None, "Tokenizer to count tokens with, by its chat template: a path or Hub id.")
     # LIMI run_pipeline.sh --max_tokens: a longer trajectory is dropped, never cut
     max_length: int = option(125_000, "Reject rows with more tokens; needs --tokenizer.")
     benchmark: list[str] | None = option(None, "AgencyBench clone or files; 13 words in common reject a row.")
     redact: bool = option(False, "Replace secrets, e-mails and home paths; without it a secret rejects the row.")
-    max_repeats: int = option(3, "Reject a row with this many identical failing calls in a row.")
-    near_duplicate: float = option(0.9, "Reject rows with this share of an earlier row's lines; above 1: none.")
-    keep_failed: bool = option(False, "Keep episodes that did not solve their task.")
-    keep_unfinished: bool = option(False, "Keep rows that end on a tool result; GAIR/LIMI's own may, see README.")
-    domain: list[str] | None = option(None, "Only rows with one of these values of meta.domain.")
-    where: list[str] | None = option(None, "Only rows whose meta has these values: KEY=VALUE ...")
+    near_duplicate: float = option(0.9, "Reject rows with this share of a longer row's lines; above 1: none.")
+    keep_failed: bool = option(False, "Keep rows whose log says that the task was not solved.")
+    reject_unfinished: bool = option(False, "Reject rows without a last answer; else what follows it is cut.")
+    weight_bad_calls: int = option(1, "0: a turn whose call failed is context and carries no loss.")
+    where: list[str] | None = option(None, "Only rows with KEY=VALUE, KEY!=VALUE, KEY<N or KEY>N; any column.")
     max_samples: int | None = option(None, "At most N rows, stratified by domain; a smaller N gives a subset.")
     seed: int = option(42, "Seed of the selection by --max_samples.")
-    report: str | None = option(None, "Write an HTML report here.")
-
-
-LOG_SUFFIXES = (".json", ".jsonl", ".jsonl.zst", ".traj")
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant", "tool": "tool"}
-FINISH_TOOLS = {"finish", "submit"}  # their call ends the episode and may have no result
-# Gemini CLI and its children (SII CLI, Qwen Code) open with a turn that no model wrote
-CONTEXT_ANSWER = "Got it. Thanks for the context!"
-# ... and end with a request that asks the model who speaks next: it alone holds the final answer
-NEXT_SPEAKER = "Analyze *only* the content and structure of your immediately preceding response"
-# LIMI's converter writes the tools into the system prompt; the chat template writes them again
-TOOL_LIST = re.compile(r"\n\nYou have access to the following tools:\n\n1\. \*\*.*", re.DOTALL)
-COMPACTION = ("<state_snapshot>", "This session is being continued from a previous conversation")
-FAILURE = re.compile(r"(?i)\b(?:error(?!: \(none\))|exception|failed|not found|no such file|denied|invalid|"
-                     r"exit code:? [1-9]|exited with code [1-9]|returncode\W+[1-9])")
-NGRAM = 13  # words; the usual overlap test for benchmark prompts since GPT-3
-SECRETS = {  # shape: (text that must occur, pattern); detect-secrets misses most of these
-    "aws_access_key": ("A", r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
-    "github_token": ("gh", r"\bgh[opsur]_[A-Za-z0-9]{36,}"),
-    "github_pat": ("github_pat_", r"\bgithub_pat_\w{22,}"),
-    "gitlab_token": ("glpat-", r"\bglpat-[\w-]{20,}"),
-    "anthropic_key": ("sk-ant-", r"\bsk-ant-[\w-]{20,}"),
-    "openrouter_key": ("sk-or-", r"\bsk-or-[\w-]{20,}"),
-    "openai_key": ("sk-", r"\bsk-(?!ant-|or-)(?=[\w-]*\d)[\w-]{32,}"),
-    "huggingface_token": ("hf_", r"\bhf_[A-Za-z0-9]{30,}"),
-    "google_key": ("AIza", r"\bAIza[\w-]{35}"),
-    "slack_token": ("xox", r"\bxox[abeoprs]-[\w-]{10,}"),
-    "npm_token": ("npm_", r"\bnpm_[A-Za-z0-9]{36}"),
-    "jwt": ("eyJ", r"\beyJ[\w-]{10,}\.eyJ[\w-]{10,}\.[\w-]{10,}"),
-    "private_key": ("PRIVATE KEY", r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----[^-]*(?:-----END [A-Z ]*-----)?"),
-    "password_in_url": ("://", r"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@<>{}$*]{1,64}:[^\s/:@<>{}$*]{3,128}@"),
-}
-SECRETS = {shape: (hint, re.compile(pattern)) for shape, (hint, pattern) in SECRETS.items()}
-PRIVATE = (  # replaced by --redact; git@host is nobody's address
-    (re.compile(r"((?:/home|/Users|\\Users)[/\\])[\w.-]+"), r"\1user"),
-    (re.compile(r"\b(?!git@)[\w.+-]{1,64}@(?:[\w-]{1,64}\.){1,8}[A-Za-z]{2,}\b"), "user@example.com"),
-)
-# What a log of the wrong shape makes an adapter raise: the log is rejected and counted
-MALFORMED = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 
 
 class InputError(ValueError):
@@ -95,6 +76,10 @@ class InputError(ValueError):
 
 class Reject(ValueError):
     """Why a trajectory is not trained on: "reason" or "reason: detail"; counted by reason."""
+
+
+# What a log of the wrong shape makes a reader raise: the log is rejected and counted
+MALFORMED = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 
 
 def parse_settings(parser):
@@ -107,651 +92,1167 @@ def parse_settings(parser):
         raise InputError(" ".join(told.split())) from None
 
 
-def read_jsonl(path, append_only=False):
-    """Yield ("path:line", row) for every object of a JSONL file.
-
-    append_only: a kill may have cut the last line of such a file; a last line without a newline is left out.
-    """
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            if not line.strip() or append_only and not line.endswith(b"\n"):
-                continue
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}:{number}: not valid JSON ({error}); one JSON object a line") from None
-            if not isinstance(row, dict):
-                raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
-            yield f"{path}:{number}", row
-
-
-def write_jsonl(path, rows):
-    """Write rows under a temporary name, then rename: a reader sees the old file or the whole new one."""
-    path, count = Path(path), 0
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    try:
-        with open(partial, "w") as file:
-            for row in rows:
-                file.write(json.dumps(row) + "\n")  # ASCII: a lone surrogate in a log cannot break the file
-                count += 1
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
-    return count
+# 1. Messages of any chat form -> neutral messages
+ROLES = {
+    "system": "system", "developer": "system",
+    "user": "user", "human": "user",
+    "assistant": "assistant", "gpt": "assistant", "model": "assistant", "ai": "assistant", "bot": "assistant",
+    "tool": "tool", "function": "tool", "environment": "tool", "ipython": "tool", "observation": "tool",
+    "tool_response": "tool", "function_response": "tool", "tool_result": "tool", "toolResult": "tool",
+    "function_call": "call", "tool_call": "call",  # ShareGPT, ms-swift: the content is the call
+}  # fmt: skip
+ITEMS = {  # Responses API: an item has a type where a message has a role
+    "function_call": "assistant", "custom_tool_call": "assistant", "reasoning": "assistant",
+    "function_call_output": "tool", "custom_tool_call_output": "tool",
+}  # fmt: skip
+TEXT_KEYS = ("content", "value", "text", "parts")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
+CALL_KEYS = ("tool_calls", "function_call", "function_calls")
+ARGUMENT_KEYS = ("arguments", "args", "input", "parameters")
+RESULT_IDS = ("tool_call_id", "tool_use_id", "call_id", "toolCallId")
+# Flags of other trainers on one turn: OpenAI weight, ms-swift loss, axolotl train and training, verl loss_mask
+WEIGHT_FLAGS = ("weight", "loss", "train", "training", "trainable", "loss_mask", "step_loss_mask")
+MASK_FLAGS = ("mask", "masked")  # true: no loss
+PART_FLAGS = ("train_detail", "train_details", "masks", "loss_masks", "weights")  # a part of a turn: not ours
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
+TEXT_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # Hermes, Qwen
+TEXT_RESULT = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
 
 
-def open_append(path):
-    """Open an append-only JSONL for writing; a last line that a kill cut short is removed first."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
-        path.write_bytes(text[: text.rfind(b"\n") + 1])
-    return open(path, "a", buffering=1)
+def first_of(record: dict, keys):
+    """The first value that is not None; None if there is none."""
+    return next((record[key] for key in keys if record.get(key) is not None), None)
 
 
-# 1. Adapters: one log -> a session, its messages loosely in OpenAI form; normalise() makes them exact
-def session(messages, tools=None, query_id=None, finish=None, **meta):
-    """finish: None (unknown), "submitted", or the reason why the outcome is not worth learning."""
-    return {"messages": messages, "tools": tools, "query_id": query_id, "finish": finish, "meta": meta}
-
-
-def assistant(content="", reasoning="", calls=()):
-    """calls: (id, name, arguments) each."""
-    calls = [{"id": id, "function": {"name": name, "arguments": arguments}} for id, name, arguments in calls]
-    return {"role": "assistant", "content": content, "reasoning_content": reasoning, "tool_calls": calls}
-
-
-def result(id, content, name=None):
-    content = content if isinstance(content, str | list) else json.dumps(content)
-    return {"role": "tool", "tool_call_id": id, "name": name, "content": content}
-
-
-def from_row(row):
-    """{"messages", "tools"?, "meta"?}: rows of this project, 04_eval.py's episodes, GAIR/LIMI's limi.json."""
-    messages = json.loads(row["messages"]) if isinstance(row["messages"], str) else row["messages"]
-    if row.get("tools") and messages and isinstance(messages[0].get("content"), str):
-        messages = [messages[0] | {"content": TOOL_LIST.sub("", messages[0]["content"])}, *messages[1:]]
-    meta = {"domain": row.get("domain") or (row.get("task") or {}).get("domain"), **(row.get("meta") or {})}
-    finish = "not_solved" if meta.get("solved") is False else None
-    return session(messages, row.get("tools"), row.get("query_id") or row.get("id"), finish) | {"meta": meta}
-
-
-def from_alpaca(row):
-    """{"instruction", "input"?, "output"}: the AFM sets, where one text calls tools by tags and quotes observations.
-
-    No model wrote the observations: they become user turns.
-    """
-    query = "\n".join(text for text in (row["instruction"], row.get("input")) if text)
-    texts = re.split(r"<observation>(.*?)</observation>", row["output"], flags=re.DOTALL)
-    turns = [{"role": "user", "content": text} if n % 2 else assistant(text.strip()) for n, text in enumerate(texts)]
-    return session([{"role": "system", "content": row.get("system")}, {"role": "user", "content": query}, *turns], [])
-
-
-def from_openai_dump(dump):
-    """{"request": {"messages", "tools"}, "response"}: one API call; load_records() picks a session's last one."""
-    request, choice = dump["request"], ((dump.get("response") or {}).get("choices") or [{}])[0]
-    if not request.get("tools"):
-        raise Reject("request_without_tools")  # a title, a summary, another helper
-    finish = "unfinished: the last request failed" if dump.get("error") else None
-    if choice.get("finish_reason") == "length":
-        finish = "unfinished: finish_reason length"
-    messages = request["messages"] + [choice["message"]] * ("message" in choice)
-    return session(messages, request["tools"], finish=finish, model=request.get("model"))
-
-
-def from_sii(log):
-    """{"events": [{"type": "api_request_full", "data": {"full_request"}}]}: the longest request with tools.
-
-    The last request would be the wrong one: it may be a helper's (compression, next speaker), which has no tools.
-    """
-    requests = [event["data"]["full_request"] for event in log["events"] if event.get("type") == "api_request_full"]
-    if not (with_tools := [request for request in requests if request.get("tools")]):
-        raise Reject("request_without_tools")
-    request = max(with_tools, key=lambda request: len(request["messages"]))
-    contents = request["messages"]
-    for check in requests:  # the history that the next-speaker check sees is one answer longer
-        if NEXT_SPEAKER in json.dumps(check["messages"][-1]) and check["messages"][: len(contents)] == contents:
-            contents = check["messages"]
-    instruction = request.get("system_instruction")
-    system = {"role": "system", "content": instruction["parts"] if isinstance(instruction, dict) else instruction}
-    messages = gemini_messages(contents) if any("parts" in content for content in contents) else contents
-    return session([system, *messages], request["tools"], log.get("id"), model=log.get("model"))
-
-
-def gemini_messages(contents):
-    """Gemini contents (role user or model, parts) -> messages; a functionCall may have no id, its response has one."""
-    messages = []
-    for content in contents:
-        texts, thoughts, calls, results = [], [], [], []
-        for part in content["parts"]:
-            if call := part.get("functionCall"):
-                calls.append((call.get("id"), call["name"], call.get("args") or {}))
-            elif answer := part.get("functionResponse"):
-                response = answer.get("response") or {}
-                output = response.get("output", response.get("error", response))
-                results.append(result(answer.get("id"), output, answer.get("name")))
-            elif "text" in part:
-                (thoughts if part.get("thought") else texts).append(part["text"])
-            else:
-                raise Reject(f"non_text_content: {', '.join(part)}")
-        if content["role"] == "model":
-            messages.append(assistant("".join(texts), "".join(thoughts), calls))
-        else:
-            messages += results + [{"role": content["role"], "content": "".join(texts)}] * bool(texts)
-    return messages
-
-
-def from_gemini_cli(lines):
-    """Gemini CLI session: a header, then messages; one that is written again with its results replaces the first."""
-    latest = {}
-    for line in lines[0].get("messages", []) + lines[1:]:
-        if "$rewindTo" in line:
-            ids = [*latest, line["$rewindTo"]]
-            latest = {id: latest[id] for id in ids[: ids.index(line["$rewindTo"])]}
-        elif "id" in line:
-            latest[line["id"]] = line
-    messages = []
-    for line in latest.values():
-        parts = [{"text": line["content"]}] if isinstance(line.get("content"), str) else line.get("content") or []
-        texts = [part for part in parts if "functionResponse" not in part]  # results stand beside their calls
-        if line["type"] == "user" and texts:
-            messages.append({"role": "user", "content": texts})
-        elif line["type"] == "gemini":
-            thoughts = "\n\n".join(f"{t['subject']}\n{t['description']}" for t in line.get("thoughts") or [])
-            calls = line.get("toolCalls") or []
-            messages.append(assistant(texts, thoughts, [(call["id"], call["name"], call["args"]) for call in calls]))
-            messages += gemini_messages([{"role": "user", "parts": call.get("result") or []} for call in calls])
-    return session(messages, query_id=lines[0].get("sessionId"))
-
-
-def from_claude_code(lines):
-    """Claude Code session: one content block a line; the blocks of one response share message.id.
-
-    Only the last branch counts (a rewind leaves others), without sub-agents and meta lines; of a compacted session the
-    part before the summary.
-    """
-    lines = [line for line in lines if "uuid" in line and not line.get("isSidechain")]
-    lines = list(itertools.takewhile(
-        lambda line: line.get("subtype") != "compact_boundary" and not line.get("isCompactSummary"), lines))
-    by_uuid, branch = {line["uuid"]: line for line in lines}, {}
-    place = lines[-1]["uuid"] if any(line.get("parentUuid") for line in lines) else None
-    while place in by_uuid and place not in branch:
-        branch[place] = by_uuid[place]
-        place = by_uuid[place].get("parentUuid")
-    branch = branch or by_uuid
-    answers = {line["message"]["id"]: assistant([]) for line in branch.values() if line["type"] == "assistant"}
-    messages, begun, called, model = [], set(), set(), None
-    for uuid, line in by_uuid.items():
-        message = line.get("message") or {}
-        blocks = message.get("content") or []
-        blocks = [{"type": "text", "text": blocks}] if isinstance(blocks, str) else blocks
-        texts = [block for block in blocks if block["type"] not in ("tool_use", "tool_result", "thinking")]
-        if line.get("isMeta") or message.get("model") == "<synthetic>":
-            continue
-        if line["type"] == "assistant" and message["id"] in answers:
-            answer, model = answers[message["id"]], message.get("model")
-            messages += [answer] * (message["id"] not in begun)
-            begun.add(message["id"])
-            calls = [(b["id"], b["name"], b["input"]) for b in blocks if b["type"] == "tool_use"]
-            called |= {id for id, _, _ in calls}
-            answer["content"] += texts
-            answer["tool_calls"] += assistant(calls=calls)["tool_calls"]
-            answer["reasoning_content"] += "".join(b["thinking"] for b in blocks if b["type"] == "thinking")
-        elif line["type"] == "user":
-            for block in blocks:  # results of parallel calls may lie beside the branch
-                if block["type"] == "tool_result" and block["tool_use_id"] in called:
-                    content = block.get("content") or ""
-                    if isinstance(content, list):  # tool_reference: the tool search names what it found
-                        content = [{"text": part["tool_name"]} if "tool_name" in part else part for part in content]
-                    messages.append(result(block["tool_use_id"], content))
-            messages += [{"role": "user", "content": texts}] * bool(texts and uuid in branch)
-    return session(messages, query_id=lines[0].get("sessionId") if lines else None, model=model)
-
-
-def from_cc_bench(row):
-    """zai-org/CC-Bench-trajectories: a Claude Code session in one column."""
-    log = from_claude_code(json.loads(row["trajectory"]))
-    return log | {"query_id": f"cc-bench-{row.get('task_id')}",
-                  "meta": {"model": row.get("model_name"), "domain": row.get("task_category")}}
-
-
-def from_codex(lines):
-    """Codex rollout: items of one response in any order, tools never stored; of a compacted session the start."""
-    messages, meta, finish = [], {}, None
-    for line in lines:
-        item = line.get("payload") or {}
-        kind = item.get("type", "")
-        if line["type"] == "session_meta":
-            meta["query_id"] = item.get("id")
-            messages.append({"role": "system", "content": (item.get("base_instructions") or {}).get("text")})
-        elif line["type"] == "turn_context":
-            meta["model"] = item.get("model")
-        elif line["type"] == "compacted":
-            break
-        elif kind in ("turn_aborted", "task_complete"):
-            finish = "unfinished: turn_aborted" if kind == "turn_aborted" else None
-        elif line["type"] != "response_item":
-            continue  # event_msg says the same again, for the screen
-        elif kind == "message":
-            messages.append({"role": item["role"], "content": item["content"]})
-        elif kind == "reasoning":  # encrypted for OpenAI's models: then the summary is all there is
-            texts = item.get("content") or item.get("summary") or []
-            messages.append(assistant(reasoning="\n".join(part["text"] for part in texts)))
-        elif kind in ("function_call", "custom_tool_call"):
-            arguments = item["arguments"] if kind == "function_call" else {"input": item["input"]}
-            messages.append(assistant(calls=[(item["call_id"], item["name"], arguments)]))
-        elif kind in ("function_call_output", "custom_tool_call_output"):
-            messages.append(result(item["call_id"], item["output"]))
-        elif kind.endswith("_call"):
-            raise Reject(f"unsupported_call: {kind}")  # run by the provider, its result is in no log
-    return session(messages, finish=finish, **meta)
-
-
-def from_opencode(log):
-    """opencode export: every message holds its parts in order; a step-finish part ends one response of the model."""
-    messages = []
-    for message in log["messages"]:
-        if message["info"]["role"] == "user":
-            messages.append({"role": "user", "content": message["parts"]})
-            continue
-        texts, thoughts, calls, results = [], [], [], []
-        for part in [*message["parts"], {"type": "step-finish"}]:
-            if part["type"] in ("text", "reasoning"):
-                (texts if part["type"] == "text" else thoughts).append(part["text"])
-            elif part["type"] == "tool":
-                state = part["state"]
-                calls.append((part["callID"], part["tool"], state.get("input") or {}))
-                if state["status"] in ("completed", "error"):
-                    results.append(result(part["callID"], state.get("output", state.get("error"))))
-            elif part["type"] == "step-finish" and (texts or thoughts or calls):
-                messages += [assistant("\n".join(texts), "\n".join(thoughts), calls), *results]
-                texts, thoughts, calls, results = [], [], [], []
-    info = log["messages"][-1]["info"]
-    return session(messages, query_id=log["info"].get("id"), model=info.get("modelID"),
-                   finish="unfinished: the last response failed" if info.get("error") else None)
-
-
-def from_openhands(log):
-    """OpenHands V0: {"history": [events]}; every call repeats the whole response that it came from."""
-    messages, tools, seen = [], None, set()
-    for event in log["history"]:
-        call, args = event.get("tool_call_metadata"), event.get("args") or {}
-        if event.get("action") == "system":
-            messages.append({"role": "system", "content": args["content"]})
-            tools = args.get("tools")
-        elif call and "observation" in event:
-            messages.append(result(call["tool_call_id"], event["content"]))
-        elif call and call["model_response"]["id"] not in seen:
-            seen.add(call["model_response"]["id"])
-            messages.append(call["model_response"]["choices"][0]["message"])
-        elif event.get("action") == "message" and not call:
-            messages.append({"role": "user" if event["source"] == "user" else "assistant", "content": args["content"]})
-        elif "condensation" in (event.get("action"), event.get("observation")):
-            raise Reject("compacted")
-    finish = "unfinished: error" if log.get("error") else None
-    return session(messages, tools, log.get("instance_id"), finish)
-
-
-def from_openhands_events(events):
-    """OpenHands V1: one event a file (events/event-*.json) or a line."""
-    messages, tools = [], None
-    for event in events:
-        kind = event.get("kind")
-        if kind == "SystemPromptEvent":
-            messages.append({"role": "system", "content": [event["system_prompt"]]})
-            tools = event.get("tools")
-        elif kind == "MessageEvent":
-            messages.append(event["llm_message"])
-        elif kind == "ActionEvent":
-            call = event["tool_call"]
-            messages.append(assistant(event.get("thought"), event.get("reasoning_content"),
-                                      [(call["id"], call["name"], call["arguments"])]))
-        elif kind == "ObservationEvent":
-            messages.append(result(event["tool_call_id"], event["observation"]["content"]))
-        elif kind in ("AgentErrorEvent", "UserRejectObservation"):
-            messages.append(result(event["tool_call_id"], event.get("error") or event["rejection_reason"]))
-        elif kind == "Condensation":
-            raise Reject("compacted")
-    return session(messages, tools)
-
-
-def from_swe_agent(log):
-    """SWE-agent .traj: "history", without the demonstrations; its tools are named but not described."""
-    messages = []
-    for message in log["history"]:
-        if not message.get("is_demo"):
-            thinking = "\n".join(block["thinking"] for block in message.get("thinking_blocks") or [])
-            id = (message.get("tool_call_ids") or [None])[0]
-            messages.append(message | {"tool_call_id": id, "reasoning_content": thinking})
-    status = (log.get("info") or {}).get("exit_status", "submitted")
-    return session(messages, finish="submitted" if status == "submitted" else f"unfinished: exit_status {status}")
-
-
-def from_mini_swe_agent(log):
-    """mini-swe-agent 2.x: OpenAI messages, a closing "exit" message, one constant tool."""
-    command = {"type": "string", "description": "The bash command to execute"}
-    bash = {"name": "bash", "description": "Execute a bash command",
-            "parameters": {"type": "object", "properties": {"command": command}, "required": ["command"]}}
-    info, messages = log["info"], [message for message in log["messages"] if message.get("role") != "exit"]
-    status = info.get("exit_status")
-    return session(messages, [bash], log.get("instance_id"), model=info["config"]["model"]["model_name"],
-                   finish="submitted" if status == "Submitted" else f"unfinished: exit_status {status}")
-
-
-def from_atif(log):
-    """ATIF 1.x (Harbor): steps of system, user and agent; a copied step belongs to another trajectory."""
-    messages = []
-    for step in log["steps"]:
-        if step.get("is_copied_context"):
-            continue
-        if step["source"] == "agent" and step.get("llm_call_count") == 0:
-            raise Reject("step_without_a_model")
-        calls = [(c["tool_call_id"], c["function_name"], c["arguments"]) for c in step.get("tool_calls") or []]
-        messages.append(assistant(step["message"], step.get("reasoning_content"), calls) if step["source"] == "agent"
-                        else {"role": step["source"], "content": step["message"]})
-        for answer in (step.get("observation") or {}).get("results") or []:
-            content = answer.get("content") or ""
-            messages.append(result(answer["source_call_id"], content) if answer.get("source_call_id")
-                            else {"role": "user", "content": content})
-    agent = log["agent"]
-    return session(messages, agent.get("tool_definitions"), log.get("trajectory_id") or log.get("session_id"),
-                   model=agent.get("model_name"))
-
-
-# format: (key sets of which one tells it, "a.b": a list "a" of objects with "b"; adapter; is a file one session?)
-READERS = {
-    "sii": (["events.type"], from_sii, False),
-    "openai_dump": (["request response"], from_openai_dump, False),
-    "mini_swe_agent": (["trajectory_format messages.role"], from_mini_swe_agent, False),
-    "atif": (["schema_version steps.source"], from_atif, False),
-    "cc_bench": (["trajectory task_category"], from_cc_bench, False),
-    "codex": (["type payload timestamp"], from_codex, True),
-    "gemini_cli": (["sessionId projectHash"], from_gemini_cli, True),
-    "opencode": (["info messages.parts"], from_opencode, False),
-    "swe_agent": (["history.role"], from_swe_agent, False),
-    "openhands": (["history"], from_openhands, False),
-    "openhands_events": (["kind source id"], from_openhands_events, True),
-    "claude_code": (["type sessionId", "type leafUuid", "type messageId"], from_claude_code, True),
-    "row": (["messages"], from_row, False),
-    "alpaca": (["instruction output"], from_alpaca, False),
-}
-
-
-def detect(record):
-    """The first format whose keys a record has; None: not a log."""
-    def has(path):
-        key, _, inner = path.partition(".")
-        first = record[key][:1] if inner and isinstance(record.get(key), list) else []
-        return any(isinstance(item, dict) and inner in item for item in first) if inner else key in record
-
-    if isinstance(record, dict):
-        return next((name for name, (keys, *_) in READERS.items()
-                     if any(all(map(has, some.split())) for some in keys)), None)
-
-
-# 2. Loading: inputs -> units (a file, a folder of OpenHands events, a Hub id) -> records
-def find_units(inputs, own):
-    """{path or Hub id: named by the user?}; a folder gives all its files, less this run's own outputs."""
-    units = {}
-    for name in inputs:
-        path = Path(name)
-        if path.is_dir():
-            for file in sorted(path.rglob("*")):
-                is_event = file.parent.name == "events" and file.name.startswith("event-")
-                if file.is_file() and file.resolve() not in own:
-                    units.setdefault(file.parent if is_event else file, False)
-        elif path.is_file():
-            units[path] = True
-        elif re.fullmatch(r"\w[\w.-]*/[\w.-]+", name) and not path.parent.is_dir() and path.suffix not in LOG_SUFFIXES:
-            units[name] = True
-        else:
-            raise InputError(f"{name}: no such file or folder; give files, folders or Hub ids (owner/name)")
-    return units
-
-
-def parse_json(text, where):
+def load_json(text, reason):
+    """A JSON text's value; one that is none is a reject with this reason."""
     try:
         return json.loads(text)
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{where}: not valid JSON ({error})") from None
+    except (ValueError, RecursionError):
+        raise Reject(reason) from None
 
 
-def read_records(unit):
-    """Yield (source, object) for every object of a JSON or JSONL file, a folder of event files, a Hub dataset."""
-    if isinstance(unit, str):
-        yield from read_hub(unit)
-        return
-    if unit.is_dir():
-        yield from ((str(unit), parse_json(file.read_bytes(), file)) for file in sorted(unit.glob("event-*.json")))
-        return
-    with decompress(unit) if unit.suffix == ".zst" else open(unit, "rb") as file:
-        lines = ((f"{unit}:{number}", line) for number, line in enumerate(file, 1) if line.strip())
-        where, first = next(lines, (unit, b""))
-        try:
-            is_jsonl = isinstance(json.loads(first), dict)
-        except (ValueError, RecursionError):
-            is_jsonl = False  # the first line of an indented document
-        if is_jsonl:
-            yield from ((where, parse_json(line, where)) for where, line in itertools.chain([(where, first)], lines))
-        elif isinstance(document := parse_json(first + file.read(), unit), list):
-            yield from ((f"{unit}:{number}", record) for number, record in enumerate(document, 1))
-        else:
-            yield str(unit), document
+def plain_text(content, joint="\n"):
+    """A string, None, or a list of text parts -> a string; anything else is a reject that names its type."""
+    if content is None or isinstance(content, str):
+        return content or ""
+    if not isinstance(content, list):
+        raise Reject(f"non_text_content: {type(content).__name__}")
+    texts = []
+    for part in content:
+        part = {"text": part} if isinstance(part, str) else part
+        kind = type(part).__name__
+        if isinstance(part, dict):
+            kind = part.get("type")
+            part = first_of(part, ("text", "summary", "tool_name"))
+        if not isinstance(part, str):
+            raise Reject(f"non_text_content: {kind}")
+        texts.append(part)
+    return joint.join(texts)
 
 
-def decompress(path):
-    import pyarrow
-
-    try:
-        return io.BytesIO(pyarrow.CompressedInputStream(str(path), "zstd").read())
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path}: cannot be decompressed ({error})") from None
-
-
-def read_hub(name):
-    """The rows of every split of a Hub dataset; not streamed, because a stream leaves JSON columns undecoded."""
-    from datasets import load_dataset
-
-    try:
-        for split, rows in load_dataset(name).items():
-            yield from ((f"{name}/{split}:{number}", row) for number, row in enumerate(rows, 1))
-    except (OSError, ValueError) as error:
-        why = str(error).partition("\n")[0]
-        raise InputError(f"{name}: no such file, and not readable as a Hub dataset ({why})") from None
-
-
-def load_records(units):
-    """Yield (source, format, record) for every session; (source, None, why) for what is no log.
-
-    Dumps hold one API call each: a call whose conversation continues in another dump is part of that one. Only hashes
-    of their conversations are kept until all files are read; then the last dump of each conversation is read again.
-    """
-    dumps, continued = [], set()
-    for unit, named in units.items():
-        try:
-            is_log = named or unit.is_dir() or unit.name.endswith(LOG_SUFFIXES)
-            records = read_records(unit) if is_log else iter(())
-            first = next(records, (None, None))  # tells whether the file is a log at all
-            if not (name := detect(first[1])):
-                raise InputError(f"{unit}: not a log of a known format (--help lists them)")
-            if READERS[name][2]:
-                yield str(unit), name, [first[1], *(record for _, record in records)]
-                continue
-            for source, record in itertools.chain([first], records):
-                name = detect(record)
-                if name == "openai_dump" and (hashes := conversation_hashes(record)):
-                    continued.update(hashes[:-1])
-                    dumps.append((unit, source, hashes[-1]))
-                else:
-                    yield source, name, record if name else "not a log of a known format"
-        except InputError as error:  # a folder may hold anything; a file that the user named is meant
-            if named:
-                raise
-            yield str(unit), None, str(error)
-    for unit, source, last in dumps:
-        if last not in continued:
-            yield source, "openai_dump", next(record for found, record in read_records(unit) if found == source)
-
-
-def conversation_hashes(dump):
-    """One hash for each prefix of a dump's conversation, response included; [] for a dump that will be rejected.
-
-    Reasoning and ids stay out: some clients strip them from the history that they send.
-    """
-    digest, hashes = hashlib.sha256(), []
-    try:
-        for message in map(clean_message, from_openai_dump(dump)["messages"]):
-            calls = [call["function"] for call in message.get("tool_calls", [])]
-            digest.update(json.dumps([message["role"], message["content"], calls], sort_keys=True).encode())
-            hashes.append(digest.hexdigest())
-    except MALFORMED:
-        return []  # format_record() says why
-    return hashes
-
-
-# 3. The normal form
-def clean_text(content):
-    """content (None, a string, or a list of text parts) -> a string."""
-    parts = content if isinstance(content, list) else [{"text": "" if content is None else content}]
-    for part in parts:
-        if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-            raise Reject(f"non_text_content: {part.get('type') if isinstance(part, dict) else type(part).__name__}")
-    return "\n".join(part["text"] for part in parts)
-
-
-def drop_nulls(value):
-    """Without the null values of objects, at any depth: Arrow writes them, and templates would print them."""
-    if isinstance(value, dict):
-        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
-    return [drop_nulls(item) for item in value] if isinstance(value, list) else value
-
-
-def clean_call(call):
-    name, arguments = call["function"]["name"], call["function"].get("arguments")
+def read_call(call):
+    """A call of any shape -> {"id", "type", "function": {"name", "arguments": object}}."""
+    function = call.get("function")
+    body = function if isinstance(function, dict) else call
+    name = function if isinstance(function, str) else body.get("name")
+    if not isinstance(name, str) or not name:
+        raise Reject("call_without_name")
+    arguments = first_of(body, ARGUMENT_KEYS)
+    strange = body.keys() - {"id", "call_id", "name", "type", "index", "function", "namespace", *ARGUMENT_KEYS}
+    if arguments is None and any(body[key] for key in strange):
+        raise Reject(f"call_without_arguments: {name} has {', '.join(sorted(strange))}")
     if isinstance(arguments, str):
-        try:
-            arguments = json.loads(arguments or "{}")
-        except (ValueError, RecursionError):
-            raise Reject(f"arguments_not_json: {name}") from None
-    if not isinstance(name, str) or not isinstance(arguments, dict):
+        arguments = load_json(arguments.strip() or "{}", f"arguments_not_json: {name}")
+    if not isinstance(arguments or {}, dict):
         raise Reject(f"arguments_not_an_object: {name}")
-    return {"id": call.get("id"), "type": "function", "function": {"name": name, "arguments": drop_nulls(arguments)}}
+    id = first_of(call, ("id", "call_id", "toolCallId"))
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments or {}}}
 
 
-def clean_message(message):
-    """One message with the contract's keys and types; ids and pairing are the business of normalise()."""
-    role = message.get("role")
-    if not isinstance(role, str) or role not in ROLES:
-        raise Reject(f"unknown_role: {role}")
-    clean = {"role": ROLES[role], "content": clean_text(message.get("content"))}
+def read_calls(value, key):
+    """tool_calls, function_call or function_calls, as a list, an object or a JSON string of either."""
+    calls = load_json(value, f"calls_as_text: {key}") if isinstance(value, str) else value
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list):
+        raise Reject(f"calls_as_text: {key}")
+    return [read_call(load_json(call, f"calls_as_text: {key}") if isinstance(call, str) else call) for call in calls]
+
+
+class Parts:
+    """What the content of one message holds, by kind."""
+
+    def __init__(self):
+        self.texts, self.thoughts, self.calls, self.results = [], [], [], []
+
+    def add(self, block):
+        """One block of OpenAI, Anthropic, Gemini or Inspect; an unknown one is a reject that names it."""
+        kind = block.get("type") if isinstance(block, dict) else None
+        if isinstance(block, str):
+            self.texts.append(block)
+        elif not isinstance(block, dict):
+            raise Reject(f"non_text_content: {type(block).__name__}")
+        elif "functionCall" in block:
+            self.calls.append(read_call(block["functionCall"]))
+        elif "functionResponse" in block:
+            answer = block["functionResponse"]
+            response = answer.get("response") or {}
+            output = response.get("output", response.get("error", response))
+            self.add_result(answer.get("id"), output, answer.get("name"))
+        elif kind in ("tool_use", "toolCall", "tool_call"):
+            self.calls.append(read_call(block))
+        elif kind in ("tool_result", "toolResult"):
+            self.add_result(first_of(block, RESULT_IDS), block.get("content"))
+        elif kind in ("thinking", "reasoning") or block.get("thought") is True:
+            self.thoughts.append(plain_text(first_of(block, ("thinking", "reasoning", "text", "summary"))))
+        else:
+            self.texts.append(plain_text([block]))
+
+    def add_result(self, id, output, name=None):
+        text = plain_text(output) if output is None or isinstance(output, str | list) else json.dumps(output)
+        self.results.append({"role": "tool", "id": id, "name": name, "content": text})
+
+
+def weight_of(message, role):
+    """0, or None for full loss, from the flags of other trainers; a flag that we cannot follow is a reject."""
+    weights = set()
+    for key in WEIGHT_FLAGS + MASK_FLAGS + PART_FLAGS:
+        flag = message.get(key)
+        if flag is None or flag == []:
+            continue
+        if key in PART_FLAGS or flag not in (0, 1):
+            raise Reject(f"unsupported_flag: {key}")
+        trained = not flag if key in MASK_FLAGS else bool(flag)
+        if role != "assistant" and trained and key not in MASK_FLAGS:
+            raise Reject(f"unsupported_flag: {key} on a {role} message")
+        weights.add(trained)
+    if len(weights) > 1:
+        raise Reject("unsupported_flag: two flags of a turn disagree")
+    return 0 if role == "assistant" and False in weights else None
+
+
+def role_of(message):
+    if message.get("type") in ITEMS and "role" not in message and "from" not in message:
+        return ITEMS[message["type"]]
+    name = first_of(message, ("role", "from", "type"))
+    if not isinstance(name, str) or name not in ROLES:
+        raise Reject(f"unknown_role: {name}")
+    return ROLES[name]
+
+
+def read_parts(message, role):
+    """The content of a message under any of its names, as Parts."""
+    keys = TEXT_KEYS + {"tool": ("output",), "system": ("system_prompt",)}.get(role, ())
+    is_item = role in ("assistant", "call") and message.get("type") in ITEMS
+    keys += ("summary",) if is_item else ()
+    if role != "assistant" and not any(key in message for key in keys):
+        raise Reject(f"missing_text: a {message.get('role', role)} message without content")
+    key = next((key for key in keys if message.get(key) not in (None, [])), keys[0])
+    content = message.get(key)
+    parts = Parts()
+    for block in content if isinstance(content, list) else [] if content is None else [content]:
+        parts.add(block)
+    if is_item and message["type"] == "reasoning":
+        parts.thoughts += parts.texts
+        parts.texts = []
+    joint = "" if key == "parts" else "\n"  # Gemini's parts are pieces of one text
+    parts.texts = [joint.join(parts.texts)]
+    parts.thoughts = [joint.join(parts.thoughts)]
+    return parts
+
+
+def read_reasoning(message):
+    """The texts of every spelling of reasoning, each once."""
+    texts = []
+    for key in REASONING_KEYS:
+        value = message.get(key)
+        blocks = value if isinstance(value, list) else [value]
+        for block in filter(None, blocks):
+            if isinstance(block, dict):  # an encrypted one has no text
+                block = first_of(block, ("thinking", "text", "summary", "reasoning")) or ""
+            text = plain_text(block)
+            if text.strip() and text not in texts:
+                texts.append(text)
+    return texts
+
+
+def read_message(message):
+    """One message -> neutral ones: {"role", "content", "reasoning_content", "calls", "weight"}, or a tool's
+    {"role": "tool", "id", "name", "content"}. Results among the blocks come first, as they were sent."""
+    if not isinstance(message, dict):
+        raise Reject(f"message_is_no_object: {type(message).__name__}")
+    if isinstance(message.get("data"), dict) and "content" in message["data"]:  # LangChain
+        message = {**message["data"], "type": message.get("type")}
+    role = role_of(message)
+    parts = read_parts(message, role)
     if role == "tool":
-        return clean | {"id": message.get("tool_call_id"), "name": message.get("name")}
+        return read_result(message, parts)
+    if role == "call":
+        parts.calls += read_calls("".join(parts.texts), message.get("role") or message.get("from"))
+        parts.texts = [""]
+        role = "assistant"
+    neutral = {"role": role, "content": parts.texts[0], "weight": weight_of(message, role)}
     if role == "assistant":
-        reasoning = clean_text(message.get("reasoning_content") or message.get("reasoning"))
-        clean |= {"reasoning_content": reasoning} if reasoning.strip() else {}
-        calls = [clean_call(call) for call in message.get("tool_calls") or []]
-        clean |= {"tool_calls": calls} if calls else {}
-    return clean
+        read_answer(message, parts, neutral)
+    elif parts.results and not neutral["content"]:
+        return parts.results
+    return [*parts.results, neutral]
 
 
-def normalise(messages):
-    """Neutral messages -> the contract's: turns merged, pseudo-turns out, every result beside its call."""
-    turns = []  # each turn holds the results of its calls until the end
-    for message in map(clean_message, messages):
-        last = turns[-1] if turns else {"role": None}
+def read_answer(message, parts, neutral):
+    """What only an assistant message has: calls, reasoning, and both written as text."""
+    calls = parts.calls
+    for key in CALL_KEYS:
+        calls += read_calls(message[key], key) if message.get(key) else []
+    if message.get("type") in ("function_call", "custom_tool_call") and not calls:
+        free = message["type"] == "custom_tool_call"  # its input is free text
+        arguments = {"input": message["input"]} if free else message.get("arguments")
+        calls.append(read_call({"id": message.get("call_id"), "name": message.get("name"), "arguments": arguments}))
+    thoughts = [text for text in parts.thoughts + read_reasoning(message) if text.strip()]
+    content = neutral["content"]
+    while thought := THOUGHT.match(content):
+        thoughts += [thought[1].strip()] if thought[1].strip() else []
+        content = content[thought.end():]
+    if not calls and (found := TEXT_CALL.findall(content)):
+        with contextlib.suppress(Reject, ValueError):  # a text that only looks like a call stays a text
+            calls += [read_call(json.loads(text)) for text in found]
+            content = TEXT_CALL.sub("", content).strip()
+    neutral |= {"content": content, "reasoning_content": "\n".join(dict.fromkeys(thoughts)), "calls": calls}
+
+
+def read_result(message, parts):
+    """A tool message; Hermes wraps one or several results in tags."""
+    ids = message.get("tool_call_ids") or [None]
+    id = first_of(message, RESULT_IDS) or ids[0]
+    if parts.results:
+        return parts.results
+    text = parts.texts[0]
+    inner = TEXT_RESULT.findall(text)
+    if not inner or TEXT_RESULT.sub("", text).strip():
+        return [{"role": "tool", "id": id, "name": message.get("name"), "content": text}]
+    results = []
+    for answer in inner:
+        name = None
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(answer)
+            if isinstance(value, dict) and "content" in value:
+                name = value.get("name")
+                value = value["content"]
+                answer = value if isinstance(value, str) else json.dumps(value)
+        results.append({"role": "tool", "id": id, "name": name, "content": answer})
+    return results
+
+
+# 2. Neutral messages -> the normal form of a row
+# Gemini CLI and its children (SII CLI, Qwen Code) open with a turn that no model wrote
+CONTEXT_ANSWER = "Got it. Thanks for the context!"
+# ... and end with a request that asks the model who speaks next: it alone holds the final answer
+NEXT_SPEAKER = "Analyze *only* the content and structure of your immediately preceding response"
+FINISH_TOOLS = {"finish", "submit", "exit", "complete", "mark_task_complete", "attempt_completion"}
+
+
+def normalise(messages, notes: Counter):
+    """Messages of any form -> (the row's messages, the texts that were left out: pseudo-turns, a cut end).
+
+    notes counts what was done: "cut", "merged", "greeting"; "unfinished" is the role that a cut conversation ended on.
+    """
+    turns: list[dict] = []  # each holds the results of its calls until the end; None: not there yet
+    for message in itertools.chain.from_iterable(map(read_message, messages)):
         if message["role"] == "tool":
-            take_result(last, message)
+            take_result(turns, message)
         elif message["role"] == "system" and not message["content"]:
             continue
-        elif message["role"] == "system" and last["role"] not in (None, "system"):
-            raise Reject("system_message_after_the_start")
-        elif message["role"] == last["role"] != "user" and all(answer is None for answer in last["results"]):
-            # old Gemini CLIs log the text and each call of one model turn separately, Codex every item
-            for key in ("content", "reasoning_content"):
-                if text := "\n".join(part for part in (last.get(key), message.get(key)) if part):
-                    last[key] = text
-            if calls := last.get("tool_calls", []) + message.get("tool_calls", []):
-                last |= {"tool_calls": calls, "results": [None] * len(calls)}
+        elif turns and continues(turns[-1], message):
+            merge(turns[-1], message, notes)
         else:
-            turns.append(message | {"results": [None] * len(message.get("tool_calls", []))})
-    return flatten(drop_pseudo_turns(turns))
+            calls = message.pop("calls", [])
+            turns.append(message | {"calls": calls, "results": [None] * len(calls)})
+    turns, left_out = drop_pseudo_turns(turns)
+    left_out += cut_end(turns, notes)
+    mark_greeting(turns, notes)
+    return flatten(turns), left_out
+
+
+def continues(last, message):
+    """Old Gemini CLIs log the text and each call of one model turn separately, Codex every item."""
+    return message["role"] == last["role"] != "user" and all(answer is None for answer in last["results"])
+
+
+def merge(last, message, notes):
+    if message["weight"] != last["weight"]:
+        raise Reject("two_weights: assistant messages in a row with and without loss")
+    notes["merged"] = 1
+    for key in ("content", "reasoning_content"):
+        if message.get(key):
+            last[key] = "\n".join(filter(None, (last.get(key), message[key])))
+    calls = message.get("calls", [])
+    last["calls"] += calls
+    last["results"] += [None] * len(calls)
+
+
+def take_result(turns, answer):
+    """Put a result beside its call: by id; where the call or the result has none, by name and order.
+
+    Results end up in the order of the calls: GLM's and Qwen's templates print no ids, so the order is the pairing.
+    A user's word between a call and its result is no reason to lose the result.
+    """
+    for turn in reversed(turns):
+        pending = [number for number, result in enumerate(turn["results"]) if result is None]
+        for number in pending:
+            if answer["id"] and turn["calls"][number]["id"] == answer["id"]:
+                turn["results"][number] = answer["content"]
+                return
+        if turn["role"] == "assistant":
+            break
+    for number in pending if turns and turns[-1] is turn else []:
+        call = turn["calls"][number]
+        named = answer["name"] in (None, call["function"]["name"])
+        if named and not (call["id"] and answer["id"]):
+            turn["results"][number] = answer["content"]
+            return
+    raise Reject("result_without_call")
 
 
 def drop_pseudo_turns(turns):
     """Without the turns that the harness made up; the context that it told moves to the system message."""
     start = int(bool(turns) and turns[0]["role"] == "system")
+    left_out = []
     if [turn["content"].strip() == CONTEXT_ANSWER for turn in turns[start : start + 2]] == [False, True]:
         content = "\n\n".join(turn["content"] for turn in turns[: start + 1])
-        turns = [{"role": "system", "content": content, "results": []}, *turns[start + 2 :]]
-    asked = bool(turns) and turns[-1]["role"] == "user" and turns[-1]["content"].startswith(NEXT_SPEAKER)
-    return turns[:-1] if asked else turns
+        system = {"role": "system", "content": content, "weight": None, "calls": [], "results": []}
+        turns = [system, *turns[start + 2 :]]
+        left_out.append(CONTEXT_ANSWER)
+    if turns and turns[-1]["role"] == "user" and turns[-1]["content"].startswith(NEXT_SPEAKER):
+        left_out.append(turns[-1]["content"])
+        turns = turns[:-1]
+    return turns, left_out
+
+
+def cut_end(turns, notes):
+    """Cut what follows the last assistant turn: results whose answer the log lost, a user's last word."""
+    answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
+    if not answers:
+        raise Reject("no_assistant_message")
+    last = turns[answers[-1]]
+    results = [result for result in last["results"] if result is not None]
+    after = [turn["content"] for turn in turns[answers[-1] + 1 :]]
+    names = {call["function"]["name"] for call in last["calls"]}
+    if after or (last["calls"] and not names & FINISH_TOOLS):
+        notes["unfinished"] = 1
+    if after or results:
+        notes["cut"] = 1
+    del turns[answers[-1] + 1 :]
+    last["results"] = [None] * len(last["calls"])
+    return results + after
+
+
+def mark_greeting(turns, notes):
+    """An assistant's greeting before the first request is context: no request asked for it."""
+    users = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
+    if not users:
+        raise Reject("no_user_message")
+    for turn in turns[: users[0]]:
+        if turn["calls"]:
+            raise Reject("starts_with: assistant")
+        if turn["role"] == "assistant":
+            turn["weight"] = 0
+            notes["greeting"] = 1
 
 
 def flatten(turns):
     """Turns -> messages, each result after its call, every id present and unique."""
     messages, seen = [], set()
     for turn in turns:
-        results, calls = turn.pop("results"), turn.get("tool_calls", [])
-        if turn["role"] == "assistant" and not turn["content"] and not calls:
+        message = {"role": turn["role"], "content": turn["content"]}
+        if turn.get("reasoning_content"):
+            message["reasoning_content"] = turn["reasoning_content"]
+        if turn["calls"]:
+            message["tool_calls"] = turn["calls"]
+        if turn["role"] == "assistant" and len(message) == 2 and not turn["content"]:
             raise Reject("empty_assistant_message")
-        messages.append(turn)
-        for call, answer in zip(calls, results):
-            if not isinstance(call["id"], str) or not call["id"] or call["id"] in seen:
-                call["id"] = next(id for n in itertools.count(len(seen)) if (id := f"call_{n}") not in seen)
-            seen.add(call["id"])
+        if turn["weight"] == 0:
+            message["weight"] = 0
+        messages.append(message)
+        for call, answer in zip(turn["calls"], turn["results"]):
+            call["id"] = unique_id(call["id"], seen)
             if answer is not None:
                 messages.append({"role": "tool", "tool_call_id": call["id"], "content": answer})
-            elif turn is not turns[-1] or call["function"]["name"] not in FINISH_TOOLS:
+            elif turn is not turns[-1]:
                 raise Reject(f"call_without_result: {call['function']['name']}")
     return messages
 
 
-def take_result(turn, answer):
-    """Put a result beside its call: by id; where the call or the result has none, by name and order.
+def unique_id(id, seen):
+    """The id, or a new one where it is missing or taken; seen grows."""
+    number = len(seen)
+    while not isinstance(id, str) or not id or id in seen:
+        id = f"call_{number}"
+        number += 1
+    seen.add(id)
+    return id
 
-    Results end up in the order of the calls: GLM's and Qwen's templates print no ids, so the order is the pairing.
-    """
-    pending = [n for n, call in enumerate(turn.get("tool_calls", [])) if turn["results"][n] is None]
-    calls = turn.get("tool_calls", [])
-    found = [n for n in pending if calls[n]["id"] and calls[n]["id"] == answer["id"]] or [
-        n for n in pending if not (calls[n]["id"] and answer["id"])
-        and answer["name"] in (None, calls[n]["function"]["name"])]
-    if not found:
-        raise Reject("result_without_call")
-    turn["results"][found[0]] = answer["content"]
+
+GEMINI_TYPES = {"STRING", "NUMBER", "INTEGER", "BOOLEAN", "ARRAY", "OBJECT", "NULL"}
 
 
 def lower_types(schema):
-    """Gemini declares types as "STRING"; JSON schema says "string"."""
-    if isinstance(schema, dict):
-        return {key: value.lower() if key == "type" and isinstance(value, str) else lower_types(value)
-                for key, value in schema.items()}
-    return [lower_types(item) for item in schema] if isinstance(schema, list) else schema
+    """Gemini's "STRING" -> "string", only where a schema stands: never in defaults, enums or examples."""
+    if not isinstance(schema, dict):
+        return schema
+    schema = dict(schema)
+    if isinstance(schema.get("type"), str) and schema["type"] in GEMINI_TYPES:
+        schema["type"] = schema["type"].lower()
+    for key in ("items", "additionalProperties"):
+        if key in schema:
+            schema[key] = lower_types(schema[key])
+    for key in ("anyOf", "oneOf", "allOf"):
+        if isinstance(schema.get(key), list):
+            schema[key] = [lower_types(item) for item in schema[key]]
+    if isinstance(schema.get("properties"), dict):
+        schema["properties"] = {name: lower_types(item) for name, item in schema["properties"].items()}
+    return schema
 
 
-def clean_tools(tools):
-    """Tool schemas in OpenAI form, from OpenAI's, bare functions, Gemini's declarations or a JSON string of them."""
+def read_tool(tool):
+    """One tool of OpenAI, Anthropic or Gemini, or a JSON string of it -> a list of OpenAI schemas."""
+    tool = load_json(tool, "tools_are_no_schemas: a text") if isinstance(tool, str) else tool
+    if not isinstance(tool, dict):
+        raise Reject(f"tools_are_no_schemas: {type(tool).__name__}")
+    if "functionDeclarations" in tool:
+        return [schema for function in tool["functionDeclarations"] for schema in read_tool(function)]
+    wrapped = isinstance(tool.get("function"), dict)
+    function = dict(tool["function"] if wrapped else tool)
+    if not wrapped:
+        function.pop("type", None)
+    if not isinstance(function.get("name"), str):
+        raise Reject(f"tools_are_no_schemas: {tool.get('type', 'no name')}")
+    for key in ("parametersJsonSchema", "input_schema", "inputSchema"):
+        if key in function:
+            function["parameters"] = function.pop(key)
+    parameters = function.get("parameters", {})
+    if not isinstance(parameters, dict):
+        raise Reject(f"tools_are_no_schemas: parameters of {function['name']}")
+    if parameters.get("type") == "OBJECT":
+        function["parameters"] = lower_types(parameters)
+    return [{"type": "function", "function": function}]
+
+
+def read_tools(tools):
+    """Tool schemas from a list, a JSON string, a list of JSON strings, or an object with "tools"; "" is none."""
+    if isinstance(tools, str):
+        tools = load_json(tools, "tools_are_no_schemas: a text") if tools.strip() else []
+    if isinstance(tools, dict):
+        tools = tools.get("tools", [tools])
+    if not isinstance(tools or [], list):
+        raise Reject(f"tools_are_no_schemas: {type(tools).__name__}")
     schemas = []
-    tools = json.loads(tools) if isinstance(tools, str) else tools
-    for function in [f for tool in tools for f in tool.get("functionDeclarations") or [tool.get("function") or tool]]:
-        given = (function.get(key) for key in ("parameters", "parametersJsonSchema", "input_schema"))
-        parameters = next(filter(None, given), {"type": "object", "properties": {}})
-        if not isinstance(function["name"], str) or not isinstance(parameters, dict):
-            raise Reject("tools_are_no_schemas")
-        schemas.append({"type": "function", "function": {
-            "name": function["name"], "description": clean_text(function.get("description")),
-            "parameters": lower_types(drop_nulls(parameters))}})
+    for tool in tools or []:
+        schemas += read_tool(tool)
     return schemas
 
 
-# 4. Checks of one row: each gives reasons; a row without any goes on
+# 3. Formats of this file: a record -> a loose row {"messages", "tools", "meta", "left_out"?, "checked"?}
+MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "trajectory")
+TOOL_COLUMNS = ("tools", "tools_json", "functions", "tool_defs", "available_tools")
+SYSTEM_COLUMNS = ("system", "system_prompt")
+ID_COLUMNS = ("query_id", "id", "instance_id", "task_id", "traj_id", "trajectory_id", "uuid", "custom_id",
+              "session_id", "sessionId")  # fmt: skip
+SERVED = {"served": "ids of the tokens that 04's server took and gave; their text is in the messages"}
+# LIMI's converter writes the tools into the system prompt; the chat template writes them again
+TOOL_LIST = "\n\nYou have access to the following tools:\n\n"
+TOOL_LINE = re.compile(r"\s*$|\d+\. \*\*|\s+\S|Parameters\b|- ")
+TOOLS_TAG = re.compile(r"<tools>\s*(.*?)\s*</tools>", re.DOTALL)  # Hermes
+
+
+@dataclass
+class Format:
+    """A kind of log: fits(record) -> bool, read(record) -> loose row, what it leaves out and why."""
+
+    name: str
+    fits: object
+    read: object
+    kinds: dict[str, str] = field(default_factory=dict)
+    left_out: dict[str, str] = field(default_factory=dict)
+
+
+def as_list(value):
+    """A list, or the JSON string of one; else None."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        with contextlib.suppress(ValueError, RecursionError):
+            value = json.loads(value)
+    return value if isinstance(value, list) else None
+
+
+def is_message(value):
+    if not isinstance(value, dict):
+        return False
+    names = [value.get(key) for key in ("role", "from", "type")]
+    return any(isinstance(name, str) and (name in ROLES or name in ITEMS) for name in names)
+
+
+def fits_row(record):
+    if isinstance(record, list):
+        return bool(record) and all(map(is_message, record))
+    if not isinstance(record, dict):
+        return False
+    has_messages = any(as_list(record.get(key)) is not None for key in MESSAGE_COLUMNS)
+    return has_messages or {"prompt", "completion"} <= record.keys() or {"query", "answers"} <= record.keys()
+
+
+def take_messages(columns):
+    """Remove the conversation's columns and return its messages."""
+    for key in MESSAGE_COLUMNS:
+        if as_list(columns.get(key)) is not None:
+            return as_list(columns.pop(key))
+    if "completion" in columns:  # TRL
+        sides = {"user": columns.pop("prompt"), "assistant": columns.pop("completion")}
+    else:  # xLAM: calls without results
+        sides = {"user": columns.pop("query"), "function_call": columns.pop("answers")}
+    messages = []
+    for role, side in sides.items():
+        messages += side if isinstance(side, list) else [{"role": role, "content": side}]
+    return messages
+
+
+def take_tools(columns):
+    """Remove the tools' columns and return the first that holds any."""
+    found = [columns.pop(key) for key in TOOL_COLUMNS if key in columns]
+    for key in ("metadata", "extra_info"):
+        if isinstance(columns.get(key), dict) and "tools" in columns[key]:  # slime, verl
+            columns[key] = dict(columns[key])
+            found.append(columns[key].pop("tools"))
+    return next(filter(None, found), None)
+
+
+def read_row(record):
+    """Rows of this project, 04's episodes, GAIR/LIMI, public data sets; a bare list of messages."""
+    columns = dict(record) if isinstance(record, dict) else {"messages": record}
+    for key in (*MASK_FLAGS, *PART_FLAGS, "loss_mask"):
+        if isinstance(columns.get(key), list):
+            raise Reject(f"unsupported_flag: {key}, a mask beside the messages")
+    messages = take_messages(columns)
+    tools = take_tools(columns)
+    system = [columns.pop(key) for key in SYSTEM_COLUMNS if columns.get(key)]
+    checked = {"messages": messages, "system": system}
+    started = bool(messages) and isinstance(messages[0], dict) and messages[0].get("content") in system
+    messages = [{"role": "system", "content": text} for text in system if not started] + messages
+    columns.pop("served", None)
+    own = columns.pop("meta") if isinstance(columns.get("meta"), dict) else {}
+    for key, name in (("source", "query_source"), ("format", "row_format")):
+        if key in columns:
+            columns[name] = columns.pop(key)
+    if isinstance(columns.get("task"), dict) and "domain" in columns["task"]:
+        columns.setdefault("domain", columns["task"]["domain"])
+    return {"messages": messages, "tools": tools, "meta": columns | own, "checked": checked}
+
+
+def fits_dump(record):
+    return isinstance(record, dict) and isinstance(record.get("request"), dict) and "response" in record
+
+
+def body_of(side):
+    """A request or response: itself, or the body of a logged HTTP message."""
+    side = side.get("body", side) if isinstance(side, dict) else side
+    return load_json(side, "unreadable: a body that is no JSON") if isinstance(side, str) else side or {}
+
+
+def read_dump(dump):
+    """{"request", "response"}: one API call of the chat, Anthropic's or the Responses form; the session's last one."""
+    request = body_of(dump["request"])
+    response = body_of(dump["response"])
+    if not request.get("tools"):
+        raise Reject("request_without_tools: a title, a summary or another helper")
+    messages = first_of(request, ("messages", "input"))
+    messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
+    system = first_of(request, ("system", "instructions"))
+    system = [{"role": "system", "content": system}] if system else []
+    finish = first_of(response, ("stop_reason", "status"))
+    if response.get("choices"):
+        answer = [response["choices"][0]["message"]]
+        finish = response["choices"][0].get("finish_reason")
+    elif "content" in response:
+        answer = [{"role": "assistant", "content": response["content"]}]
+    else:
+        answer = response.get("output") or []
+    if dump.get("error"):
+        raise Reject("unfinished: the last request failed")
+    meta = {"model": request.get("model"), "finish_reason": finish}
+    return {"messages": system + messages + answer, "tools": request["tools"], "meta": meta}
+
+
+DUMP_LEFT_OUT = {"headers": "of the HTTP message", "usage": "counts of tokens", "error": "rejects the dump",
+                 "request.tools": "read as schemas", "body.tools": "read as schemas"}  # fmt: skip
+
+
+def dump_hashes(dump):
+    """A hash of each prefix of a dump's conversation, answer included; [] for a dump that will be rejected.
+
+    What clients change between two calls stays out: the system prompt, reasoning, ids, spaces at the ends.
+    """
+    digest, hashes = hashlib.sha256(), []
+    try:
+        for message in itertools.chain.from_iterable(map(read_message, read_dump(dump)["messages"])):
+            if message["role"] != "system":
+                calls = [call["function"] for call in message.get("calls", [])]
+                text = json.dumps([message["role"], message["content"].strip(), calls], sort_keys=True)
+                digest.update(text.encode())
+                hashes.append(digest.hexdigest())
+    except MALFORMED:
+        return []  # make_row() says why
+    return hashes
+
+
+def fits_sii(record):
+    events = record.get("events") if isinstance(record, dict) else None
+    return isinstance(events, list) and any(isinstance(event, dict) and "type" in event for event in events)
+
+
+def read_sii(log):
+    """{"events": [{"type": "api_request_full", "data": {"full_request"}}]}: the longest request with tools.
+
+    The last request would be the wrong one: it may be a helper's (compression, next speaker), which has no tools.
+    Shorter requests hold the same again, or another agent's conversation; responses are in the next request.
+    """
+    events = [event for event in log["events"] if event.get("type") == "api_request_full"]
+    requests = [event["data"]["full_request"] for event in events]
+    with_tools = [request for request in requests if request.get("tools")]
+    if not with_tools:
+        raise Reject("request_without_tools: no request of the agent in the log")
+    if any(mark in json.dumps(request["messages"][:2]) for request in with_tools for mark in COMPACTION):
+        raise Reject("compacted")
+    request = max(with_tools, key=lambda request: len(request["messages"]))
+    contents = request["messages"]
+    for check in requests:  # the history that the next-speaker check sees is one answer longer
+        if NEXT_SPEAKER in json.dumps(check["messages"][-1]) and check["messages"][: len(contents)] == contents:
+            contents = check["messages"]
+    system = request.get("system_instruction")
+    system = {"role": "system", "parts" if isinstance(system, dict) else "content":
+              system["parts"] if isinstance(system, dict) else system}  # fmt: skip
+    meta = {key: value for key, value in log.items() if key != "events"}
+    return {"messages": [system, *contents], "tools": request["tools"], "meta": meta,
+            "checked": {"messages": contents, "system": request.get("system_instruction")}}  # fmt: skip
+
+
+BUILT_IN = [
+    Format("sii", fits_sii, read_sii),
+    Format("openai_dump", fits_dump, read_dump, left_out=DUMP_LEFT_OUT),
+    Format("row", fits_row, read_row),
+]
+
+
+def load_readers(folder):
+    """Every *.py of the folder that has fits and read; [] if there is no folder."""
+    formats = []
+    for path in sorted(Path(folder).glob("*.py")):
+        spec = importlib.util.spec_from_file_location(f"reader_{path.stem}", path)
+        module = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+            formats.append(Format(path.stem, module.fits, module.read, module.KINDS, getattr(module, "LEFT_OUT", {})))
+        except (AttributeError, ImportError, SyntaxError, *MALFORMED) as error:
+            raise InputError(f"{path}: no reader of logs ({type(error).__name__}: {error})") from None
+    return formats
+
+
+def find_format(record, formats):
+    """The reader that fits a record, else the format of this file that does; None: not a log."""
+    found = []
+    for reader in formats:
+        with contextlib.suppress(*MALFORMED):
+            found += [reader] if reader.fits(record) else []
+    if len(found) > 1:
+        raise Reject(f"two_readers: {', '.join(reader.name for reader in found)}")
+    return next(iter(found + [reader for reader in BUILT_IN if reader.fits(record)]), None)
+
+
+# 4. Conservation: every text and call of the record stands in the row, or in what was left out by name
+SHORTEST = 20  # characters; a shorter string is more often a key word than a text
+IDENTIFIER = re.compile(r"[\w.:+/=@#~,-]*", re.ASCII)  # a hash, a date, a path: no text, unless a text key holds it
+KIND_KEYS = ("type", "kind", "role", "subtype", "action", "observation", "source")
+CALL_NAMES = ("name", "function_name", "tool_name", "function")
+TAGS = re.compile(r"\n|</?\w+>")
+
+
 def strings_of(value):
     """Every string in a JSON value, keys too."""
-    if isinstance(value, str):
-        return [value]
-    items = [*value.keys(), *value.values()] if isinstance(value, dict) else value if isinstance(value, list) else []
-    return [text for item in items for text in strings_of(item)]
+    strings, stack = [], [value]
+    while stack:
+        value = stack.pop()
+        if isinstance(value, str):
+            strings.append(value)
+        elif isinstance(value, dict):
+            stack += [*value.keys(), *value.values()]
+        elif isinstance(value, list):
+            stack += value
+    return strings
+
+
+class Kept:
+    """What stands in a row or was left out by name: its texts and its calls."""
+
+    def __init__(self, row, left_out):
+        texts = strings_of([row, left_out])
+        self.exact = {text.strip() for text in texts}
+        self.joined = "\n".join(texts)
+        functions = []
+        for message in row["messages"]:
+            functions += [call["function"] for call in message.get("tool_calls", [])]
+        self.calls = {(call["name"], canonical(call["arguments"])) for call in functions}
+
+    def has(self, text):
+        """The text as it is, as JSON that was read, or in pieces between line ends and tags."""
+        text = text.strip()
+        if len(text) < SHORTEST or text in self.exact or text in self.joined:
+            return True
+        if text[0] in "[{":
+            with contextlib.suppress(ValueError, RecursionError):
+                return all(map(self.has, strings_of(json.loads(text))))
+        pieces = [piece.strip() for piece in TAGS.split(text)]
+        return len(pieces) > 1 and all(self.has_piece(piece) for piece in pieces)
+
+    def has_piece(self, piece):
+        return piece in self.joined or piece[:1] in ("[", "{") and len(piece) >= SHORTEST and self.has(piece)
+
+    def has_call(self, name, arguments):
+        free_text = isinstance(arguments, str) and canonical(arguments) == arguments
+        return (name, canonical(arguments)) in self.calls or free_text and arguments in self.joined
+
+
+def canonical(arguments):
+    """Arguments as one text: equal for an object and its JSON string in any order of keys."""
+    if isinstance(arguments, str):
+        try:
+            arguments = json.loads(arguments or "{}")
+        except (ValueError, RecursionError):
+            return arguments
+    return json.dumps(arguments or {}, sort_keys=True)
+
+
+def lost_content(record, kept: Kept, kinds, left_out):
+    """The dotted path of the first text or call of the record that is not kept; None if all are.
+
+    kinds, left_out: the reader's tables; an entry of a kind "left out: ...", a kind or a dotted path (its end is
+    enough) in left_out is passed over.
+    """
+    passed = {kind for kind, place in kinds.items() if place.startswith("left out")} | left_out.keys()
+    paths = [tuple(path.split(".")) for path in left_out]
+    stack = [((), record)]
+    while stack:
+        path, value = stack.pop()
+        if isinstance(value, str):
+            text_key = bool(path) and path[-1] in TEXT_KEYS
+            is_text = len(value) >= SHORTEST and (text_key or not IDENTIFIER.fullmatch(value))
+            if is_text and not kept.has(value):
+                return ".".join(path)
+        elif isinstance(value, list):
+            stack += [(path, item) for item in value]
+        elif isinstance(value, dict) and not any(value.get(key) in passed for key in KIND_KEYS
+                                                 if isinstance(value.get(key), str)):  # fmt: skip
+            if call := lost_call(value, kept):
+                return f"{'.'.join(path)} call {call}"
+            inner = [((*path, key), item) for key, item in value.items() if isinstance(item, str | list | dict)]
+            stack += [(place, item) for place, item in inner
+                      if not any(place[-len(end):] == end for end in paths)]  # fmt: skip
+    return None
+
+
+def lost_call(value, kept):
+    """The name of the call that an object is, if the row does not have it."""
+    name = first_of(value, CALL_NAMES)
+    arguments = first_of(value, ("arguments", "args", "input"))
+    is_call = isinstance(name, str) and isinstance(arguments, str | dict) and "role" not in value
+    return name if is_call and not kept.has_call(name, arguments) else None
+
+
+# 5. Inputs -> files -> records
+LOG_SUFFIXES = (".json", ".jsonl", ".traj", ".parquet", ".md", ".log")
+HUB_NAME = re.compile(r"(?:hf://datasets/|https://huggingface\.co/datasets/)?(\w[\w.-]*/[\w.-]+?)"
+                      r"(?::([\w.-]+))?(?:/([\w.-]+))?(?:@([\w./-]+))?")  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Unit:
+    """One file, or a folder of OpenHands events; label is how rows and rejects name it."""
+
+    path: Path
+    label: str
+
+
+def find_units(inputs, own):
+    """The files of the inputs, each once; linked folders are followed, this run's own outputs left out."""
+    units = {}
+    for name in inputs:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            files = {file: str(file) for file in walk(path)}
+        elif path.is_file():
+            files = {path: str(path)}
+        elif not (hub := HUB_NAME.fullmatch(name)) or path.parent.is_dir() or path.suffix in LOG_SUFFIXES:
+            raise InputError(f"{name}: no such file or folder; give files, folders or Hub ids (owner/name)")
+        else:
+            folder = download(name, *hub.groups())
+            files = {file: f"{hub[1]}/{file.relative_to(folder)}" for file in walk(folder)}
+        for file, label in files.items():
+            if file.resolve() in own:
+                own_output(file, path)
+                continue
+            is_event = file.parent.name == "events" and file.name.startswith("event-")
+            place = file.parent if is_event else file
+            units.setdefault(place.resolve(), Unit(place, str(Path(label).parent) if is_event else label))
+    return list(units.values())
+
+
+def own_output(file, named):
+    """An input that this run would overwrite is an error; what an earlier run wrote into a folder is passed over."""
+    settings = file.with_name(re.sub(r"(\.rejected|\.settings)?\.\w+$", "", file.name) + ".settings.json")
+    if file == named or not settings.exists():
+        raise InputError(f"{named}: the input {file} would be overwritten by this run's output; "
+                         "give another --output_file")  # fmt: skip
+    print(f"left out: {file}, this run's own output")
+
+
+def walk(folder):
+    """All files under a folder in order, linked folders included, each folder once."""
+    seen = set()
+    for root, folders, files in os.walk(folder, followlinks=True):
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders.sort()
+        yield from (path for name in sorted(files) if (path := Path(root, name)).is_file())
+
+
+def download(name, repository, config, split, revision):
+    """The data files of a Hub data set in a local folder, by our own reader: a loader would infer a schema."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+    def fetch(patterns):
+        return Path(snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=patterns))
+
+    try:
+        card = fetch(["README.md"]) / "README.md"
+        patterns = data_files(card.read_text() if card.exists() else "", name, config, split)
+        folder = fetch(patterns)
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
+        why = " ".join(str(error).split())[:200]
+        raise InputError(f"{name}: no such file, and not readable as a Hub data set ({why})") from None
+    return folder
+
+
+def data_files(card, name, config, split):
+    """Patterns of the files of a configuration and split, from the front matter of a data set's card."""
+    front = card.split("---")[1] if card.startswith("---") else ""
+    configs = {item["config_name"]: item.get("data_files") for item in (yaml.safe_load(front) or {}).get("configs", [])}
+    if config and config not in configs:
+        raise InputError(f"{name}: no configuration {config}; it has {', '.join(configs) or 'none'}")
+    chosen = configs.get(config or "default") or next(iter(configs.values()), None)
+    if not chosen:
+        return [f"*{split}*"] if split else [f"*{suffix}*" for suffix in LOG_SUFFIXES]
+    patterns = []
+    for item in [chosen] if isinstance(chosen, str) else chosen:
+        path = item["path"] if isinstance(item, dict) else item
+        if not split or isinstance(item, dict) and item.get("split") == split:
+            patterns += [path] if isinstance(path, str) else path
+    if not patterns:
+        raise InputError(f"{name}: no split {split} in its card")
+    return patterns
+
+
+def read_bytes(path):
+    """A file's content, unpacked if it is .gz or .zst."""
+    try:
+        if path.suffix == ".zst":
+            import pyarrow
+
+            return pyarrow.CompressedInputStream(str(path), "zstd").read()
+        content = path.read_bytes()
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise Reject(f"unreadable: {error}") from None
+
+
+def json_lines(path, notes):
+    """Yield (line number, value, or the Reject that says why the line is none) of a JSONL file.
+
+    A last line that a kill cut short is left out and counted, as are the NUL bytes of a lost write.
+    """
+    packed = path.suffix in (".gz", ".zst")
+    with io.BytesIO(read_bytes(path)) if packed else open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            text = line.strip(b"\0 \r\n\t")
+            if not text:
+                continue
+            try:
+                yield number, json.loads(text)
+            except (ValueError, RecursionError) as error:
+                if number > 1 and not line.endswith(b"\n"):
+                    notes["last line cut short: left out"] += 1
+                else:
+                    yield number, Reject(f"unreadable: line {number} is not valid JSON ({error})")
+
+
+def load_document(path):
+    """The value of a .json file, or the text of a .md or .log file; None: a JSON value a line."""
+    content = read_bytes(path)
+    if re.search(r"\.(md|log)\b", path.name):
+        return content.decode(errors="replace")
+    try:
+        return json.loads(content)
+    except (ValueError, RecursionError) as error:
+        with contextlib.suppress(ValueError, RecursionError):
+            if isinstance(json.loads(content.split(b"\n", 1)[0]), dict):
+                return None
+        raise Reject(f"unreadable: not valid JSON ({error})") from None
+
+
+def parquet_rows(path):
+    """(number, row) of a Parquet file; the nulls that Arrow put into its dicts are taken out again."""
+    import pyarrow
+    import pyarrow.parquet
+
+    try:
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=100)
+        yield from enumerate((drop_nulls(row) for batch in batches for row in batch.to_pylist()), 1)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise Reject(f"unreadable: {error}") from None
+
+
+def drop_nulls(value):
+    if isinstance(value, dict):
+        return {key: drop_nulls(item) for key, item in value.items() if item is not None}
+    return [drop_nulls(item) for item in value] if isinstance(value, list) else value
+
+
+def read_unit(unit, readers, notes):
+    """Yield (source, format or None, record or the Reject) for every session of a file."""
+    path = unit.path
+    name = re.sub(r"\.(gz|zst)$", "", path.name)
+    if path.is_dir():
+        document = [json.loads(file.read_bytes()) for file in sorted(path.glob("event-*.json"))]
+    elif not name.endswith(LOG_SUFFIXES):
+        raise Reject("not_a_log: no suffix of a log")
+    elif name.endswith(".parquet"):
+        yield from each(unit, parquet_rows(path), readers)
+        return
+    else:
+        document = None if name.endswith(".jsonl") else load_document(path)
+    if document is None:
+        yield from read_lines(unit, readers, notes)
+    elif isinstance(document, list) and not find_format(document, readers):
+        yield from each(unit, enumerate(document, 1), readers)
+    else:
+        yield from each(unit, [(None, document)], readers)
+
+
+def each(unit, numbered, readers):
+    """Every value as a record of its own."""
+    for number, value in numbered:
+        source = f"{unit.label}:{number}" if number else unit.label
+        reader = None if isinstance(value, Reject) else find_format(value, readers)
+        yield source, reader, value if reader or isinstance(value, Reject) else not_a_log(value)
+
+
+def read_lines(unit, readers, notes):
+    """A JSONL file: one session, if its lines together fit a reader; else a record a line, not held in memory."""
+    lines = json_lines(unit.path, notes)
+    first = next(lines, (1, Reject("unreadable: no line in it")))
+    is_row = isinstance(first[1], dict) and any(reader.fits(first[1]) for reader in BUILT_IN)
+    if is_row and not find_format([first[1]], readers):
+        yield from each(unit, itertools.chain([first], lines), readers)
+        return
+    numbered = [first, *lines]
+    values = [value for _, value in numbered if not isinstance(value, Reject)]
+    bad = next((value for _, value in numbered if isinstance(value, Reject)), None)
+    if reader := values and find_format(values, readers):
+        yield unit.label, None if bad else reader, bad or values
+    elif any(find_format(value, readers) for value in values):
+        yield from each(unit, numbered, readers)
+    else:
+        yield unit.label, None, bad or not_a_log(values)
+
+
+def not_a_log(record):
+    """The Reject of what no reader fits: what it is, so that the user sees what was met."""
+    one = record[0] if isinstance(record, list) and record else record
+    what = f"keys {', '.join(map(str, [*one][:8]))}" if isinstance(one, dict) else type(record).__name__
+    return Reject(f"not_a_log: no reader fits ({what})")
+
+
+def read_all(units, readers, notes):
+    """Yield (source, format or None, record or Reject) for every session of all units.
+
+    Dumps hold one API call each: a call whose conversation continues in another dump is part of that one. Only hashes
+    of their conversations are kept until all files are read; then the files that hold a last dump are read again.
+    """
+    dumps, continued = {}, set()
+    for unit in tqdm(units, unit=" files", disable=None):
+        try:
+            for source, reader, record in read_unit(unit, readers, notes):
+                hashes = dump_hashes(record) if reader and reader.name == "openai_dump" else []
+                if hashes:
+                    continued.update(hashes[:-1])
+                    dumps[hashes[-1]] = (unit, source)
+                else:
+                    yield source, reader, record
+        except (Reject, OSError, *MALFORMED) as error:
+            yield unit.label, None, error if isinstance(error, Reject) else Reject(f"unreadable: {error}")
+    last = {source for key, (_, source) in dumps.items() if key not in continued}
+    for unit in dict.fromkeys(unit for unit, source in dumps.values() if source in last):
+        for source, reader, record in read_unit(unit, readers, Counter()):
+            if source in last:
+                yield source, reader, record
+
+
+# 6. One record -> one row
+FAILURES = ("resolved", "success", "solved", "target", "is_resolved", "passed")
+GOOD_ENDS = {"stop", "end_turn", "tool_calls", "tool_use", "function_call", "stop_sequence", "submitted", "completed",
+             "complete", "success", "successful", "ok", "done", "finished", "finish", "resolved", ""}  # fmt: skip
+BAD_RESULT = re.compile(r"(?i)\w*(?:error|exception|timeout|failed|failure|unresolved|cancelled)")
+COMPACTION = ("<state_snapshot>", "This session is being continued from a previous conversation")
+
+
+def outcome(columns, depth=0):
+    """Why a log says that its task was not solved: "COLUMN=VALUE"; None: it was, or nobody knows."""
+    for key, value in columns.items():
+        if isinstance(value, dict) and depth < 3:
+            if found := outcome(value, depth + 1):
+                return f"{key}.{found}"
+        elif key in FAILURES and (value in (False, 0, -1) or str(value).lower() in ("false", "no", "failed")):
+            return f"{key}={value}"
+        elif key == "reward" and isinstance(value, int | float) and value <= 0:
+            return f"{key}={value}"
+        elif key in ("exit_status", "finish_reason") and isinstance(value, str) and value.lower() not in GOOD_ENDS:
+            return f"{key}={value}"
+        elif key == "result" and (value is False or isinstance(value, str) and BAD_RESULT.fullmatch(value)):
+            return f"{key}={value}"
+    return None
+
+
+@dataclass
+class Run:
+    """What all records of a run share."""
+
+    settings: Settings
+    tools: dict  # format, or "" for all: schemas
+    tasks: dict  # text of the first turn: task
+    benchmark: dict  # first words: [(all words, task)]
+    tokenizer: object = None
+    notes: Counter = field(default_factory=Counter)
+    columns: set = field(default_factory=set)  # every column of meta that was met, for --where
+
+
+def make_row(source, reader: Format, record, run: Run):
+    """A record -> its row; raises Reject."""
+    try:
+        loose = reader.read(record)
+        notes = Counter()
+        messages, cut = normalise(loose["messages"], notes)
+        row = {"query_id": None, "messages": messages, "tools": [], "meta": loose.get("meta") or {}}
+        given = read_tools(loose.get("tools"))
+        cut += cut_tool_list(row, given)
+        row["tools"] = given or tools_for(row, reader.name, run.tools)
+        kept = Kept(row, [loose.get("left_out"), cut])
+    except Reject:
+        raise
+    except MALFORMED as error:
+        named = type(error) is ValueError and re.match(r"[a-z_]+(: |$)", str(error))
+        raise Reject(str(error) if named else f"malformed: {type(error).__name__}: {error}") from None
+    if lost := lost_content(loose.get("checked", record), kept, reader.kinds, reader.left_out):
+        raise Reject(f"lost_content: {lost}")
+    row["query_id"], row["meta"] = describe(row["meta"], source, reader.name)
+    tie_to_task(row, run)
+    return map_strings(row, repair), notes
+
+
+def cut_tool_list(row, tools):
+    """Take the list of tools out of the system message, which the chat template writes again; returns what was cut."""
+    system = row["messages"][0]
+    if system["role"] != "system":
+        return []
+    if found := TOOLS_TAG.search(system["content"]):
+        listed = tools or read_tools(found[1])
+        tools += listed if not tools else []
+        system["content"] = system["content"].replace(found[0], "")
+        return [found[0]]
+    before, mark, after = system["content"].partition(TOOL_LIST)
+    if not mark or not tools:
+        return []
+    described = "\n".join(strings_of(tools))
+    lines = after.split("\n")
+    belongs = [bool(TOOL_LINE.match(line)) or line.strip() in described for line in lines]
+    end = belongs.index(False) if False in belongs else len(lines)
+    rest = "\n".join(lines[end:])
+    system["content"] = f"{before}\n\n{rest}" if rest else before
+    return [mark, *lines[:end]]
+
+
+def called_names(messages):
+    calls = itertools.chain.from_iterable(message.get("tool_calls", []) for message in messages)
+    return [call["function"]["name"] for call in calls]
+
+
+def tools_for(row, name, tools):
+    """Schemas for a row that has none: those of --tools for its format, for all, or recipes/tools/FORMAT.py.
+
+    Only where calls are, and only a list that has one of the called tools: another harness's list is none.
+    """
+    called = set(called_names(row["messages"]))
+    if not called:
+        return []
+    if name not in tools and (shipped := HERE / "recipes/tools" / f"{name}.py").exists():
+        tools[name] = load_tools(str(shipped))
+    for schemas in (tools.get(name, []), tools.get("", [])):
+        if called & {schema["function"]["name"] for schema in schemas}:
+            return schemas
+    raise Reject(f"no_tool_schemas: of {', '.join(sorted(called))[:80]}; give them with --tools")
+
+
+def describe(meta, source, name):
+    """(query_id, the row's meta): where it came from, and every column of the log."""
+    meta = {key: value for key, value in meta.items() if value is not None}
+    ids = [meta.get(key) for key in ID_COLUMNS]
+    query_id = next((str(id) for id in ids if isinstance(id, str | int) and str(id)), None)
+    meta.pop("query_id", None)
+    if "id" in meta and str(meta["id"]) == query_id:
+        del meta["id"]
+    query_id = query_id or re.sub(r"[^\w.-]+", "-", Path(source).name)
+    return query_id, {"source": source, "format": name} | meta
+
+
+def squeeze(text):
+    return " ".join(text.split())
+
+
+def load_tasks(path):
+    """{first turn's query, or query_id: task} of a stage-1 file."""
+    tasks = {}
+    for number, line in enumerate(Path(path).read_text().splitlines() if path else [], 1):
+        try:
+            task = json.loads(line)
+            tasks[squeeze(task["turns"][0]["query"])] = tasks[task["query_id"]] = task
+        except MALFORMED as error:
+            raise InputError(f"--queries {path}:{number}: no task ({type(error).__name__}: {error})") from None
+    return tasks
+
+
+def tie_to_task(row, run):
+    """Give a row the id, domain and source of the task whose query one of its user messages is, or holds."""
+    if not run.tasks:
+        return
+    users = [squeeze(message["content"]) for message in row["messages"] if message["role"] == "user"]
+    task = next((run.tasks[key] for key in (row["query_id"], *users) if key in run.tasks), None)
+    if not task:
+        held = (query for query in run.tasks if len(query) >= SHORTEST and any(query in text for text in users))
+        task = run.tasks.get(next(held, None))
+    if not task:
+        run.notes["no task of --queries fits the row"] += 1
+        return
+    row["query_id"] = task["query_id"]
+    names = {"domain": "domain", "subdomain": "subdomain", "source": "query_source"}
+    row["meta"] |= {name: task[key] for key, name in names.items() if key in task}
 
 
 def map_strings(value, change):
@@ -768,141 +1269,254 @@ def repair(text):
     return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
-def redact(text):
-    for shape, (hint, pattern) in SECRETS.items():
-        if hint in text:
-            text = pattern.sub(f"<{shape}>", text)
-    for pattern, replacement in PRIVATE:
-        text = pattern.sub(replacement, text)
-    return text
+# 7. Checks of one row: each gives reasons; a row without any goes on
+MAX_REPEATS = 3  # of the same failing call
+MAX_SAME = 10  # of the same call with the same result
+EXIT_CODE = re.compile(r"(?i)\b(?:exit(?:ed)?[ _]?(?:with )?(?:code|status)?|return_?code)\b[\W_]{1,4}(-?\d+)\b")
+FAILURE = re.compile(
+    r"(?im)^\W*(?:error|fatal|failure|failed|invalid|unknown tool|killed|aborted|npm err|tool_use_error)\b"
+    r"(?!:? \(?none)|^\W*traceback \(most recent|^[\w.]*(?:Error|Exception)\b(?::|$)"
+    r"|^.{0,80}(?:command not found|no such file|file not found|permission denied|timed out|does not exist"
+    r"|unknown tool|no tool named|not a (?:valid|known) tool|is disabled|disabled by default|cannot access)"
+    r"|\b[1-9]\d* (?:failed|errors?)\b|<tool_use_error>")
 
 
-def check_structure(messages, finish, settings):
-    """Roles in order (normalise() checked the pairing), a final answer or a submission, an outcome worth learning."""
-    roles = [message["role"] for message in messages if message["role"] != "system"]
-    if "assistant" not in roles:
-        return ["no_assistant_message"]
-    reasons = [] if roles[0] == "user" else [f"starts_with: {roles[0]}"]
-    last_calls = [message["tool_calls"] for message in messages if "tool_calls" in message][-1:]
-    names = {call["function"]["name"] for calls in last_calls for call in calls}
-    finished = roles[-1] == "assistant" or finish == "submitted" or names & FINISH_TOOLS or settings.keep_unfinished
-    if roles[-1] == "user" or not finished:
-        reasons.append(f"no_final_answer: ends with {roles[-1]}")
-    if finish not in (None, "submitted") and not (finish == "not_solved" and settings.keep_failed):
-        reasons.append(finish)
-    if any(mark in message["content"] for message in messages if message["role"] == "user" for mark in COMPACTION):
-        reasons.append("compacted")  # a history that was summarised starts in the middle of its task
-    return reasons
+def failed(answer):
+    """Did a call fail? By the exit code, if the result tells one; else by words at the places where errors stand."""
+    if codes := EXIT_CODE.findall(answer):
+        return int(codes[-1]) != 0
+    return bool(FAILURE.search(answer))
 
 
-def check_calls(messages, tools, max_repeats):
-    """Bad calls (undeclared tool, missing key) and loops.
+@dataclass
+class Step:
+    """A call with its result."""
 
-    A bad call that the tool answered with an error and that a good call followed stays: the agent repaired it. A loop
-    is the same call failing with the same result max_repeats times in a row.
-    """
-    required = {tool["function"]["name"]: set(tool["function"]["parameters"].get("required", [])) for tool in tools}
+    message: dict
+    name: str
+    arguments: dict
+    answer: str
+    failed: bool
+    bad: str | None  # why the call is none that the tools allow
+
+
+def steps_of(messages, tools):
+    required = {}
+    for tool in tools:
+        parameters = tool["function"].get("parameters", {})
+        required[tool["function"]["name"]] = parameters.get("required", [])
     answers = {message["tool_call_id"]: message["content"] for message in messages if message["role"] == "tool"}
-    steps = [(call["function"]["name"], call["function"]["arguments"], answers.get(call["id"], ""))
-             for message in messages for call in message.get("tool_calls", [])]
-    bad = [name not in required or not required[name] <= arguments.keys() for name, arguments, _ in steps]
-    last_good = max((n for n, is_bad in enumerate(bad) if not is_bad), default=-1)
-    reasons, repeats = [], 0
-    for n, (name, arguments, answer) in enumerate(steps):
-        repeats = repeats + 1 if n and steps[n] == steps[n - 1] else 1
-        failed = FAILURE.search(answer)
-        if failed and repeats == max_repeats:
-            reasons.append(f"loop: {name}")
-        if bad[n] and not (failed and n < last_good):
-            missing = ", ".join(sorted(required.get(name, set()) - arguments.keys()))
-            reasons.append(f"missing_argument: {name} {missing}" if missing else f"undeclared_tool: {name}")
+    steps = []
+    for message in messages:
+        for call in message.get("tool_calls", []):
+            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            missing = [key for key in required.get(name, []) if key not in arguments]
+            bad = f"missing_argument: {name} {', '.join(missing)}" if missing else None
+            bad = bad if name in required else f"undeclared_tool: {name}"
+            answer = answers.get(call["id"], "")
+            steps.append(Step(message, name, arguments, answer, failed(answer), bad))
+    return steps
+
+
+def check_calls(messages, tools, settings):
+    """Bad calls and loops; with --weight_bad_calls 0 the turns of bad and failed calls lose their weight instead.
+
+    A bad call that the tool answered with an error and that a good call followed stays: the agent repaired it.
+    """
+    steps = steps_of(messages, tools)
+    reasons = loops(steps)
+    if settings.weight_bad_calls == 0:
+        for step in steps:
+            if step.bad or step.failed:
+                step.message["weight"] = 0
+        return reasons
+    last_good = max((number for number, step in enumerate(steps) if not step.bad), default=-1)
+    return reasons + [step.bad for number, step in enumerate(steps)
+                      if step.bad and not (step.failed and number < last_good)]  # fmt: skip
+
+
+def loops(steps):
+    """The same call, or two in turn, with the same result again and again: 3 times failing, 10 times at all.
+
+    Numbers in a failure do not count: the time of day changes.
+    """
+    signatures = []
+    for step in steps:
+        answer = re.sub(r"\d+", "0", step.answer) if step.failed else step.answer
+        signatures.append((step.name, canonical(step.arguments), answer))
+    reasons = []
+    for period in (1, 2):
+        same = 0
+        for number in range(period, len(steps)):
+            same = same + 1 if signatures[number] == signatures[number - period] else 0
+            any_failed = any(step.failed for step in steps[number - period + 1 : number + 1])
+            if same >= ((MAX_REPEATS if any_failed else MAX_SAME) - 1) * period:
+                reasons.append(f"loop: {steps[number].name}")
+    return list(dict.fromkeys(reasons))
+
+
+def check_structure(row, notes, settings):
+    """An outcome worth learning, a whole history, a last answer."""
+    reasons = []
+    if (why := outcome(row["meta"])) and not settings.keep_failed:
+        reasons.append(f"not_solved: {why}")
+    users = "\n".join(message["content"] for message in row["messages"] if message["role"] == "user")
+    if any(mark in users for mark in COMPACTION):
+        reasons.append("compacted")  # a history that was summarised starts in the middle of its task
+    if notes["unfinished"] and settings.reject_unfinished:
+        reasons.append("no_final_answer")
     return reasons
 
 
-def ngrams(text):
-    """The 13-word sequences of a text; a shorter text is one."""
-    words = re.findall(r"\w+", text.lower())
-    return {" ".join(words[n : n + NGRAM]) for n in range(max(len(words) - NGRAM, 0) + 1)}
+NGRAM = 13  # words; the usual overlap test for benchmark prompts since GPT-3
+CJK = "\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af"  # no spaces between words: every character counts as one
+WORD = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
+
+
+def words_of(text):
+    """Words without case, marks, widths and what cannot be seen."""
+    text = unicodedata.normalize("NFKC", text).lower()
+    return WORD.findall("".join(c for c in text if unicodedata.category(c) != "Cf") if not text.isascii() else text)
 
 
 def load_benchmark(paths):
-    """{13 words: task} of an AgencyBench clone (v1 tasks and v2 descriptions) or of JSON, JSONL and text files."""
-    index = {}
+    """{first 5 words: [(up to 13 words, task)]} of an AgencyBench clone (v1 tasks and v2 descriptions) or of files."""
+    index = defaultdict(set)
     for name in paths or []:
         path = Path(name)
         files = [path] if path.is_file() else sorted([*path.rglob("Task*.json"), *path.rglob("description.json")])
         if not files:
             raise InputError(f"--benchmark {name}: no such file, nor a folder with AgencyBench's task files")
         for file in files:
-            try:
-                texts = [text for _, record in read_records(file) for text in strings_of(record)]
-            except InputError:
-                texts = [file.read_text(errors="replace")]
+            text = file.read_text(errors="replace")
+            texts = [text]
+            with contextlib.suppress(ValueError, RecursionError):
+                texts = strings_of([json.loads(line) for line in ([text] if file.suffix != ".jsonl" else text.splitlines())])
             label = file.name if file == path else str(file.relative_to(path))
-            index |= {gram: label for text in texts for gram in ngrams(text) if gram.count(" ") >= 4}
+            for words in map(words_of, texts):
+                for start in range(max(len(words) - NGRAM, 0) + 1):
+                    gram = tuple(words[start : start + NGRAM])
+                    if len(gram) >= 5:
+                        index[gram[:5]].add((gram, label))
     return index
 
 
-def check_row(row, benchmark, settings):
-    """Secrets, overlap with a benchmark, and what the user asked to leave out."""
-    secrets = {shape for text in strings_of([row["messages"], row["tools"]])
-               for shape, (hint, pattern) in SECRETS.items() if hint in text and pattern.search(text)}
-    queries = [message["content"] for message in row["messages"] if message["role"] == "user"] if benchmark else []
-    tasks = {benchmark[gram] for text in queries for gram in ngrams(text) if gram in benchmark}
-    reasons = [f"secret: {shape}" for shape in sorted(secrets)]
-    reasons += [f"benchmark_overlap: {task}" for task in sorted(tasks)]
-    if settings.domain and row["meta"].get("domain") not in settings.domain:
-        reasons.append("not_selected: domain")
-    wanted = (condition.partition("=") for condition in settings.where or [])
-    return reasons + [f"not_selected: {key}" for key, _, value in wanted if str(row["meta"].get(key)) != value]
+def overlap(messages, benchmark):
+    """The tasks of which 13 words in a row (a shorter task: all of it) stand in a row, whoever says them."""
+    tasks = set()
+    for message in messages if benchmark else []:
+        words = words_of(message["content"])
+        for start in range(len(words) - 4):
+            for gram, task in benchmark.get(tuple(words[start : start + 5]), ()):
+                if tuple(words[start : start + len(gram)]) == gram:
+                    tasks.add(task)
+    return [f"benchmark_overlap: {task}" for task in sorted(tasks)]
 
 
-def render(tokenizer, messages, tools, **options):
-    """The text that the chat template makes of a conversation."""
-    from jinja2 import TemplateError
+CONDITION = re.compile(r"([^=!<>]+)(!=|=|<|>)(.*)", re.DOTALL)
 
+
+def conditions_of(settings):
+    """[(column, operator, value)] of --where."""
+    found = []
+    for text in settings.where or []:
+        match = CONDITION.fullmatch(text)
+        if not match:
+            raise InputError(f"--where {text}: write KEY=VALUE, KEY!=VALUE, KEY<NUMBER or KEY>NUMBER")
+        found.append((match[1].strip(), match[2], match[3].strip()))
+    return found
+
+
+def column_of(row, name):
+    """A column of meta, a.b inside it, or query_id; None if the row does not have it."""
+    value = {"query_id": row["query_id"]} | row["meta"]
+    if name in value:
+        return value[name]
+    for key in name.split("."):
+        value = value.get(key) if isinstance(value, dict) else None
+    return value
+
+
+def holds(value, operator, wanted):
+    """Does a column's value fulfil a condition? Texts are compared as texts, numbers as numbers."""
+    number = None
+    with contextlib.suppress(ValueError):
+        number = float(wanted)
+    is_number = isinstance(value, int | float) and number is not None
+    if operator in "<>":
+        return is_number and (value < number if operator == "<" else value > number)
+    equal = str(value).lower() == wanted.lower() or is_number and value == number
+    return equal == (operator == "=")
+
+
+def check_where(row, conditions, columns):
+    """Conditions that do not hold; several "=" on one column are alternatives."""
+    wanted = defaultdict(list)
+    for name, operator, value in conditions:
+        found = column_of(row, name)
+        columns |= {name} if found is not None else set()
+        wanted[name, operator == "=" or value].append(holds(found, operator, value))
+    return [f"not_selected: {name}" for (name, _), results in wanted.items() if not any(results)]
+
+
+# 8. Secrets and private names
+EXAMPLES = ("EXAMPLE", "eyJzdWIiOiIxMjM0NTY3ODkw")  # AWS's documentation, jwt.io
+OWN_SECRETS = {  # what pybetterleaks 0.6.2 does not find
+    "aws-access-key-id": re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
+    "aws-secret-access-key": re.compile(r"(?i)(?<=secret_access_key)(?:[\"' ]{0,2}[:=][\"' ]{0,2})[a-z0-9/+=]{40}\b"),
+    "github-fine-grained-pat": re.compile(r"\bgithub_pat_\w{22,}"),
+    "openai-api-key": re.compile(r"\bsk-(?!ant-|or-)(?:proj-|svcacct-)?(?=[A-Za-z_]*\d)[A-Za-z0-9_]{32,}"),
+    "huggingface-token": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
+    "private-key-cut": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----\s+(?:[\w-]+: .*\s+)*"
+                                  r"(?:[A-Za-z0-9+/=]{30,}\s*)+(?:-----END [A-Z ]*-----)?"),
+    "password-in-url": re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@<>{}$*]{0,64}:[^\s/:@]{3,128}@"
+                                  r"(?!localhost|127\.|10\.|192\.168\.|\[::1\]|0\.0\.0\.0)[\w.-]+"),
+}  # fmt: skip
+PUBLIC_PASSWORDS = re.compile(r"(?i):(?:guest|pass|password|postgres|root|user|admin|example|secret|test|xxx+|\*+|"
+                              r"[<{$].*|your[_-]?\w*|my[_-]?\w*)@")  # fmt: skip
+PRIVATE = (  # replaced by --redact; git@host is nobody's address, name@2x.png and lodash@4.17.js no mail
+    (re.compile(r"((?:/home|/Users|\\Users)[/\\]+)[\w.-]+"), r"\1user"),
+    (re.compile(r"\b(?!git@)[\w.+-]{1,64}@(?!\d)(?:[\w-]{1,64}\.){1,8}(?!(?:png|jpe?g|gif|svg|webp|[cm]?[jt]sx?|py|md|"
+                r"json|css|html?)\b)[A-Za-z]{2,}\b"), "user@example.com"),
+)  # fmt: skip
+APART = "\n\u2021\n"  # between two strings: no secret holds it
+SCAN_AT_ONCE = 2_000_000  # characters: a scan costs 10 ms before it begins
+
+
+def find_secrets(rows):
+    """[{secret: its kind}] for each row, by pybetterleaks and OWN_SECRETS; one scan for all."""
     try:
-        return tokenizer.apply_chat_template(messages, tools=tools or None, tokenize=False, **options)
-    except TemplateError as error:
-        raise Reject(f"chat_template: {error}") from None
+        from pybetterleaks import scan_text
+    except ImportError:
+        raise InputError("secrets are found by pybetterleaks: pip install pybetterleaks==0.6.2") from None
+    texts = [APART.join(strings_of([row["messages"], row["tools"]])) for row in rows]
+    found = [{} for _ in rows]
+    for finding in scan_text(APART.join(texts), redact=False).findings:
+        for text, secrets in zip(texts, found):
+            if finding.secret in text:
+                secrets[finding.secret] = finding.rule_id
+    for text, secrets in zip(texts, found):
+        for kind, pattern in OWN_SECRETS.items():
+            for match in pattern.finditer(text):
+                if kind != "password-in-url" or not PUBLIC_PASSWORDS.search(match[0]):
+                    secrets[match[0].strip()] = kind
+    return [{secret: kind for secret, kind in secrets.items() if not any(mark in secret for mark in EXAMPLES)}
+            for secrets in found]  # fmt: skip
 
 
-def format_record(source, name, record, tools, tokenizer, benchmark, settings):
-    """One log -> {"reasons", "row"?, "sketch"?}: a row only if there are no reasons against it."""
-    try:
-        log = READERS[name][1](record)
-        messages = normalise(log["messages"])
-        if log["tools"] is None and tools is None and any("tool_calls" in message for message in messages):
-            raise Reject("no_tool_schemas: give them with --tools")
-        meta = {key: value for key, value in log["meta"].items() if value is not None and key != "n_tokens"}
-        row = {"query_id": str(log["query_id"] or re.sub(r"[^\w.-]+", "-", Path(source).name)), "messages": messages,
-               "tools": clean_tools(tools or [] if log["tools"] is None else log["tools"]),
-               "meta": {"source": source, "format": name, **meta}}
-        row = map_strings(row, lambda text: redact(repair(text)) if settings.redact else repair(text))
-        reasons = check_structure(row["messages"], log["finish"], settings) + check_row(row, benchmark, settings)
-        reasons += check_calls(row["messages"], row["tools"], settings.max_repeats)
-        if tokenizer and not reasons:
-            text = render(tokenizer, row["messages"], row["tools"])
-            row["meta"]["n_tokens"] = len(tokenizer(text, add_special_tokens=False)["input_ids"])
-            if row["meta"]["n_tokens"] > settings.max_length:
-                reasons.append(f"over_long: {row['meta']['n_tokens']} tokens")
-    except Reject as reject:
-        reasons = [str(reject)]
-    except MALFORMED as error:
-        reasons = [f"malformed: {type(error).__name__}: {error}"]
-    if reasons:
-        return {"reasons": [repair(reason)[:200] for reason in dict.fromkeys(reasons)]}
-    return {"reasons": [], "row": row, "sketch": sketch(row["messages"])}
+def redact(row, secrets):
+    """The row without its secrets (longest first: one may hold another), home paths and addresses."""
+    def clean(text):
+        for secret in sorted(secrets, key=len, reverse=True):
+            text = text.replace(secret, f"<{secrets[secret]}>")
+        for pattern, replacement in PRIVATE:
+            text = pattern.sub(replacement, text)
+        return text
+
+    return map_strings(row, clean)
 
 
-def sketch(messages):
-    """64 of the hashes of the lines that the assistant wrote, the same ones for equal sets of lines."""
-    lines = {line.strip() for message in messages if message["role"] == "assistant" for line in (
-        *message["content"].splitlines(), *(json.dumps(call["function"]) for call in message.get("tool_calls", [])))}
-    return heapq.nsmallest(64, (zlib.crc32(line.encode()) for line in lines))
-
-
-# 5. The run: journal -> comparison of rows -> files
+# 9. The run: rows in a nameless file -> comparison of rows -> files
 def load_tokenizer(name):
     from transformers import AutoTokenizer
 
@@ -913,240 +1527,326 @@ def load_tokenizer(name):
 
 
 def load_tools(path):
-    """Schemas of --tools: a JSON list, or any object with "tools" (a logged request)."""
-    document = parse_json(Path(path).read_bytes(), f"--tools {path}")
+    """Schemas of a JSON list, of any object with "tools" (a logged request), or of a tools file's TOOLS."""
     try:
-        return clean_tools(document["tools"] if isinstance(document, dict) else document)
-    except MALFORMED as error:
+        if path.endswith(".py"):
+            return read_tools(runpy.run_path(path)["TOOLS"])
+        return read_tools(json.loads(Path(path).read_bytes()))
+    except (ImportError, NameError, SyntaxError, *MALFORMED) as error:
         raise InputError(f"--tools {path}: no list of tool schemas ({type(error).__name__}: {error})") from None
 
 
-def write_journal(path, units, tokenizer, settings):
-    """Format every record into an append-only journal; one that a killed run began is continued, not repeated.
+def count_tokens(row, tokenizer):
+    """Tokens of a row by the chat template."""
+    from jinja2 import TemplateError
 
-    Its first line pins what the journal depends on: with other settings or inputs it starts afresh.
-    """
-    tools = load_tools(settings.tools) if settings.tools else None
-    benchmark = load_benchmark(settings.benchmark)
-    stats = [(str(unit), isinstance(unit, Path) and unit.stat().st_mtime_ns) for unit in units]
-    pin = hashlib.sha256(json.dumps([asdict(settings), stats]).encode()).hexdigest()
-    done = {entry.get("source") for _, entry in read_jsonl(path, append_only=True)} if path.exists() else set()
-    if pin not in done:
-        path.unlink(missing_ok=True)
-        done = set()
-    with open_append(path) as journal:
-        if done:
-            print(f"resumed: {len(done) - 1} records of a run that was cut short")
+    try:
+        text = tokenizer.apply_chat_template(row["messages"], tools=row["tools"] or None, tokenize=False)
+    except TemplateError as error:
+        raise Reject(f"chat_template: {error}") from None
+    return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def finish_row(row, notes, secrets, run):
+    """The checks of a row that is complete: (row, reasons)."""
+    settings = run.settings
+    reasons = []
+    for _ in range(3 if settings.redact else 0):  # a pair is found as one: then its rest comes to light
+        row = redact(row, secrets)
+        secrets = secrets and find_secrets([row])[0]
+    if secrets:
+        reasons = [f"secret: {kind}" for kind in sorted(set(secrets.values()))]
+    reasons += check_structure(row, notes, settings) + check_calls(row["messages"], row["tools"], settings)
+    reasons += overlap(row["messages"], run.benchmark)
+    if run.tokenizer and not reasons:
+        row["meta"]["n_tokens"] = count_tokens(row, run.tokenizer)
+        if row["meta"]["n_tokens"] > settings.max_length:
+            reasons.append(f"over_long: {row['meta']['n_tokens']} tokens")
+    return row, reasons + check_where(row, conditions_of(settings), run.columns)
+
+
+def format_all(records, run):
+    """Yield (source, format, row or None, reasons) for every record; secrets are searched in many rows at once."""
+    waiting, size = [], 0
+    for source, reader, record in records:
+        name = reader.name if reader else "none"
+        try:
+            if isinstance(record, Reject):
+                raise record
+            row, notes = make_row(source, reader, record, run)
+        except Reject as reject:
+            yield source, name, None, [str(reject)]
+            continue
+        waiting.append((source, name, row, notes))
+        size += sum(len(message["content"]) for message in row["messages"])
+        if size > SCAN_AT_ONCE:
+            yield from finish_all(waiting, run)
+            waiting, size = [], 0
+    yield from finish_all(waiting, run)
+
+
+def finish_all(waiting, run):
+    secrets = find_secrets([row for _, _, row, _ in waiting])
+    for (source, name, row, notes), found in zip(waiting, secrets):
+        try:
+            row, reasons = finish_row(row, notes, found, run)
+        except Reject as reject:
+            reasons = [str(reject)]
+        if not reasons:
+            told = {"cut": "what follows the last answer was cut", "greeting": "a greeting is context",
+                    "merged": "assistant messages in a row became one"}  # fmt: skip
+            run.notes.update(text for key, text in told.items() if notes[key])
+        yield source, name, row, reasons
+
+
+@dataclass
+class Card:
+    """What the comparison of rows needs of one."""
+
+    source: str
+    format: str
+    place: int  # of its line in the spill file
+    key: str  # the same for equal conversations
+    lines: array  # hashes of the lines that are not the system's
+    domain: str
+    messages: int
+    calls: int
+    tokens: int
+
+
+def line_hashes(messages):
+    lines = set()
+    for message in messages:
+        if message["role"] != "system":
+            calls = [json.dumps(call["function"], sort_keys=True) for call in message.get("tool_calls", [])]
+            text = f"{message['content']}\n{message.get('reasoning_content', '')}"
+            lines |= {line.strip() for line in text.splitlines()} | set(calls)
+    return array("I", sorted(zlib.crc32(line.encode()) for line in lines if line))
+
+
+def make_card(source, name, row, place):
+    key = hashlib.sha256(json.dumps(row["messages"], sort_keys=True).encode()).hexdigest()
+    return Card(source, name, place, key, line_hashes(row["messages"]), str(row["meta"].get("domain", "unknown")),
+                len(row["messages"]), len(called_names(row["messages"])), row["meta"].get("n_tokens", 0))  # fmt: skip
+
+
+def compare_rows(cards, settings):
+    """{source: reason} of duplicates, and of what --max_samples leaves out. Of near-duplicates the longer one stays."""
+    reasons, kept, first = {}, [], {}
+    for card in cards:
+        if first.setdefault(card.key, card) is card:
+            kept.append(card)
         else:
-            journal.write(json.dumps({"source": pin}) + "\n")
-        for source, name, record in tqdm(load_records(units), total=len(units), unit=" records", disable=None):
-            if source not in done:
-                entry = ({"reasons": [f"not_a_log: {record}"]} if name is None
-                         else format_record(source, name, record, tools, tokenizer, benchmark, settings))
-                entry |= {"source": source, "format": name or "not a log"}
-                journal.write(json.dumps(entry, default=str) + "\n")
-
-
-def read_journal(path):
-    """The journal's entries, one at a time, without the pin."""
-    return (entry for _, entry in itertools.islice(read_jsonl(path), 1, None))
-
-
-def compare_rows(journal, settings):
-    """What needs all rows: duplicates, --max_samples. Returns {source: reasons} and a card of numbers per kept row."""
-    reasons, cards, copies, lines = {}, [], {}, {}
-    for entry in read_journal(journal):
-        source, why = entry["source"], entry["reasons"]
-        if not why:
-            row, own = entry["row"], entry["sketch"]
-            key = hashlib.sha256(json.dumps(row["messages"], sort_keys=True).encode()).hexdigest()
-            near, shared = next(iter(Counter(lines[line] for line in own if line in lines).most_common(1)), (None, 0))
-            if copies.setdefault(key, source) != source:
-                why = [f"duplicate: of {copies[key]}"]
-            elif len(own) >= 5 and shared >= settings.near_duplicate * len(own):
-                why = [f"near_duplicate: of {near}"]
-            else:
-                for line in own:
-                    lines.setdefault(line, source)
-                calls = [call["function"]["name"] for m in row["messages"] for call in m.get("tool_calls", [])]
-                cards.append({"source": source, "format": entry["format"], "key": key, "tools": calls,
-                              "messages": len(row["messages"]), "domain": str(row["meta"].get("domain", "unknown")),
-                              "tokens": row["meta"].get("n_tokens", 0)})
-        reasons[source] = why
-    chosen = {card["source"] for card in stratify(cards, settings.seed)[: settings.max_samples]}
-    reasons |= {card["source"]: ["not_selected: max_samples"] for card in cards if card["source"] not in chosen}
-    return reasons, [card for card in cards if card["source"] in chosen]
+            reasons[card.place] = f"duplicate: of {first[card.key].source}"
+    owners = defaultdict(list)  # hash of a line: the kept rows that have it
+    for card in sorted(kept, key=lambda card: -len(card.lines)):
+        lines = set(card.lines)
+        sample = card.lines[:64]  # the same ones for equal sets of lines
+        shared = Counter(itertools.chain.from_iterable(owners[line] for line in sample))
+        for number, _ in shared.most_common(3) if len(lines) >= 5 else []:
+            if len(lines.intersection(kept[number].lines)) >= settings.near_duplicate * len(lines):
+                reasons[card.place] = f"near_duplicate: of {kept[number].source}"
+                break
+        else:
+            for line in card.lines:
+                owners[line].append(kept.index(card))
+    return reasons
 
 
 def stratify(cards, seed):
     """Cards in an order of which every prefix has the domains in proportion; the same for the same rows and seed."""
-    order = sorted(cards, key=lambda card: hashlib.sha256(f"{seed} {card['key']}".encode()).digest())
-    sizes, met, places = Counter(card["domain"] for card in cards), Counter(), {}
+    order = sorted(cards, key=lambda card: hashlib.sha256(f"{seed} {card.key}".encode()).digest())
+    sizes = Counter(card.domain for card in cards)
+    met, places = Counter(), {}
     for card in order:
-        places[card["source"]] = (met[card["domain"]] + 0.5) / sizes[card["domain"]]
-        met[card["domain"]] += 1
-    return sorted(order, key=lambda card: places[card["source"]])
+        places[card.place] = (met[card.domain] + 0.5) / sizes[card.domain]
+        met[card.domain] += 1
+    return sorted(order, key=lambda card: places[card.place])
 
 
-def count_reasons(reasons):
-    names = [{text.partition(":")[0] for text in why} for why in reasons.values()]
-    return Counter(itertools.chain(*names)).most_common()
+@contextlib.contextmanager
+def only_run(output):
+    """One run per output; the lock lies in the system's temporary folder and ends with the process."""
+    name = hashlib.sha256(str(output.resolve()).encode()).hexdigest()[:16]
+    with open(Path(tempfile.gettempdir(), f"02_format_trajectories.{name}.lock"), "w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InputError(f"another run writes {output}; wait for it or give another --output_file") from None
+        yield
 
 
-def print_summary(reasons, cards, formats):
+def publish(files):
+    """Write {path: lines} under temporary names, then rename all: a reader sees old files or whole new ones."""
+    partials = {path: path.with_name(path.name + ".partial") for path in files}
+    try:
+        for path, lines in files.items():
+            with open(partials[path], "w") as file:
+                file.writelines(lines)
+        for path, partial in partials.items():
+            partial.replace(path)
+    finally:
+        for partial in partials.values():
+            partial.unlink(missing_ok=True)
+
+
+def strict_json(value):
+    """One ASCII line of JSON: NaN and infinity are none."""
+    try:
+        return json.dumps(value, default=str, allow_nan=False) + "\n"
+    except ValueError:
+        raise Reject("not_strict_json: NaN or infinity") from None
+
+
+def spill_rows(entries, spill):
+    """Write the rows into the spill file; returns (a card per row, a reject per other record, records by format)."""
+    cards, rejects, formats = [], [], Counter()
+    for source, name, row, reasons in entries:
+        formats[name] += 1
+        source = repair(source)
+        place = spill.tell()
+        try:
+            if not reasons:
+                spill.write(strict_json(row).encode())
+                cards.append(make_card(source, name, row, place))
+        except Reject as reject:
+            reasons = [str(reject)]
+        if reasons:
+            texts = [repair(reason)[:200] for reason in dict.fromkeys(reasons)]
+            rejects.append({"source": source, "format": name, "reasons": texts})
+    return cards, rejects, formats
+
+
+def read_places(spill, places):
+    for place in sorted(places):
+        spill.seek(place)
+        yield spill.readline().decode()
+
+
+def count_reasons(rejects):
+    counts = Counter()
+    for reject in rejects:
+        counts.update({reason.partition(":")[0] for reason in reject["reasons"]})
+    kinds = [reason for reject in rejects for reason in reject["reasons"] if reason.startswith("unknown_kind")]
+    return counts.most_common() + Counter(kinds).most_common()
+
+
+def print_summary(rejects, cards, formats, notes):
     """The terminal table: what came in by format, what went out and why."""
     print(f"{'format':<18}{'records':>10}{'rows':>10}{'messages':>10}{'tool calls':>12}{'tokens':>12}")
     for name, count in sorted(formats.items()):
-        rows = [card for card in cards if card["format"] == name]
-        print(f"{name:<18}{count:>10}{len(rows):>10}{sum(card['messages'] for card in rows):>10}"
-              f"{sum(len(card['tools']) for card in rows):>12}{sum(card['tokens'] for card in rows):>12}")
-    for reason, count in count_reasons(reasons):
+        rows = [card for card in cards if card.format == name]
+        sums = [sum(getattr(card, key) for card in rows) for key in ("messages", "calls", "tokens")]
+        print(f"{name:<18}{count:>10}{len(rows):>10}{sums[0]:>10}{sums[1]:>12}{sums[2]:>12}")
+    for text, count in sorted(notes.items()):
+        print(f"{count} rows: {text}")
+    for reason, count in count_reasons(rejects):
         print(f"rejected {count:>9}  {reason}")
 
 
-# 6. The report
-MAX_SHOWN = 200  # trajectories: the page must still open
-STYLE = """body{font:14px/1.45 system-ui,sans-serif;max-width:75em;margin:2em auto;padding:0 1em;color:#222}
-svg{width:100%;height:auto} table{border-collapse:collapse} td{padding:.1em 1em .1em 0;vertical-align:top}
-summary{cursor:pointer} section{margin:.4em 0;padding-left:.8em;border-left:4px solid #bbb} small{color:#666}
-.user{border-color:#2563eb} .assistant{border-color:#16a34a} .tool{border-color:#d97706} .reasoning{color:#777}
-pre{white-space:pre-wrap;overflow-wrap:anywhere;margin:.3em 0} .trained{background:#d1fae5}
-.stop{background:#fca5a5;font-weight:bold}"""
+def settings_record(settings, units, counts):
+    """What made the rows: settings, versions, the inputs' hashes."""
+    hashes = {}
+    for unit in units:
+        if unit.path.is_file():
+            with open(unit.path, "rb") as file:
+                hashes[repair(unit.label)] = hashlib.file_digest(file, "sha256").hexdigest()
+    versions = {"python": platform.python_version(),
+                "script": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}  # fmt: skip
+    for package in ("trl", "transformers", "pybetterleaks", "pyarrow"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[package] = importlib.metadata.version(package)
+    record = {"settings": asdict(settings), "versions": versions, "inputs": hashes, "counts": counts}
+    return json.dumps(record, indent=1) + "\n"
 
 
-def trained_text(tokenizer, messages, tools):
-    """{index of an assistant message: (what the engine must generate, the stop token that ends it)}.
-
-    03_sft.py's labels as text: from the generation prompt that inference would render, user turn by user turn, up to
-    and including the first special token (Qwen3's <|im_end|>; GLM-4.5 stops at the token of the next role).
-    """
-    special = re.compile("|".join(re.escape(token) for token in sorted(tokenizer.all_special_tokens, key=len)[::-1]))
-    last_stop = special.findall(render(tokenizer, [*messages, {"role": "user", "content": ""}], tools))[-1]
-    users = [number for number, message in enumerate(messages) if message["role"] == "user"]
-    spans = {}
-    for start, end in zip([0, *users[1:]], [*users[1:], len(messages)]):
-        text = render(tokenizer, messages[:end], tools)
-        for number in range(start, end):
-            if messages[number]["role"] == "assistant":
-                begin = len(render(tokenizer, messages[:number], tools, add_generation_prompt=True))
-                stop = special.search(text, begin)
-                spans[number] = (text[begin : stop and stop.start()], stop.group() if stop else last_stop)
-    return spans
+def check_settings(settings):
+    """Settings that would select nothing, or do nothing, are errors."""
+    if settings.max_samples is not None and settings.max_samples < 1:
+        raise InputError(f"--max_samples {settings.max_samples}: at least 1")
+    if settings.weight_bad_calls not in (0, 1):
+        raise InputError(f"--weight_bad_calls {settings.weight_bad_calls}: 0 or 1")
+    if settings.max_length != Settings.max_length and not settings.tokenizer:
+        raise InputError("--max_length counts tokens: give --tokenizer")
+    if Path(settings.output_file).is_dir():
+        raise InputError(f"--output_file {settings.output_file}: a folder; name a file")
+    if settings.readers != Settings.readers and not Path(settings.readers).is_dir():
+        raise InputError(f"--readers {settings.readers}: no such folder")
+    conditions_of(settings)
 
 
-def draw_plots(cards, reasons):
-    """The dataset in one SVG: lengths (the paper's Fig. 4: 13k to 152k tokens, mean 42.4k), turns, tools, domains."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    from matplotlib import pyplot
-
-    tokens = [card["tokens"] for card in cards if card["tokens"]]  # none without --tokenizer
-    mean = sum(tokens) / max(len(tokens), 1)
-    panels = {f"tokens per trajectory (mean {mean:,.0f})": tokens,
-              "messages per trajectory": [card["messages"] for card in cards],
-              "tool calls per trajectory": [len(card["tools"]) for card in cards],
-              "calls by tool": Counter(tool for card in cards for tool in card["tools"]),
-              "trajectories by domain": Counter(card["domain"] for card in cards),
-              "rejects by reason": Counter(dict(count_reasons(reasons)))}
-    panels = {title: values for title, values in panels.items() if values}
-    rows = max(1, math.ceil(len(panels) / 3))
-    figure, axes = pyplot.subplots(rows, 3, figsize=(15, 3.5 * rows), layout="constrained", squeeze=False)
-    for axis in axes.flat[len(panels):]:
-        axis.set_axis_off()
-    for axis, (title, values) in zip(axes.flat, panels.items()):
-        if isinstance(values, Counter):
-            names, sizes = zip(*values.most_common(15)[::-1])
-            axis.barh([name[:40].replace("$", r"\$") for name in names], sizes, color="#2563eb")  # $ begins a formula
-        else:
-            axis.hist(values, bins=30 if len(values) > 30 else 10, color="#16a34a")
-            axis.set(ylabel="trajectories")
-            axis.yaxis.get_major_locator().set_params(integer=True)
-        axis.set(title=title)
-    picture = io.StringIO()
-    figure.savefig(picture, format="svg", metadata=dict.fromkeys(("Creator", "Date", "Format", "Type")))
-    pyplot.close(figure)
-    return picture.getvalue().partition("<svg")[2]
+def make_run(settings):
+    tools = {}
+    for spec in settings.tools or []:
+        named = re.fullmatch(r"(\w+)=(.+)", spec)
+        tools[named[1] if named else ""] = load_tools(named[2] if named else spec)
+    tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
+    return Run(settings, tools, load_tasks(settings.queries), load_benchmark(settings.benchmark), tokenizer)
 
 
-def show_message(message, names, span):
-    """One message as HTML; names: {tool_call_id: tool}; span: from trained_text(), or None."""
-    def pre(text, kind=""):
-        return f'<pre class="{kind}">{html.escape(text)}</pre>' * bool(text)
-
-    role, content = message["role"], pre(message["content"])
-    if role in ("system", "tool"):
-        title = f"{names.get(message.get('tool_call_id'), '')} {len(message['content']):,} characters"
-        content = f"<details><summary>{html.escape(title)}</summary>{content}</details>"
-    elif span:
-        content = (f'<pre><span class="trained">{html.escape(span[0])}</span>'
-                   f'<span class="stop">{html.escape(span[1])}</span></pre>')
-    else:
-        calls = [call["function"] for call in message.get("tool_calls", [])]
-        content = pre(message.get("reasoning_content", ""), "reasoning") + content + "".join(
-            pre(f"{call['name']} {json.dumps(call['arguments'], indent=1, ensure_ascii=False)}") for call in calls)
-    return f'<section class="{role}"><small>{role}</small>{content}</section>\n'
-
-
-def write_report(path, rows, reasons, cards, tokenizer):
-    """One page that needs no network: the plots, the rejects, the trajectories folded."""
-    path = Path(path)
-    partial = path.with_name(path.name + ".partial")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    rejects = "".join(f"<tr><td>{html.escape('; '.join(why))}<td><small>{html.escape(source)}</small>"
-                      for source, why in reasons.items() if why)
-    with open(partial, "w", encoding="utf-8") as page:
-        page.write(f"<!doctype html><meta charset='utf-8'><title>Trajectories</title><style>{STYLE}</style>"
-                   f"<h1>{len(cards):,} trajectories, {sum(map(bool, reasons.values())):,} rejected</h1>"
-                   f"<svg{draw_plots(cards, reasons)}"
-                   f"<details><summary>Rejected</summary><table>{rejects}</table></details>"
-                   f"<h2>Trajectories (at most {MAX_SHOWN})</h2>")
-        if tokenizer:
-            page.write('<p><span class="trained">trained</span><span class="stop">stop token, trained too</span>')
-        for row in rows:
-            messages, meta = row["messages"], row["meta"]
-            try:
-                spans = trained_text(tokenizer, messages, row["tools"]) if tokenizer else {}
-            except (Reject, IndexError):  # a template that refuses a part of a conversation, or has no special tokens
-                spans = {}
-            names = {call["id"]: call["function"]["name"] for m in messages for call in m.get("tool_calls", [])}
-            facts = [row["query_id"], meta.get("domain", "no domain"), f"{len(messages)} messages",
-                     f"{len(names)} tool calls", f"{meta.get('n_tokens', '?')} tokens", meta["format"], meta["source"]]
-            page.write(f"<details><summary>{html.escape(' · '.join(map(str, facts)))}</summary>\n")
-            page.writelines(show_message(message, names, spans.get(n)) for n, message in enumerate(messages))
-            page.write("</details>\n")
-    partial.replace(path)
+def print_tools(records):
+    """--tools_seen: the called tools and their argument names, by format, as schemas to be completed."""
+    seen = defaultdict(lambda: defaultdict(dict))
+    for _, reader, record in records:
+        with contextlib.suppress(*MALFORMED):
+            for message in normalise(reader.read(record)["messages"], Counter())[0]:
+                for call in message.get("tool_calls", []):
+                    names = dict.fromkeys(call["function"]["arguments"])
+                    seen[reader.name][call["function"]["name"]] |= {name: {} for name in names}
+    schemas = defaultdict(list)
+    for name, tools in seen.items():
+        for tool, properties in tools.items():
+            parameters = {"type": "object", "properties": properties}
+            schemas[name].append({"type": "function", "function": {
+                "name": tool, "description": "", "parameters": parameters}})  # fmt: skip
+    print(json.dumps(schemas, indent=1))
 
 
 def main(settings, positional):
     inputs = [positional.inputs] if isinstance(positional.inputs, str) else positional.inputs
     if not inputs:
         raise InputError("no inputs; name files, folders or Hub ids before the options")
+    check_settings(settings)
     output = Path(settings.output_file)
-    rejected, journal = output.with_name("rejected_trajectories.jsonl"), output.with_name(output.name + ".journal")
-    units = find_units(inputs, {path.resolve() for path in (output, rejected, journal)})
-    tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
-    print(f"inputs: {len(units)} files or datasets")
-    write_journal(journal, units, tokenizer, settings)
-    reasons, cards = compare_rows(journal, settings)
-    write_jsonl(rejected, ({"source": source, "reasons": why} for source, why in reasons.items() if why))
-    print_summary(reasons, cards, Counter(entry["format"] for entry in read_journal(journal)))
-    if cards:
-        write_jsonl(output, (entry["row"] for entry in read_journal(journal) if not reasons[entry["source"]]))
-        if settings.report:
-            rows = (row for _, row in itertools.islice(read_jsonl(output), MAX_SHOWN))
-            write_report(settings.report, rows, reasons, cards, tokenizer)
-    journal.unlink()
+    rejected = output.with_name(f"{output.stem}.rejected.jsonl")
+    record = output.with_name(f"{output.stem}.settings.json")
+    units = find_units(inputs, {path.resolve() for path in (output, rejected, record)})
+    readers = load_readers(settings.readers)
+    run = make_run(settings)
+    records = read_all(units, readers, run.notes)
+    if settings.tools_seen:
+        print_tools(records)
+        return
+    print(f"inputs: {len(units)} files")
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with only_run(output), tempfile.TemporaryFile(dir=output.parent) as spill:
+        cards, rejects, formats = spill_rows(format_all(records, run), spill)
+        if unknown := {name for name, _, _ in conditions_of(settings)} - run.columns:
+            raise InputError(f"--where {', '.join(sorted(unknown))}: no row has such a column")
+        reasons = compare_rows(cards, settings)
+        chosen = stratify([card for card in cards if card.place not in reasons], settings.seed)
+        reasons |= {card.place: "not_selected: max_samples" for card in chosen[settings.max_samples :]} if settings.max_samples else {}
+        for card in cards:
+            if card.place in reasons:
+                rejects.append({"source": card.source, "format": card.format, "reasons": [reasons[card.place]]})
+        cards = [card for card in cards if card.place not in reasons]
+        print_summary(rejects, cards, formats, run.notes)
+        files = {rejected: map(strict_json, rejects)}
+        counts = {"rows": len(cards), "rejected": dict(count_reasons(rejects)), "notes": run.notes}
+        if cards:
+            files[record] = [settings_record(settings, units, counts)]
+            files[output] = read_places(spill, [card.place for card in cards])
+        publish(files)
     if not cards:
-        names = ", ".join(reason for reason, _ in count_reasons(reasons))
-        raise InputError(f"no trajectory left of {len(reasons)} ({names}); see {rejected}; {output} was not written")
-    print(f"rows: {len(cards)} -> {output}\nrejected: {sum(map(bool, reasons.values()))} -> {rejected}")
+        names = ", ".join(reason for reason, _ in count_reasons(rejects))
+        raise InputError(f"no trajectory left of {len(rejects)} ({names}); see {rejected}; {output} was not written")
+    print(f"rows: {len(cards)} -> {output}\nrejected: {len(rejects)} -> {rejected}")
 
 
 if __name__ == "__main__":
     try:
         parser = TrlParser(Settings)
-        parser.add_argument("inputs", nargs="*", help=f"Files, folders, Hub ids; formats: {', '.join(READERS)}.")
+        parser.add_argument("inputs", nargs="*", help="Files, folders, Hub ids (owner/name[:config][/split][@revision]).")
         main(*parse_settings(parser))
     except (InputError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
