@@ -76,7 +76,8 @@ def read(record):
         return {"messages": contents, "tools": None, "meta": {}, "checked": contents}
     header = record if isinstance(record, dict) else record[0]
     entries = messages_of_session(record["messages"] if record is header else record[1:])
-    messages, meta = [], {"query_id": header["sessionId"]}
+    messages = []
+    meta = {key: header[key] for key in header.keys() - {"messages"}}
     for entry in entries:
         if KINDS[entry["type"]] == "message":
             messages += read_entry(entry)

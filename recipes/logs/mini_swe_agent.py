@@ -9,6 +9,8 @@ LEFT_OUT = {
     "extra": "costs, and what was parsed from the message",
     "provider_specific_fields": "of the provider",
     "encrypted_content": "of a reasoning, encrypted",
+    "tools": "of a response: the one tool below",
+    "instructions": "of a response: the system message once more",
 }
 # The one tool of its tool-calling models, as published; in text mode the model never sees a schema
 COMMAND = {"type": "string", "description": "The bash command to execute"}
@@ -40,8 +42,9 @@ def messages_of(log):
 def meta_of(log):
     info = log["info"]
     config = info.get("config") or {}
-    meta = {key: value for key, value in info.items() if key not in ("config", "model_stats")}
-    return meta | {"query_id": log.get("instance_id"), "model": (config.get("model") or {}).get("model_name")}
+    meta = {key: log[key] for key in log.keys() - {"info", "messages"}}
+    meta |= {key: info[key] for key in info.keys() - {"config", "model_stats"}}
+    return meta | {"model": (config.get("model") or {}).get("model_name")}
 
 
 def read(log):
@@ -50,4 +53,5 @@ def read(log):
     for message in messages:
         if message.get("tool_calls") or "call_id" in message:
             tools = [BASH]
-    return {"messages": messages, "tools": tools, "meta": meta_of(log), "checked": {"messages": messages}}
+    checked = [message for message in log["messages"] if message.get("role") != "exit"]
+    return {"messages": messages, "tools": tools, "meta": meta_of(log), "checked": checked}

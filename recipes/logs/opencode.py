@@ -82,7 +82,9 @@ def messages_of(info, parts):
 def read(log):
     if isinstance(log, list):
         raise ValueError("not_supported: opencode run --format json lacks the prompt; give `opencode export`")
-    meta = {"query_id": log["info"].get("id"), "title": log["info"].get("title")}
+    meta = {key: log[key] for key in log.keys() - {"info", "messages"}}
+    meta["query_id"] = log["info"].get("id")
+    meta["title"] = log["info"].get("title")
     messages, checked = [], []
     for entry in kept_entries(log):
         info = entry["info"]
@@ -90,7 +92,7 @@ def read(log):
         for part in parts:
             check_part(part, info)
         messages += messages_of(info, parts)
-        checked.append({"info": info, "parts": parts})
+        checked.append(entry | {"parts": parts})
         meta["model"] = info.get("modelID")
         meta["exit_status"] = (info.get("error") or {}).get("name", "")
     return {"messages": messages, "tools": None, "meta": meta, "checked": checked}

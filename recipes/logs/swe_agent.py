@@ -2,7 +2,6 @@
 
 KINDS = {"system": "message", "user": "message", "assistant": "message", "tool": "result"}
 LEFT_OUT = {
-    "thought": "a piece of the content",
     "history.action": "the call once more, as a command",
     "signature": "of a thinking, encrypted",
 }
@@ -17,6 +16,7 @@ def read(log):
     for message in messages:
         if message["role"] not in KINDS:
             raise ValueError(f"unknown_kind: {message['role']}")
-    info = log.get("info") or {}
-    meta = {"environment": log.get("environment"), "query_id": log.get("instance_id"), **info}
+    left = {"history", "trajectory", "replay_config", "info"}
+    meta = {key: log[key] for key in log.keys() - left}
+    meta |= log.get("info") or {}
     return {"messages": messages, "tools": None, "meta": meta, "checked": {"history": messages}}
