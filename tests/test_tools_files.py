@@ -1,4 +1,4 @@
-"""recipes/tools: other agents' tool sets, run by 04's tool server in a folder of the test, without a sandbox."""
+"""recipes/tools: other agents' tool sets, run by 04's tool server in a folder of the test, no sandbox."""
 
 import json
 import re
@@ -16,7 +16,7 @@ FILES = sorted(ROOT.glob("recipes/tools/*.py"))
 
 @pytest.fixture
 def tools(stage, tmp_path):
-    """tools("bash") starts the server with that file in tmp_path: call(name, **arguments) -> "output" or "Error: ..."."""
+    """tools("bash") starts the server with that file in tmp_path: call(name, **arguments) -> output or error."""
     started = []
 
     def start(name):
@@ -65,26 +65,47 @@ def test_a_file_takes_nothing_from_the_server_but_what_the_contract_names(path):
     while waiting:
         body = waiting.pop()
         waiting += [part for part in body.co_consts if hasattr(part, "co_names")]
-        names |= {name for name in body.co_names if name in ("ROOT", "LONGEST", "clip", "run_command", "CALL", "tell")}
+        names |= {
+            name
+            for name in body.co_names
+            if name in ("ROOT", "LONGEST", "clip", "run_command", "CALL", "tell")
+        }
     assert names <= {"ROOT", "LONGEST", "clip", "run_command"}
 
 
 def test_names_and_parameters_are_the_published_ones():
     claude = schemas_of(ROOT / "recipes/tools/claude_code.py")
     assert list(claude["Bash"]["parameters"]["properties"]) == [
-        "command", "timeout", "description", "run_in_background", "dangerouslyDisableSandbox",
-    ]  # fmt: skip
+        "command",
+        "timeout",
+        "description",
+        "run_in_background",
+        "dangerouslyDisableSandbox",
+    ]
     assert {"-A", "-B", "-C", "-n", "-i", "multiline"} <= claude["Grep"]["parameters"]["properties"].keys()
     assert claude["Edit"]["parameters"]["required"] == ["file_path", "old_string", "new_string"]
     assert claude["Agent"]["parameters"]["required"] == ["description", "prompt"]
     codex = schemas_of(ROOT / "recipes/tools/codex.py")
     assert list(codex["exec_command"]["parameters"]["properties"]) == [
-        "cmd", "workdir", "shell", "login", "tty", "yield_time_ms", "max_output_tokens",
-        "sandbox_permissions", "justification", "prefix_rule",
-    ]  # fmt: skip
+        "cmd",
+        "workdir",
+        "shell",
+        "login",
+        "tty",
+        "yield_time_ms",
+        "max_output_tokens",
+        "sandbox_permissions",
+        "justification",
+        "prefix_rule",
+    ]
     assert codex["apply_patch"]["parameters"]["required"] == ["input"]
     gemini = schemas_of(ROOT / "recipes/tools/gemini_cli.py")
-    assert gemini["replace"]["parameters"]["required"] == ["file_path", "instruction", "old_string", "new_string"]
+    assert gemini["replace"]["parameters"]["required"] == [
+        "file_path",
+        "instruction",
+        "old_string",
+        "new_string",
+    ]
     assert list(gemini["read_file"]["parameters"]["properties"]) == ["file_path", "start_line", "end_line"]
     bash = schemas_of(ROOT / "recipes/tools/bash.py")
     assert bash == {
@@ -118,7 +139,9 @@ def test_claude_reads_before_it_writes_and_edits_what_occurs_once(tools, tmp_pat
     )
     assert call("Read", file_path=path) == "     1\tone\n     2\ttwo\n     3\ttwo"
     assert call("Read", file_path=path, offset=3, limit=1) == "     3\ttwo"
-    assert call("Edit", file_path=path, old_string="one", new_string="1").startswith(f"The file {path} has been updated")
+    assert call("Edit", file_path=path, old_string="one", new_string="1").startswith(
+        f"The file {path} has been updated"
+    )
     assert "Found 2 matches" in call("Edit", file_path=path, old_string="two", new_string="2")
     call("Edit", file_path=path, old_string="two", new_string="2", replace_all=True)
     assert file.read_text() == "1\n2\n2\n"
@@ -171,18 +194,24 @@ def test_claude_finds_files_and_lines(tools, tmp_path):
         f"{tmp_path}/src/a.py-1-import os\n{tmp_path}/src/a.py:2:print(1)"
     )
     assert call("Grep", pattern="nowhere") == "No matches found"
-    assert call("Grep", pattern="(") .startswith("Error: ")
+    assert call("Grep", pattern="(").startswith("Error: ")
 
 
 def test_claude_changes_a_notebook(tools, tmp_path):
     call = tools("claude_code")
     path = tmp_path / "n.ipynb"
-    path.write_text(json.dumps({"cells": [{"id": "a1", "cell_type": "code", "source": "1", "metadata": {}}]}))
+    path.write_text(
+        json.dumps({"cells": [{"id": "a1", "cell_type": "code", "source": "1", "metadata": {}}]})
+    )
     call("NotebookEdit", notebook_path=str(path), new_source="2", cell_id="a1")
-    call("NotebookEdit", notebook_path=str(path), new_source="# T", cell_type="markdown", edit_mode="insert")
+    call(
+        "NotebookEdit", notebook_path=str(path), new_source="# T", cell_type="markdown", edit_mode="insert"
+    )
     cells = json.loads(path.read_text())["cells"]
     assert [(cell["cell_type"], cell["source"]) for cell in cells] == [("markdown", "# T"), ("code", "2")]
-    assert "Cell not found: zz" in call("NotebookEdit", notebook_path=str(path), new_source="", cell_id="zz")
+    assert "Cell not found: zz" in call(
+        "NotebookEdit", notebook_path=str(path), new_source="", cell_id="zz"
+    )
 
 
 PATCH = """*** Begin Patch
@@ -210,10 +239,13 @@ def test_codex_applies_a_patch_whole_or_not_at_all(tools, tmp_path):
         "Success. Updated the following files:\nA new.txt\nM old.py\nM moved.txt\nD dead.txt"
     )
     assert (tmp_path / "new.txt").read_text() == "hello\n"
-    assert (tmp_path / "old.py").read_text() == "def first():\n    return 1\n\ndef second():\n    return 2\n"
+    assert (
+        tmp_path / "old.py"
+    ).read_text() == "def first():\n    return 1\n\ndef second():\n    return 2\n"
     assert (tmp_path / "deep/there.txt").read_text() == "keep\n"
     assert not (tmp_path / "moved.txt").exists() and not (tmp_path / "dead.txt").exists()
-    wrong = "*** Begin Patch\n*** Add File: other.txt\n+x\n*** Update File: old.py\n@@\n-nowhere\n+y\n*** End Patch"
+    wrong = "*** Begin Patch\n*** Add File: other.txt\n+x\n"
+    wrong += "*** Update File: old.py\n@@\n-nowhere\n+y\n*** End Patch"
     assert call("apply_patch", input=wrong) == (
         "Error: ValueError: Failed to find expected lines in old.py:\nnowhere"
     )
@@ -230,7 +262,9 @@ def test_codex_gives_a_session_back_while_a_command_still_runs(tools):
     answer = call("write_stdin", session_id=number, chars="word\n", yield_time_ms=5000)
     assert "Process exited with code 0\nOutput:\ngot word" in answer
     assert call("write_stdin", session_id=7) == "Error: ValueError: Unknown session 7"
-    assert re.fullmatch(r"Exit code: 0\nWall time: [\d.]+ seconds\nOutput:\na b", call("shell", command=["echo", "a b"]))
+    assert re.fullmatch(
+        r"Exit code: 0\nWall time: [\d.]+ seconds\nOutput:\na b", call("shell", command=["echo", "a b"])
+    )
     assert "Exit code: 124" in call("shell_command", command="sleep 5", timeout_ms=200)
     assert call("update_plan", plan=[{"step": "a", "status": "pending"}]) == "Plan updated"
 
@@ -247,7 +281,9 @@ def test_gemini_reads_writes_replaces_and_searches(tools, tmp_path):
     change = {"file_path": "d/a.txt", "instruction": "number it", "old_string": "one", "new_string": "1"}
     assert call("replace", **change) == "Successfully modified file: d/a.txt (1 replacement)."
     assert "0 occurrences found" in call("replace", **change)
-    assert call("grep_search", pattern="two") == "Found 2 match(es) for 'two'\nFile: d/a.txt\nL2: two\nL3: Two"
+    assert (
+        call("grep_search", pattern="two") == "Found 2 match(es) for 'two'\nFile: d/a.txt\nL2: two\nL3: Two"
+    )
     found = call("grep_search", pattern="two", case_sensitive=True, before=1)
     assert found == "Found 1 match(es) for 'two'\nFile: d/a.txt\nL1- 1\nL2: two"
     assert call("glob", pattern="**/*.TXT") == f"Found 1 file(s) matching '**/*.TXT'\n{tmp_path}/d/a.txt"
