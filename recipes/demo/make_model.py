@@ -60,9 +60,11 @@ def from_package():
     folder = find_weights()
     unpacked = AutoModelForCausalLM.from_pretrained(folder, gguf_file=WEIGHTS, dtype=torch.float32)
     config = unpacked.config
-    del config.quantization_config  # it is no quantized model any more, and would not be saved
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
-    model.load_state_dict(unpacked.state_dict())
+    del config.quantization_config  # these are plain weights now; as a quantized model it would not be saved
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model.load_state_dict(unpacked.state_dict(), assign=True)
+    model.tie_weights()
     model.generation_config = unpacked.generation_config
     return model, AutoTokenizer.from_pretrained(folder, gguf_file=WEIGHTS)
 

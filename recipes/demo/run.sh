@@ -66,13 +66,14 @@ python recipes/demo/teacher.py "$data/queries.jsonl" --port 0 > "$data/teacher.u
 teacher=$!
 trap 'kill $teacher 2> /dev/null || true' EXIT
 until [ -s "$data/teacher.url" ]; do kill -0 $teacher; sleep 0.1; done
+# One at a time: the rows are in the same order every time, and so is the training
 python 04_eval.py --config recipes/demo/eval.yaml --tasks "$data/queries.jsonl" --model scripted-teacher \
-    --base_url "$(cat "$data/teacher.url")" --output_dir "$results/teacher" | grep ^SR@1:
+    --base_url "$(cat "$data/teacher.url")" --concurrency 1 --output_dir "$results/teacher" | grep ^SR@1:
 kill $teacher
 
 step "02 rows: the teacher's episodes, and sessions of four other tools"
 python 02_format_trajectories.py "$results/teacher/episodes.jsonl" recipes/demo/logs \
-    --queries "$data/queries.jsonl" --tools recipes/tools/bash.py --output_file "$data/train.jsonl"
+    --queries "$data/queries.jsonl" --tools codex=recipes/demo/codex_tools.json --output_file "$data/train.jsonl"
 
 step "03 training: $model, all parameters"
 rows=$(sha256sum < "$data/train.jsonl" | cut -d' ' -f1)
