@@ -1,6 +1,7 @@
 """What the converters here share: options, pinned data, the task file; and the side of their checks.
 
-A converter is its own check: write() copies it (as check.py) and this file into the private folder.
+A converter is its own check: write() copies it (as check.py) and this file, which starts it, into the private
+folder.
 """
 
 import argparse
@@ -12,7 +13,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-CHECK = "/opt/venv/bin/python -I /private/check.py"
 HERE = Path(sys.argv[0]).name
 STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
 THREADS = ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "TF_NUM_INTRAOP", "TF_NUM_INTEROP")
@@ -23,21 +23,25 @@ def fail(text):
     sys.exit(print(text, file=sys.stderr) or 2)
 
 
-def options(description, *data):
-    """Paths `data`, --venv, --output and --no_tools. Exits with one line if one of the paths is not there."""
+def options(description, *data, venv=True):
+    """Paths `data`, --output, --no_tools and, if the check needs packages, --venv. Exits with one line if one of
+    the paths is not there. Of the result, `check` starts the check, `place` is "answer" or "file".
+    """
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=shape)
     for name in data:
         parser.add_argument(name, type=Path)
-    parser.add_argument("--venv", type=Path, required=True, help="environment of the check, made as above")
+    if venv:
+        parser.add_argument("--venv", type=Path, required=True, help="environment of the check, see above")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--no_tools", action="store_true", help="write no_tools.jsonl, for --no_tools of 04")
     found = parser.parse_args()
-    for name in (*data, "venv"):
+    for name in (*data, "venv") if venv else data:
         path = getattr(found, name)
         if not path.exists():
             fail(f"{path}: no such file or folder ({name}: see {HERE} --help)")
     found.place = "answer" if found.no_tools else "file"
+    found.check = f"{'/opt/venv/bin/python' if venv else 'python3'} -I /private/common.py"
     return found
 
 
@@ -74,7 +78,9 @@ def write(found, tasks, count, private):
     for path, name in ({__file__: "common.py", sys.argv[0]: "check.py"} | private).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / name)
-    shared = {"private": "private", "venv": os.path.relpath(found.venv, found.output)}
+    shared = {"private": "private"}
+    if "venv" in found:
+        shared["venv"] = os.path.relpath(found.venv, found.output)
     path = found.output / ("no_tools.jsonl" if found.no_tools else "tasks.jsonl")
     path.write_text("".join(json.dumps(task | shared) + "\n" for task in tasks))
     print(f"{path}: {count} tasks with {sum(len(task['turns']) for task in tasks)} turns")
@@ -83,19 +89,17 @@ def write(found, tasks, count, private):
 # ---- In the sandbox ----
 
 
-def main(convert, check, solve):
-    """As a script: convert(). As /private/check.py: check(words of the command), or solve(...)
-    where "solve" ends it.
+def run(*words):
+    """check(words of the command), or solve(...) where "solve" ends them.
 
     A fault of ours is `Bail out!` (not run), never a 0; one thread a pool, however many cores there are.
     """
-    if Path(sys.argv[0]).name != "check.py":
-        return convert()
     sys.excepthook = lambda kind, error, trace: print(f"Bail out! {kind.__name__}: {error}")
     os.environ |= {name + ("_THREADS" if "NUM" in name else "_NUM_THREADS"): "1" for name in THREADS}
-    if sys.argv[-1] == "solve":
-        return solve(*sys.argv[1:-1])
-    sys.exit(check(*sys.argv[1:]))
+    sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
+    import check
+
+    sys.exit(check.solve(*words[:-1]) if words[-1] == "solve" else check.check(*words))
 
 
 def submitted(place, file, answer="/answer.md"):
@@ -134,3 +138,7 @@ def _refuse(event, arguments):
     path = arguments[0] if event == "open" else 0
     if not isinstance(path, int) and os.path.realpath(os.fsdecode(path)).startswith("/private"):
         raise PermissionError(f"{path} is not for the code under test")
+
+
+if __name__ == "__main__":
+    run(*sys.argv[1:])

@@ -17,10 +17,8 @@ import gzip
 import json
 import os
 import re
-import sys
 from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import common
 
 FILES = {
@@ -49,7 +47,7 @@ def convert():
     tasks = []
     for problem in read(found.clone / "data/ds1000.jsonl.gz"):
         number = problem["metadata"]["problem_id"]
-        check = f"{common.CHECK} {number} {found.place}"
+        check = f"{found.check} {number} {found.place}"
         turn = {"query": problem["prompt"], "check": check, "solution": check + " solve"}
         task = {"query_id": f"ds1000-{number}", "domain": "research", "source": "DS-1000"}
         task["subdomain"] = problem["metadata"]["library"]
@@ -98,4 +96,4 @@ def check(number, place):
 
 
 if __name__ == "__main__":
-    common.main(convert, check, solve)
+    convert()

@@ -18,7 +18,6 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import common
 
 RELEASES = {
@@ -39,7 +38,7 @@ def convert():
     for line in gzip.open(found.data):
         problem = json.loads(line)
         prompt = PROMPT.format(PLACES[found.place]) + f"```python\n{problem['prompt'].strip()}\n```"
-        check = f"{common.CHECK} {problem['task_id']} {found.place}"
+        check = f"{found.check} {problem['task_id']} {found.place}"
         turn = {"query": prompt, "check": check, "solution": check + " solve"}
         query_id = problem["task_id"].replace("/", "-")
         tasks.append({"query_id": query_id, "domain": "vibe_coding", "source": name, "turns": [turn]})
@@ -91,4 +90,4 @@ def check(task_id, place):
 
 
 if __name__ == "__main__":
-    common.main(convert, check, solve)
+    convert()

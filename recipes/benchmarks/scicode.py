@@ -26,7 +26,6 @@ import tempfile
 from pathlib import Path
 from subprocess import PIPE
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import common
 
 RELEASES = {  # problems, steps, of them given
@@ -67,7 +66,7 @@ def task(problem, found):
             next_step_str=f"{about}\n\n{step['function_header']}\n\n{step['return_line']}",
             dependencies=problem["required_dependencies"],
         )
-        check = f"{common.CHECK} {name} {found.place}"
+        check = f"{found.check} {name} {found.place}"
         turn = {"query": query if found.no_tools else query + WRITE.format(name), "check": check}
         turns.append(turn | ({"solution": check + " solve"} if step.get("ground_truth_code") else {}))
         earlier += [about, ABOVE, "------"]
@@ -144,4 +143,4 @@ def run(script):
 
 
 if __name__ == "__main__":
-    common.main(convert, check, solve)
+    convert()

@@ -37,7 +37,6 @@ from pathlib import Path
 
 import httpx
 
-sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
 import common
 
 COMMIT = "fc0055dc4e0a316c3f83133267fbd6faaa770992"
