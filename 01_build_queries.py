@@ -1,32 +1,36 @@
-"""Stage 1: the queries. Real-world ones are read; others are written from pull requests mined out of local git clones.
+"""Stage 1: tasks. Real-world queries are read; others are written from pull requests, or from papers.
 
-    python 01_build_queries.py --real queries/ --repos clones/click clones/attrs     # the recipe: 60 real + 18 mined
-    python 01_build_queries.py --config recipes/demo/queries.yaml                    # seconds, needs no endpoint
+    python 01_build_queries.py --real queries/ --repos clones/*               # 60 real + 18 mined
+    python 01_build_queries.py --rule paper --repos clones/*                  # the paper's own funnel
+    python 01_build_queries.py --papers papers/ --repos clones/click --dry_run # shows a prompt, calls nobody
 
-Reads   --real      JSONL in task form, or a folder of *.md: YAML front matter (query_id, domain, subdomain, workspace,
-                    check, rubric, licence, meta; turns: if there are several), the query as the body
-        --repos     git clones with history, or URLs (git clone --mirror also brings refs/pull: which numbers are PRs)
-Writes  data/queries.jsonl            a task a line: {"query_id", "domain", "subdomain", "source", "turns": [{"query",
-                                      "check"?, "rubric"?}], "workspace"?, "meta"}; its first n lines are a fair subset
+Reads   --real      tasks, a line each as in data/queries.jsonl, or a folder of *.md: YAML front matter
+                    (domain, workspace, check, rubric ...; turns: if there are several), then the query
+        --repos     git clones with history (git clone --mirror brings refs/pull: which numbers are PRs)
+        --papers    a folder of *.md and *.txt, one paper each
+Writes  data/queries.jsonl            a task a line: {"query_id", "domain", "subdomain", "source", "turns":
+                                      [{"query", "check"?, "rubric"?, "solution"?}], "workspace"?, "private"?,
+                                      "venv"?, "needs"?, "meta"}; its first n lines are a fair subset
         data/rejected_queries.jsonl   every other one, with "reasons"
-        data/workspaces/              the tree that each task starts from, without git history
-        data/queries.work/            N_step.jsonl, written anew by each step; what costs time or money is only
-                                      appended: verifications, answers, github and reviews.jsonl
+        data/queries.settings.json    settings, versions, inputs
+        data/workspaces/, private/    the tree each task starts from; what only its check may see
+        data/work/                    N_step.jsonl, written anew by each step: 4_check.jsonl is to be
+                                      reviewed, reviews.jsonl has what reviewers said; environments/, one a
+                                      repository; verifications.jsonl and answers.jsonl are only appended to
+
+A pull request becomes a task only if 04_eval.py, beside this file, says so: its solution passes its check
+three times of three and an agent that does nothing fails it three times of three, in 04's own sandbox.
 """
 import ast
 import asyncio
-import base64
-import gzip
+import fcntl
+import functools
 import hashlib
-import http.server
 import importlib.metadata
-import io
-import itertools
+import importlib.util
 import json
 import os
 import re
-import secrets
-import shlex
 import shutil
 import subprocess
 import sys
@@ -35,9 +39,9 @@ import tempfile
 import time
 import warnings
 from collections import Counter, defaultdict
-from concurrent.futures import ThreadPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from random import Random
 from typing import Literal
 
 import pydantic
@@ -45,70 +49,102 @@ import yaml
 from tqdm import tqdm
 from trl import TrlParser
 
+HERE = Path(__file__).resolve().parent
+EVALUATE = HERE / "04_eval.py"
+LEAKS = HERE / "recipes" / "leaks.py"
+LANGUAGES_FOLDER = HERE / "recipes" / "languages"
 # The paper's ten categories (appendix B) are the sub-domains of its two domains.
-DOMAINS = dict.fromkeys(("algorithm", "application", "llm", "backend", "ui", "frontend", "build", "debugging"),
-                        "vibe_coding") | dict.fromkeys(("research", "data_analysis"), "research")
+CODING = ("algorithm", "application", "llm", "backend", "ui", "frontend", "build", "debugging")
+DOMAINS = dict.fromkeys(CODING, "vibe_coding") | dict.fromkeys(("research", "data_analysis"), "research")
 # The kind of a changed file is the first pattern that its path matches; anything else is "other".
 KINDS = {
     "generated": r"(^|/)(_?vendor(ed)?|third_party|node_modules|dist)/|_pb2\.py$|\.min\.js$|\.lock$",
-    "test": r"(^|/)(tests?|testing|spec|__tests__)/|(^|/)(test_[^/]*|conftest\.py)$|[._](test|spec)\.\w+$",
-    "code": r"\.(py|jsx?|tsx?|go|rs|java|kt|c|h|cc|cpp|rb|php|jl)$"}
-RUNNABLE = r"(^|/)test_[^/]*\.py$|[._](test|spec)\.\w+$"
+    "test": r"(^|/)(tests?|testing|specs?|__tests__)/|(^|/)(test_[^/]*|conftest\.py|tests?\.\w+)$"
+            r"|[._](test|spec)\.\w+$",
+    "code": r"\.(py|[cm]?jsx?|[cm]?tsx?|go|rs|java|kt|c|h|cc|cpp|rb|php|jl)$",
+}
+LANGUAGES = {"python": r"\.py$", "node": r"\.[cm]?[jt]sx?$", "go": r"\.go$", "rust": r"\.rs$"}
+NOT_RUN = r"(^|/)(conftest|__init__)\.py$|(^|/)(fixtures?|support|helpers?|data|snapshots?|common)/|\.d\.ts$"
+RUNNERS = {"python": "pytest", "node": "node", "go": "go", "rust": "cargo"}  # unless the set-up names another
+TOOLCHAINS = {"python": "python3", "node": "npm", "go": "go", "rust": "cargo"}
 BOT = r"(?i)\[bot\]|dependabot|renovate|pre-commit-ci|greenkeeper|pyup-bot"
-LICENCES = {"MIT": "Permission is hereby granted, free of charge", "Apache-2.0": "Apache License",
-            "BSD": "Redistribution and use in source and binary forms", "ISC": "Permission to use, copy, modify, and"}
-SECRET = (r"sk-[\w-]{20,}|gh[pousr]_\w{30,}|AKIA[0-9A-Z]{16}|BEGIN [A-Z ]*PRIVATE KEY"
-          r"|[\w.+-]+@(?!example\.)[\w-]+\.[a-z]{2,}")
+LICENCES = {
+    "MIT": "Permission is hereby granted, free of charge", "Apache-2.0": "Apache License",
+    "BSD": "Redistribution and use in source and binary forms", "ISC": "Permission to use, copy, modify, and",
+    "Unlicense": "free and unencumbered software", "Zlib": "This software is provided 'as-is'",
+    "MPL-2.0": "Mozilla Public License", "PSF": "PYTHON SOFTWARE FOUNDATION LICENSE"}
+SECRET = (
+    r"\bsk-(?=[\w-]*\d)[\w-]{20,}|\bgh[pousr]_\w{30,}|\bgithub_pat_\w{22,}|\bglpat-[\w-]{20,}"
+    r"|\bAKIA[0-9A-Z]{16}|\bhf_\w{30,}|\bAIza[\w-]{35}|\bxox[abprs]-[\w-]{10,}|BEGIN [A-Z ]*PRIVATE KEY"
+    r"|\b(?!git@)[\w.+-]+@(?!example\.)[\w-]+\.[a-z]{2,}"
+)
+BENCHMARKS = "astropy django flask matplotlib pylint pytest requests scikit-learn seaborn sphinx sympy xarray"
 TEXT_RULES = {  # after SWE-bench Lite: a statement must stand alone
-    "a link": r"https?://|www\.", "an issue's number": r"(?<!\w)#\d+", "a commit": r"\b(?=\d*[a-f])[0-9a-f]{7,40}\b",
+    "a link": r"https?://|www\.", "an issue's number": r"(?<![\w&])#[1-9]\d{0,5}\b(?!\w)",
+    "a commit": r"(?<![\w#-])(?=[a-f]*\d)(?=\d*[a-f])[0-9a-f]{7,40}(?![\w-])",
     "an image": r"\.(png|jpe?g|gif|svg)\b",
     "the tests": r"(?i)\b(pytest|unittest|unit tests?|test suite|hidden tests?)\b"}
+NOT_DRAWN = "not among the 100 drawn of its repository"
+OVER_QUOTA = "like those selected, or over a quota"
+ENGLISH = set("the a an to of and is are in it that when should be not with for as this on if or by".split())
+# What to do about the commonest reason, said in the last line of a run that leaves nothing.
+REMEDIES = {
+    "environment": "install what is missing with --setup_command",
+    "no test file changed": "mine repositories whose pull requests bring tests, or use --rule paper",
+    "no permissive licence": "mine repositories with a permissive licence",
+    "its tests pass without the change": "mine more pull requests",
+    "the answer": "use a stronger --model, or --retry_bad",
+    "leaks": "use a stronger --model, or --retry_bad with another one"}
+
+
+def setting(default, text):
+    return field(default=default, metadata={"help": text})
+
+
+def settings_list(default, text):
+    return field(default_factory=lambda: list(default), metadata={"help": text})
 
 
 @dataclass
 class Settings:
-    real: str | None = field(default=None, metadata={"help": "Real-world queries: JSONL or a folder of markdown."})
-    repos: list[str] = field(default_factory=list, metadata={"help": "Git clones to mine, or their URLs."})
-    output_file: str = field(default="data/queries.jsonl", metadata={"help": "Tasks; the rest goes beside it."})
-    step: Literal["all", "mine", "verify", "write", "check", "review", "select"] = field(
-        default="all", metadata={"help": "One step alone; all runs them in this order, but for review."})
+    real: str | None = setting(None, "Real-world queries: JSONL or a folder of markdown.")
+    repos: list[str] = settings_list([], "Git clones to mine.")
+    papers: str | None = setting(None, "A folder of papers (*.md, *.txt) that become research queries.")
+    output_file: str = setting("data/queries.jsonl", "Tasks; the rest goes beside it.")
+    step: Literal["all", "mine", "verify", "write", "check", "select"] = setting(
+        "all", "One step alone, or all.")
     # mine
-    rule: Literal["tests", "paper"] = field(default="tests", metadata={
-        "help": "tests: one code file and its tests; paper: under 1,200 tokens and not only markdown."})
-    deny: list[str] = field(default_factory=lambda: [
-        "astropy", "django", "flask", "matplotlib", "pylint", "pytest", "requests", "scikit-learn", "seaborn",
-        "sphinx", "sympy", "xarray"], metadata={"help": "Repositories of benchmarks, refused (SWE-bench's)."})
-    max_tokens: int = field(default=2000, metadata={"help": "Longest code and test diff; a token is 4 characters."})
-    max_candidates: int = field(default=200, metadata={"help": "PRs to verify and write, newest of each clone first."})
+    rule: Literal["tests", "paper"] = setting("tests", "One code file and its tests; or the paper's funnel.")
+    deny: list[str] = settings_list(BENCHMARKS.split(), "Repositories of benchmarks, refused (SWE-bench's).")
+    max_tokens: int = setting(2000, "Longest code and test diff; a token is 4 characters.")
+    max_candidates: int = setting(200, "PRs to verify and write, newest of each clone first.")
+    chain: int = setting(1, "Join up to so many dependent PRs into the turns of one task.")
+    seed: int = setting(100, "Draws the paper rule's 100 pull requests a repository.")
     # verify
-    test_command: str = field(default="python3 -m pytest -q", metadata={"help": "Runs the test files that follow."})
-    timeout: int = field(default=60, metadata={"help": "Seconds that a test run may take."})
+    languages: str = setting(str(LANGUAGES_FOLDER), "Set-ups of environments, and check.py.")
+    setup_command: str | None = setting(None, "Makes $ENVIRONMENT, run in a repository's tree.")
+    test_command: str | None = setting(None, "Runs {files}, writes JUnit XML to {report}.")
+    timeout: int = setting(120, "Seconds that a test run may take.")
+    verify_runs: int = setting(3, "Runs of each task's solution and of doing nothing; 0: none.")
     # write
-    model: str = field(default="gpt-5", metadata={"help": "Writes the queries (paper: GPT-5)."})
-    base_url: str | None = field(default=None, metadata={"help": "OpenAI-compatible endpoint; key: OPENAI_API_KEY."})
-    answers: str | None = field(default=None, metadata={"help": "An answers.jsonl to replay."})
-    concurrency: int = field(default=8, metadata={"help": "Calls under way at a time."})
-    max_retries: int = field(default=6, metadata={"help": "Retries of a call after a 429, 5xx or lost connection."})
-    price_in: float = field(default=0, metadata={"help": "Dollars per million tokens in."})
-    price_out: float = field(default=0, metadata={"help": "Dollars per million tokens out."})
-    max_usd: float | None = field(default=None, metadata={"help": "Ask no more once all answers cost this."})
-    dry_run: bool = field(default=False, metadata={"help": "Print a prompt and the number of calls, and stop there."})
-    suffixes: bool = field(default=False, metadata={
-        "help": "Add the released pipeline's notes: the file to modify; installing allowed (40 %%) or not."})
-    github: bool = field(default=False, metadata={"help": "Give the writer PR descriptions and issues; GITHUB_TOKEN."})
+    model: str = setting("gpt-5", "Writes the queries (paper: GPT-5).")
+    judge_model: str | None = setting(None, "Also asked whether a query leaks its solution.")
+    base_url: str | None = setting(None, "OpenAI-compatible endpoint; key: OPENAI_API_KEY.")
+    answers: str | None = setting(None, "An answers.jsonl to replay.")
+    retry_bad: bool = setting(False, "Ask again where the answer was refused or is no draft.")
+    concurrency: int = setting(8, "Calls under way at a time.")
+    call_seconds: int = setting(300, "Longest wait for an answer; tried seven times.")
+    price_in: float = setting(0, "Dollars per million tokens in.")
+    price_out: float = setting(0, "Dollars per million tokens out.")
+    max_usd: float | None = setting(None, "Most dollars; a call under way counts with 4,000 tokens.")
+    dry_run: bool = setting(False, "Print a prompt and the number of calls, and stop there.")
     # check
-    benchmark: list[str] = field(default_factory=list, metadata={
-        "help": "Files or folders (AgencyBench, SWE-bench ...): a query that shares 13 words in a row is rejected."})
-    # review
-    review_file: str | None = field(default=None, metadata={
-        "help": "Review these trajectories of stage 2 instead; FILE.accepted.jsonl gets the accepted ones."})
-    reviewer: str = field(default="me", metadata={"help": "Your name: two reviewers' agreement is reported."})
-    port: int = field(default=8000, metadata={"help": "Port of the review page on 127.0.0.1; 0 takes a free one."})
+    benchmark: list[str] = settings_list([], "Files or folders: who shares 13 words in a row is rejected.")
     # select
-    n_real: int = field(default=60, metadata={"help": "Real-world queries to select (paper: 60)."})
-    n_pr: int = field(default=18, metadata={"help": "Pull-request queries to select (paper: 18)."})
-    figure: str | None = field(default=None, metadata={"help": "Draw the selected queries in the pool (PNG, SVG)."})
-    max_per_repo: int = field(default=2, metadata={"help": "Most pull-request queries from one repository."})
+    reject: Literal["any", "majority"] = setting("any", "Reviewers' rejections that count.")
+    n_real: int = setting(60, "Real-world and research queries to select (paper: 60).")
+    n_pr: int = setting(18, "Pull-request queries to select (paper: 18).")
+    max_per_repo: int = setting(2, "Most pull-request queries from one repository.")
 
 
 class InputError(ValueError):
@@ -137,7 +173,9 @@ def read_jsonl(path, append_only=False):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}:{number}: not valid JSON ({error}); one JSON object a line") from None
+                raise InputError(
+                    f"{path}:{number}: not valid JSON ({error}); one JSON object a line"
+                ) from None
             if not isinstance(row, dict):
                 raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
             yield f"{path}:{number}", row
@@ -159,13 +197,15 @@ def write_jsonl(path, rows):
     return count
 
 
-def open_append(path):
-    """Open an append-only JSONL for writing; a last line that a kill cut short is removed first."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.exists() and not (text := path.read_bytes()).endswith(b"\n"):
-        path.write_bytes(text[: text.rfind(b"\n") + 1])
-    return open(path, "a", buffering=1)
+def append_jsonl(path, row):
+    """Add a line under a lock; what a killed writer left of its last line is cut off first."""
+    with open(path, "ab+") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+        if file.read(1) not in (b"", b"\n"):
+            file.seek(0)
+            file.truncate(file.read().rfind(b"\n") + 1)
+        file.write(json.dumps(row).encode() + b"\n")
 
 
 def digest(*parts):
@@ -186,12 +226,34 @@ def step_rows(work, name):
     return [row for _, row in read_jsonl(path)]
 
 
-# ---- mine: real-world queries, and pull requests by one `git log` a clone ----
+@functools.cache
+def leak_rules():
+    """recipes/leaks.py as a module; another file of such functions may take its place."""
+    spec = importlib.util.spec_from_file_location("leaks", LEAKS)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def open_rows(rows):
+    """Those that have no reason against them."""
+    return [row for row in rows if not row["reasons"]]
+
+
+def is_mined(row):
+    return "pr" in row
+
+
+# ---- mine: real-world queries, papers, and pull requests by one `git log` a clone ----
+# A source yields rows. What the writer turns into a query is a row's "material": "text" may be told, "secret"
+# is the solution to be hidden, "tests" is what will decide, "asked" are the texts that the tests ask for.
+
 
 class Turn(pydantic.BaseModel, extra="forbid"):
     query: str = pydantic.Field(pattern=r"\w")
     check: str | None = None
-    rubric: list[str] | None = None
+    rubric: list[pydantic.constr(pattern=r"\w")] | None = pydantic.Field(None, min_length=1)
+    solution: str | None = None
 
     @pydantic.model_validator(mode="after")
     def graded(self):
@@ -201,42 +263,64 @@ class Turn(pydantic.BaseModel, extra="forbid"):
 
 
 class Task(pydantic.BaseModel, extra="forbid"):
-    query_id: str = pydantic.Field(pattern=r"^\w[\w.-]*$")  # also a file name
+    query_id: str = pydantic.Field(pattern=r"^\w[\w.@#-]*$")  # also a file name
     domain: Literal["vibe_coding", "research"]
     subdomain: str = ""
     source: str = "real"
     turns: list[Turn] = pydantic.Field(min_length=1)
     workspace: str | None = None
+    private: str | None = None
+    venv: str | None = None
+    system: str | None = None
+    tools: list[dict] | None = None
+    image: str | None = None
+    needs: list[str] | None = None
     meta: dict = {}
 
 
-def read_real(source):
-    """Real-world queries, each checked field by field; a workspace is relative to the file that names it."""
+def real_queries(source):
+    """Real-world queries, each checked field by field; folders are relative to the file that names them."""
     source = Path(source)
     if source.is_dir():
-        rows = [(path, read_markdown(path)) for path in sorted(source.glob("*.md"))]
+        named = [(path, read_markdown) for path in sorted(source.glob("*.md"))]
         folder = source
     else:
-        rows, folder = read_jsonl(source), source.parent
+        named = [(where, row) for where, row in read_jsonl(source)]
+        folder = source.parent
     tasks = []
-    for where, row in rows:
+    faults = []
+    for where, row in named:
         try:
-            task = Task(**row).model_dump(mode="json", exclude_none=True)
-        except pydantic.ValidationError as error:
-            first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")  # a misspelt field first
-            raise InputError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-        if "workspace" in task:
-            task["workspace"] = os.path.abspath(folder / task["workspace"])
-            if not Path(task["workspace"]).exists():
-                raise InputError(f"{where}: workspace: {task['workspace']} does not exist")
-        tasks.append(task | {"reasons": []})
+            row = row(where) if callable(row) else row
+            tasks.append(checked_task(where, row, folder) | {"reasons": []})
+        except InputError as error:
+            faults.append(str(error))
+    if faults:
+        raise InputError("\n".join(faults))  # a line a file: all are named in one run
     if not tasks:
         raise InputError(f"{source}: no query in it: expected JSONL or *.md files")
     return tasks
 
 
+def checked_task(where, row, folder):
+    """The task as a dict with absolute paths; raises InputError that names the field."""
+    try:
+        task = Task(**row).model_dump(mode="json", exclude_none=True)
+    except pydantic.ValidationError as error:
+        first = min(
+            error.errors(), key=lambda one: one["type"] != "extra_forbidden"
+        )
+        raise InputError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    for name in ("workspace", "private", "venv"):
+        if name in task:
+            task[name] = os.path.abspath(folder / task[name])
+            if not Path(task[name]).exists():
+                raise InputError(f"{where}: {name}: {task[name]} does not exist")
+    return task
+
+
 def read_markdown(path):
-    """A task from a markdown file; check, rubric and licence may stand in the front matter."""
+    """A task from a markdown file; check, rubric, solution and licence may stand in the front matter."""
     try:
         parts = re.fullmatch(r"---\n(.*?)^---\n(.*)", path.read_text(encoding="utf-8"), re.S | re.M)
         task = yaml.safe_load(parts[1]) if parts else None
@@ -245,75 +329,168 @@ def read_markdown(path):
     if not isinstance(task, dict):
         raise InputError(f"{path}: must begin with YAML front matter between two lines of ---")
     if "turns" not in task:
-        graded = {key: task.pop(key) for key in ("check", "rubric") if key in task}
+        graded = {key: task.pop(key) for key in ("check", "rubric", "solution") if key in task}
         task["turns"] = [{"query": parts[2].strip()} | graded]
     if "licence" in task:
         task["meta"] = task.get("meta", {}) | {"licence": task.pop("licence")}
-    return task
+    return {"query_id": re.sub(r"[^\w.@#-]", "-", path.stem)} | task
+
+
+def papers(folder):
+    """A research query is to be written from every *.md and *.txt of a folder; a rubric judges the answer."""
+    paths = sorted(path for path in Path(folder).glob("*") if path.suffix in (".md", ".txt"))
+    if not paths:
+        raise InputError(f"--papers {folder}: no *.md or *.txt in it; convert PDFs to text first (pdftotext)")
+    for path in paths:
+        text = path.read_text(encoding="utf-8", errors="replace")
+        yield {
+            "query_id": re.sub(r"[^\w.@#-]", "-", path.stem),
+            "domain": "research",
+            "subdomain": "research",
+            "source": "paper",
+            "turns": [],
+            "meta": {"paper": path.name},
+            "reasons": [],
+            "material": {"text": text[:40_000], "secret": "", "tests": "", "asked": []},
+        }
+
+
+def git_command(clone, *args):
+    """(argv, environment) of `git -C clone args`; no setting of the user's own git changes what it does."""
+    env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
+    env |= {
+        "GIT_CONFIG_GLOBAL": os.devnull,
+        "GIT_CONFIG_NOSYSTEM": "1",
+        "GIT_LITERAL_PATHSPECS": "1",
+        "LC_ALL": "C",
+        "GIT_CEILING_DIRECTORIES": os.path.dirname(os.path.abspath(clone)),
+    }
+    return ["git", "-c", "safe.directory=*", "-c", "core.quotePath=no", "-C", clone, *args], env
 
 
 def git(clone, *args):
-    """What `git -C clone args` prints, as bytes; no setting of the user's own git changes it."""
-    env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    env |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_LITERAL_PATHSPECS": "1", "LC_ALL": "C",
-            "GIT_CEILING_DIRECTORIES": os.path.dirname(os.path.abspath(clone))}
-    options = ["-c", "safe.directory=*", "-c", "core.quotePath=no", "-C", clone]
-    done = subprocess.run(["git", *options, *args], env=env, capture_output=True)
+    """What `git -C clone args` prints, as bytes; raises InputError with its first line of complaint."""
+    argv, env = git_command(clone, *args)
+    done = subprocess.run(argv, env=env, capture_output=True)
     if done.returncode:
         problem = done.stderr.decode(errors="replace").strip().split("\n")[0]
         raise InputError(f"{clone}: git {args[0]}: {problem}")
     return done.stdout
 
 
-def local_clone(repo, work):
-    """The folder of a repository; a URL is mirrored into the work folder, once."""
-    if "://" not in repo:
-        return repo
-    folder = work / "clones" / f"{re.sub(r'[^A-Za-z0-9.-]+', '_', repo)}.git"
-    if not folder.exists():
-        print(f"cloning {repo} into {folder}", flush=True)
-        partial = folder.with_suffix(".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        if subprocess.run(["git", "clone", "-q", "--mirror", repo, partial], stderr=subprocess.DEVNULL).returncode:
-            raise InputError(f"{repo}: cannot be cloned; try yourself: git clone --mirror {repo}")
-        partial.rename(folder)
-    return str(folder)
+def show(clone, commit, path):
+    return git(clone, "show", f"{commit}:{path}").decode(errors="replace")
 
 
-def repository_name(clone):
-    """owner/name after the clone's origin, else the folder's name."""
+def checkout(clone, commit, folder, paths=("",)):
+    """Write the tree of commit, or some of its paths, into folder; no attribute leaves a file out."""
+    Path(folder).mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory() as index:
+        for args in (
+            ("read-tree", commit),
+            ("checkout-index", "-f", "-q", *(("--", *paths) if any(paths) else ("-a",))),
+        ):
+            argv, env = git_command(clone, f"--work-tree={os.path.abspath(folder)}", *args)
+            env["GIT_INDEX_FILE"] = f"{index}/index"
+            done = subprocess.run(argv, env=env, capture_output=True)
+            if done.returncode:
+                raise InputError(f"{clone}: git {args[0]}: {done.stderr.decode(errors='replace').strip()}")
+
+
+def repository_names(clone):
+    """[owner/name of the clone's origin, else the folder's name; the name that its package gives itself]"""
     if git(clone, "rev-parse", "--is-shallow-repository") == b"true\n":
         raise InputError(f"{clone}: a shallow clone has no history to mine: git -C {clone} fetch --unshallow")
     url = r"(?m)^remote\.origin\.url=\S+(?:://|@)\S*?([^/:]+/[^/]+?)(?:\.git)?/?$"
     origin = re.search(url, git(clone, "config", "--list").decode(errors="replace"))
-    return origin[1] if origin else os.path.basename(os.path.abspath(clone)).removesuffix(".git")
+    names = [origin[1] if origin else os.path.basename(os.path.abspath(clone)).removesuffix(".git")]
+    for file in ("pyproject.toml", "setup.cfg", "setup.py"):
+        try:
+            names += re.findall(r"""(?m)^\s*name\s*=\s*["']?([\w.-]+)""", show(clone, "HEAD", file))[:1]
+        except InputError:  # no such file
+            continue
+    return names
+
+
+def log_lines(clone, *args):
+    """The lines of `git log`, as a stream: it can be of gigabytes."""
+    argv, env = git_command(clone, "log", *args)
+    with tempfile.TemporaryFile() as complaints:
+        process = subprocess.Popen(argv, env=env, stdout=subprocess.PIPE, stderr=complaints)
+        for line in process.stdout:
+            yield line.decode(errors="replace")
+        if process.wait():
+            complaints.seek(0)
+            problem = complaints.read().decode(errors="replace").strip().split("\n")[0]
+            raise InputError(f"{clone}: git log: {problem}")
+
+
+def log_records(clone):
+    """Yield (lines of the header, {path: diff}) of every commit that may merge a pull request, newest first.
+
+    A file's diff is cut after 20,000 lines: no task is so large.
+    """
+    mark = os.urandom(16).hex()  # stands in no message and no file
+    lines = log_lines(
+        clone, "HEAD", "--diff-merges=first-parent", "-p", "-M", "--no-color", "--no-ext-diff", "-U3",
+        "--no-textconv", "--full-index", "--diff-algorithm=myers", "--src-prefix=a/", "--dst-prefix=b/",
+        "--min-parents=1", "--extended-regexp", "--grep=^(Auto m|M)erge (pull request )?(of )?#[0-9]+",
+        r"--grep=\(#[0-9]+\)", f"--format={mark}%n%H%n%P%n%an <%ae>%n%cs%n%B%n{mark}")
+    header = None
+    files = {}
+    for line in lines:
+        if line == mark + "\n":
+            if header:
+                yield header, joined(files)
+            files = {}
+            header = [text.rstrip("\n") for text in iter(lambda: next(lines), mark + "\n")]
+        elif start := re.match(r'diff --git .* "?b/(.+?)"?\n', line):
+            diff = files[start[1]] = [line]
+        elif files and len(diff) < 20_000:
+            diff.append(line[:50_000])
+    if header:
+        yield header, joined(files)
+
+
+def joined(files):
+    return {path: "".join(lines) for path, lines in files.items()}
 
 
 def pull_requests(clone):
-    """Every merged pull request in the history of HEAD, newest first, with its diff from the first parent, by file.
+    """Every merged pull request in the history of HEAD, newest first, with its diff from the first parent.
 
-    Three shapes: "Merge pull request #N from ...", two parents and "Title (#N)", one parent and "Title (#N)" (squash).
+    "Merge pull request #N from ..." (GitHub), "Merge #N" and "Auto merge of #N" (bors), two parents and
+    "Title (#N)", one parent and "Title (#N)" (squash), the last two also with "(closes #M)" behind.
     """
-    mark = f"{secrets.token_hex()}\n"  # stands in no message and no file
-    log = git(clone, "log", "HEAD", "--diff-merges=first-parent", "-p", "-M", "--no-color", "--no-ext-diff", "-U3",
-              "--no-textconv", "--full-index", "--diff-algorithm=myers", "--src-prefix=a/", "--dst-prefix=b/",
-              "--min-parents=1", "--extended-regexp", "--grep=^Merge pull request #[0-9]+ from",
-              r"--grep=\(#[0-9]+\)", f"--format={mark}%H%n%P%n%an <%ae>%n%cs%n%B%n{mark}")
-    pieces = log.decode(errors="replace").split(mark)
-    for header, patch in zip(pieces[1::2], pieces[2::2]):
-        commit, parents, author, date, subject, *body = header.split("\n")
+    for (commit, parents, author, date, subject, *body), files in log_records(clone):
+        parents = parents.split()
         body = "\n".join(body).strip()
-        if merge := re.match(r"Merge pull request #(\d+) from (\S+)", subject):
-            number, shape, title = merge[1], "merge commit", body.split("\n")[0]
-            author += merge[2]  # the branch names a bot whose pull request a person merged
-        elif named := re.fullmatch(r"(.*?)\s*\(#(\d+)\)\s*", subject):
-            title, number, shape = named[1], named[2], "two parents" if " " in parents else "squash"
+        if merge := re.match(r"(?:Auto merge|Merge) (?:pull request |of )?#(\d+)(?: from (\S+)|\b)", subject):
+            number = merge[1]
+            shape = "merge commit"
+            title = body.split("\n")[0]
+            title = title if merge[2] else re.sub(r"^#?\d+: *", "", title)  # bors puts the number before it
+            author = merge[2] or author  # the branch names a bot whose pull request a person merged
+        elif named := re.fullmatch(
+            r"(.*?)\s*\(#(\d+)\)\s*(?:\((?:close|fixe?|resolve)[sd]? #\d+\)\s*)*", subject, re.I
+        ):
+            title, number = named.groups()
+            shape = "two parents" if len(parents) > 1 else "squash"
         else:
             continue
-        diffs = re.split(r"(?m)^(?=diff --git )", patch)[1:]
-        files = {re.match(r'diff --git .* "?b/(.+?)"?\n', diff)[1]: diff for diff in diffs}
-        yield {"number": int(number), "shape": shape, "title": title, "body": body, "author": author, "date": date,
-               "commit": commit, "base": parents.split()[0], "files": files}
+        if len(parents) > 1 and re.search(BOT, author):  # a merge queue is no author
+            author = git(clone, "log", "-1", "--format=%an <%ae>", parents[1]).decode(errors="replace")
+        yield {
+            "number": int(number),
+            "shape": shape,
+            "title": title,
+            "body": body,
+            "author": author,
+            "date": date,
+            "commit": commit,
+            "base": parents[0],
+            "files": files,
+        }
 
 
 def meaning(source):
@@ -330,120 +507,221 @@ def meaning(source):
 def licence(clone, commit):
     """Name of the permissive licence in the root folder at commit, else None."""
     for name in git(clone, "ls-tree", "--name-only", commit).decode(errors="replace").splitlines():
-        if re.match(r"(?i)licen[cs]e|copying", name):
-            text = " ".join(git(clone, "show", f"{commit}:{name}").decode(errors="replace").split())
-            return next((name for name, words in LICENCES.items() if words in text), None)
+        if re.search(r"(?i)licen[cs]e|copying", name):
+            try:
+                text = " ".join(show(clone, commit, name).split())
+            except InputError:  # a submodule
+                continue
+            for known, words in LICENCES.items():
+                if words in text:
+                    return known
+    return None
 
 
-def why_not(clone, pull, kinds, known, settings):
-    """The reason why a pull request makes no task, or None.
-
-    known: numbers "seen" so far, numbers in "refs"/pull, numbers and titles that later pull requests have "undone".
-    """
-    files, [code, *others] = pull["files"], kinds["code"] or [None]
-    if pull["number"] in known["seen"]:
-        return "the same number again (a backport, or a merge of branches)"
-    if pull["shape"] != "merge commit" and known["refs"] and pull["number"] not in known["refs"]:
-        return "the number of an issue: no such refs/pull"
-    if settings.rule == "paper":
-        if sum(map(len, files.values())) // 4 >= 1200:
-            return "not under 1,200 tokens"
-        return "only markdown" if all(path.endswith(".md") for path in files) else None
-    if re.search(BOT, pull["author"]):
-        return "made by a bot"
-    if re.match(r"(?i)revert\b", pull["title"]) or "This reverts commit" in pull["body"]:
-        known["undone"].update(re.findall(r"#(\d+)", pull["title"] + pull["body"]))
-        known["undone"].update(re.findall('"(.*)"', pull["title"]))
-        return "a revert"
-    if {str(pull["number"]), pull["title"]} & known["undone"]:
-        return "reverted later"
-    if not code:
-        return "no code file changed"
-    if not kinds["run"]:
-        return "no test file changed"
-    if others:
-        return "more than one code file changed"
-    if re.search(r"(?m)^(new file mode|deleted file mode|rename from)", files[code]):
-        return "code file added, deleted or renamed"
-    if sum(len(files[path]) for path in [code, *kinds["test"]]) // 4 > settings.max_tokens:
-        return f"diff longer than {settings.max_tokens} tokens"
-    if code.endswith(".py"):
-        try:
-            before, after = (meaning(git(clone, "show", f"{pull[side]}:{code}")) for side in ("base", "commit"))
-        except (SyntaxError, ValueError):
-            return "code file is not Python 3"
-        if before == after:
-            return "only comments, docstrings or layout changed"
+def numbers_reverted(pull):
+    """Numbers (as text) and titles that a pull request takes back; None if it is no revert."""
+    if not re.match(r"(?i)revert\b", pull["title"]) and "This reverts commit" not in pull["body"]:
+        return None
+    return {*re.findall(r"#(\d+)", pull["title"] + pull["body"]), *re.findall('"(.*)"', pull["title"])}
 
 
-def mine(settings, work, rows):
-    """Tasks from --real, and one without turns for every pull request of --repos; prints each clone's table."""
-    rows, names = read_real(settings.real) if settings.real else [], {}
-    for repo in settings.repos:
-        clone = local_clone(repo, work)
-        start, name = time.monotonic(), repository_name(clone)
-        if name in names:
-            raise InputError(f"{clone} and {names[name]} are both called {name}: give each repository once")
-        if name.split("/")[-1].lower() in settings.deny:
-            raise InputError(f"{clone}: {name} is part of a benchmark: leave it out, or give another --deny")
-        names[name] = clone
-        refs = git(clone, "for-each-ref", "--format=%(refname)", "refs/pull").decode().split()
-        known = {"seen": set(), "undone": set(), "refs": {int(ref.split("/")[2]) for ref in refs}}
-        shapes, reasons = Counter(), Counter()
-        for pull in pull_requests(clone):
-            row = {"query_id": f"{name.replace('/', '__')}-{pull['number']}", "domain": None, "subdomain": "",
-                   "source": "pull_request", "turns": [], "rank": reasons["passed"], "meta": {"repo": name} | {
-                       key: pull[key] for key in ("number", "title", "date", "base", "commit")}}
-            kinds = kinds_of(pull["files"])
-            reason = why_not(clone, pull, kinds, known, settings) or add_solution(row, clone, pull, kinds, settings)
-            known["seen"].add(pull["number"])
-            shapes[pull["shape"]] += 1
-            reasons[reason or "passed"] += 1
-            rows.append(row | {"reasons": [reason] if reason else []})
-        print(f"{name}: {reasons.total()} pull requests ({', '.join(f'{n} {shape}' for shape, n in shapes.items())}), "
-              f"{reasons.pop('passed', 0)} pass, {time.monotonic() - start:.1f} s")
-        print_counts(reasons)
-    live = sorted((row for row in rows if "pr" in row), key=lambda row: row["rank"])
-    for row in live[settings.max_candidates:]:
-        row["reasons"] = ["beyond --max_candidates"]
-    return rows
+def changes(pull):
+    """The changed lines of a pull request: equal for a back-port of it."""
+    return digest([re.findall(r"(?m)^[+-].*", diff) for _, diff in sorted(pull["files"].items())])
 
 
 def kinds_of(files):
-    """{kind: paths} of changed files; "run" are the tests that can be run, "gone" was deleted."""
-    kinds = {kind: [] for kind in (*KINDS, "other", "run", "gone")}
+    """{kind: paths} of changed files; "run" are the tests in the language of the code, "gone" was deleted."""
+    kinds = {kind: [] for kind in (*KINDS, "other", "run")}
     for path, diff in files.items():
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, path)), "other")
         kinds[kind].append(path)
-        if "\ndeleted file mode" in diff:
-            kinds["gone"].append(path)
-        elif kind == "test" and re.search(RUNNABLE, path):
+    for path in kinds["test"]:
+        can_run = (
+            language_of(path) and not re.search(NOT_RUN, path) and "\ndeleted file mode" not in files[path]
+        )
+        if can_run and (not kinds["code"] or language_of(path) == language_of(kinds["code"][0])):
             kinds["run"].append(path)
     return kinds
 
 
-def add_solution(row, clone, pull, kinds, settings):
-    """Give the row, as "pr", what the later steps need; returns the reason if that cannot be done."""
-    row["meta"]["licence"] = licence(clone, pull["base"])
-    if not row["meta"]["licence"]:
+def language_of(path):
+    return next((name for name, pattern in LANGUAGES.items() if re.search(pattern, path)), None)
+
+
+def why_not(pull, seen, refs):
+    """The reason why a pull request makes no task under any rule, or None.
+
+    seen: numbers, and digests of the changes, so far; refs: the numbers in refs/pull.
+    """
+    if pull["number"] in seen:
+        return "the same number again (a backport, or a merge of branches)"
+    if pull["shape"] != "merge commit" and refs and pull["number"] not in refs:
+        return "the number of an issue: no such refs/pull"
+    if not pull["files"]:
+        return "changes no file"
+    return "the same change as another pull request" if changes(pull) in seen else None
+
+
+def why_not_tests(clone, pull, kinds, reverted, max_tokens):
+    """The reason why the default rule refuses a pull request, or None: one code file and its tests."""
+    if re.search(BOT, pull["author"]):
+        return "made by a bot"
+    if numbers_reverted(pull) is not None:
+        return "a revert"
+    if {str(pull["number"]), pull["title"]} & reverted:
+        return "reverted later"
+    if not kinds["code"]:
+        return "no code file changed"
+    if not language_of(kinds["code"][0]):
+        return f"no runner for *{Path(kinds['code'][0]).suffix}"
+    if not kinds["run"]:
+        return "no test file changed"
+    if len(kinds["code"]) > 1:
+        return "more than one code file changed"
+    if sum(len(pull["files"][path]) for path in kinds["code"] + kinds["test"]) // 4 > max_tokens:
+        return f"diff longer than {max_tokens} tokens"
+    if not licence(clone, pull["base"]):
         return "no permissive licence file at the base commit"
-    code = kinds["code"] + (kinds["other"] if settings.rule == "paper" else [])
-    tests = [path for path in kinds["test"] if path not in kinds["gone"]]
+    return why_not_code(clone, pull, kinds["code"][0])
+
+
+def why_not_code(clone, pull, path):
+    """The reason that lies in the one code file: its behaviour must change, in place."""
+    if re.search(r"(?m)^(new file mode|deleted file mode|rename from)", pull["files"][path]):
+        return "code file added, deleted or renamed"
+    if not path.endswith(".py"):
+        return None
     try:
-        packed = git(clone, "archive", "--format=tar", pull["commit"], "--", *tests) if tests else b""
-    except InputError:
-        return "git archive leaves its tests out (export-ignore)"
-    packed = base64.b64encode(gzip.compress(packed, mtime=0)).decode()
-    if len(packed) > 100_000:
-        return "its test files do not fit into a command"  # Linux: 128 KiB an argument
+        before, after = [meaning(show(clone, pull[side], path)) for side in ("base", "commit")]
+    except (SyntaxError, ValueError):
+        return "code file is not Python 3"
+    return "only comments, docstrings or layout changed" if before == after else None
+
+
+def why_not_paper(pull):
+    """The paper's two filters; its > 10,000 stars cannot be known from a clone."""
+    if sum(map(len, pull["files"].values())) // 4 >= 1200:
+        return "not under 1,200 tokens"
+    return "only markdown" if all(path.endswith(".md") for path in pull["files"]) else None
+
+
+def attach_material(row, clone, pull, kinds):
+    """Give a row that passed the rule its "pr" (what verify needs) and its "material" (what write needs)."""
+    base = pull["base"]
+    commit = pull["commit"]
+    code = kinds["code"]
     messages = pull["body"]
     if pull["shape"] != "squash":
-        messages = git(clone, "log", "--no-merges", "--reverse", "--format=%B", f"{pull['base']}..{pull['commit']}")
+        messages = git(clone, "log", "--no-merges", "--reverse", "--format=%B", f"{base}..{commit}")
         messages = messages.decode(errors="replace")
-    row["pr"] = {"clone": clone, "code": [path for path in code if path not in kinds["gone"]], "run": kinds["run"],
-                 "tests": packed, "messages": messages.strip(),
-                 "code_diff": "".join(pull["files"][path] for path in code),
-                 "test_diff": "".join(pull["files"][path] for path in kinds["test"])}
+    row["meta"]["licence"] = licence(clone, base)
+    row["pr"] = {"clone": os.path.abspath(clone), "code": code, "run": kinds["run"], "blobs": []}
+    tests = "".join(pull["files"][path] for path in kinds["test"] if code)
+    row["material"] = {"text": f"Title: {pull['title']}\nMessages of its commits:\n{messages.strip()}"[:8000],
+                       "secret": "".join(pull["files"][path] for path in code or pull["files"]),
+                       "tests": tests, "asked": []}
+    for path in kinds["run"]:
+        row["material"]["asked"] += leak_rules().asked_texts(show(clone, commit, path), tests)
+
+
+def mine_clone(settings, clone):
+    """(name, rows) of a repository: a row for every pull request; those that pass have "material"."""
+    name = allowed_name(clone, settings.deny)
+    refs = git(clone, "for-each-ref", "--format=%(refname)", "refs/pull").decode().split()
+    refs = {int(ref.split("/")[2]) for ref in refs}
+    seen = set()
+    reverted = set()
+    rows = []
+    passed = []
+    for pull in pull_requests(clone):
+        row = row_of(name, pull)
+        kinds = kinds_of(pull["files"])
+        by_rule = why_not_paper(pull)
+        if settings.rule == "tests":
+            by_rule = why_not_tests(clone, pull, kinds, reverted, settings.max_tokens)
+        if reason := why_not(pull, seen, refs) or by_rule:
+            row["reasons"].append(reason)
+        else:
+            passed.append((row, pull, kinds))
+        seen |= {pull["number"], changes(pull)}
+        reverted |= numbers_reverted(pull) or set()
+        rows.append(row)
+    if settings.rule == "paper":
+        draw([row for row, *_ in passed], settings.seed)
+    for row, pull, kinds in passed:
+        if not row["reasons"]:
+            attach_material(row, clone, pull, kinds)
+    return name, rows
+
+
+def draw(rows, seed):
+    """The paper's 100 pull requests of a repository."""
+    leave_out(rows, Random(seed).sample(rows, min(100, len(rows))), NOT_DRAWN)
+
+
+def allowed_name(clone, deny):
+    names = repository_names(clone)
+    if set(deny) & {name.split("/")[-1].lower() for name in names}:
+        raise InputError(f"{clone}: {names[0]} is part of a benchmark: leave it out, or give another --deny")
+    return names[0]
+
+
+def row_of(name, pull):
+    meta = {key: pull[key] for key in ("number", "title", "date", "base", "commit", "shape")}
+    return {"query_id": f"{name.replace('/', '__')}-{pull['number']}", "domain": None, "subdomain": "",
+            "source": "pull_request", "turns": [], "meta": {"repo": name} | meta, "reasons": []}
+
+
+def mine(settings, work, rows):
+    """Rows of all sources."""
+    rows = real_queries(settings.real) if settings.real else []
+    rows += papers(settings.papers) if settings.papers else []
+    live = []
+    faults = []
+    for name, mined in mine_clones(settings.repos, settings, faults):
+        live += enumerate(open_rows(mined))
+        rows += mined
+    if faults and not rows:
+        raise InputError(faults[0])
+    live = [row for _, row in sorted(live, key=lambda ranked: ranked[0])]  # the newest of every clone first
+    if settings.rule == "tests":
+        leave_out(live, live[: settings.max_candidates], "beyond --max_candidates")
+    return rows
+
+
+def mine_clones(clones, settings, faults):
+    """Yield (name, rows) of each; one that cannot be mined is named and added to faults, the others go on."""
+    names = {}
+    for clone in clones:
+        start = time.monotonic()
+        try:
+            name, mined = mine_clone(settings, clone)
+        except (InputError, OSError) as error:
+            faults.append(str(error))
+            print(f"left out: {error}")
+            continue
+        if name in names:
+            raise InputError(f"{clone} and {names[name]} are both called {name}: give each repository once")
+        names[name] = clone
+        print_clone(name, mined, time.monotonic() - start)
+        yield name, mined
+
+
+def print_clone(name, mined, seconds):
+    shapes = Counter(row["meta"]["shape"] for row in mined)
+    print(f"{name}: {len(mined)} pull requests ({', '.join(f'{n} {shape}' for shape, n in shapes.items())}), "
+          f"{sum(not row['reasons'] for row in mined)} pass, {seconds:.1f} s")
+    print_counts(Counter(row["reasons"][0] for row in mined if row["reasons"]))
+
+
+def leave_out(rows, chosen, reason):
+    """Give the others the reason; returns the chosen ones in the order of rows."""
+    ids = {row["query_id"] for row in chosen}
+    for row in rows:
+        if row["query_id"] not in ids:
+            row["reasons"].append(reason)
+    return [row for row in rows if row["query_id"] in ids]
 
 
 def print_counts(reasons):
@@ -451,139 +729,471 @@ def print_counts(reasons):
         print(f"  {count:5d}  {reason}")
 
 
-# ---- verify: the check must fail on the base tree and pass with the code change ----
+# ---- verify: an environment a repository, then 04 says what a solution and what doing nothing is worth ----
 
-def check_command(pr, test_command):
-    """A bash command that runs the pull request's tests on a copy of the current directory; exit 0 = all pass.
-
-    The tests travel inside the command and are only ever put into the copy: nobody can read them in the workspace.
-    """
-    return "\n".join([
-        'd=$(mktemp -d) && trap \'rm -rf "$d"\' EXIT && cp -a . "$d" && cd "$d" || exit 1',
-        f"base64 -d <<< {pr['tests']} | tar -xz --no-same-owner || exit 1",
-        f"export PYTHONPATH=$PWD/src:$PWD PYTHONDONTWRITEBYTECODE=1; {test_command} {shlex.join(pr['run'])}"])
-
-
-def sandbox(workspace, command, timeout):
-    """(exit status, output) of a bash command in workspace, None after timeout; no network, the system read-only."""
-    argv = ["bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv", "--proc", "/proc",
-            "--dev", "/dev", "--tmpfs", "/tmp", "--bind", workspace, "/workspace", "--chdir", "/workspace",
-            "--setenv", "PATH", f"{sys.prefix}/bin:/usr/bin:/bin", "--setenv", "HOME", "/tmp"]
-    for path in (*"/usr /bin /lib /lib64 /etc/alternatives /etc/ld.so.cache".split(), sys.base_prefix, sys.prefix):
-        argv += ["--ro-bind-try", path, path]
-    limits = f"ulimit -v 8000000 -f 1000000 -u 4096 -t {timeout}; "  # KiB of memory and of a file, processes, s
-    with tempfile.TemporaryFile() as output:
-        try:
-            status = subprocess.run([*argv, "bash", "-c", limits + command], stdin=subprocess.DEVNULL, stdout=output,
-                                    stderr=subprocess.STDOUT, timeout=timeout).returncode
-        except subprocess.TimeoutExpired:
-            return None
-        output.seek(max(0, output.seek(0, os.SEEK_END) - 4_000_000))  # the summary of the tests comes last
-        return status, output.read().decode(errors="replace")
-
-
-def unpack(clone, commit, folder, *paths):
-    """The tree of commit, or only some of its paths, into folder; raises tarfile.TarError on a link that leaves it."""
-    with tarfile.open(fileobj=io.BytesIO(git(clone, "archive", "--format=tar", commit, "--", *paths))) as tar:
-        tar.extractall(folder, filter="data")
+def build_environment(settings, language, clone, base, folder):
+    """Make folder/venv and folder/made by languages/environment.py; returns {"runner", "problem"}."""
+    shutil.rmtree(folder, ignore_errors=True)
+    checkout(clone, base, folder / "tree")
+    tag = re.search(r"\d+(\.\d+)+", git(clone, "tag", "--merged", base, "--sort=-creatordate").decode())
+    env = os.environ | {
+        "SETUPTOOLS_SCM_PRETEND_VERSION": tag[0] if tag else "0.0.0"
+    }  # the tree has no history
+    argv = [sys.executable, Path(settings.languages) / "environment.py", folder / "tree", folder, language,
+            settings.setup_command or ""]
+    with open(folder / "setup.log", "w+") as log:
+        status = subprocess.run(list(map(str, argv)), env=env, stdout=log, stderr=log).returncode
+        log.seek(0)
+        said = [line for line in log.read().splitlines() if line.strip()] or [""]
+    shutil.rmtree(folder / "tree")
+    if status:
+        errors = [line for line in said if re.search(r"(?i)\berror\b|not found|no matching", line)] or said[
+            -1:
+        ]
+        return {
+            "runner": None,
+            "problem": f"cannot be built: {errors[0][:200]} (all of it: {folder}/setup.log)",
+        }
+    runner = RUNNERS[language]
+    if said[-1].startswith("runner: "):
+        runner = said[-1].removeprefix("runner: ")
+    return {"runner": "custom" if settings.test_command else runner, "problem": None}
 
 
-def outcomes(output):
-    """{test: passed} from the output of pytest -rA or unittest -v; {} from any other runner."""
-    found = re.findall(r"(?m)^(PASSED|FAILED|ERROR) (\S+)|^(\w+ \([\w.]+\)).*?\.\.\. (ok|FAIL|ERROR)$", output)
-    return {one[1] or one[2]: (one[0] or one[3]) in ("PASSED", "ok") for one in found}
+def environment_of(settings, language, rows, work):
+    """The environment of a repository, made once: "folder", "id", "runner", "problem" (None: it is ready)."""
+    name = rows[0]["meta"]["repo"]
+    folder = work / "environments" / f"{name.replace('/', '__')}-{language}"
+    if not shutil.which(TOOLCHAINS[language]):
+        return {"folder": folder, "problem": f"{TOOLCHAINS[language]} is not installed"}
+    setup = [
+        (path.name, path.read_text()) for path in sorted(Path(settings.languages).iterdir()) if path.is_file()
+    ]
+    known_of = {"folder": folder, "program": (Path(settings.languages) / "check.py").read_text()}
+    made_by = digest(settings.setup_command, settings.test_command, sys.version, setup)
+    done = folder / "environment.json"
+    if done.exists() and (known := json.loads(done.read_text()))["made_by"] == made_by:
+        return known | known_of
+    print(f"environment of {name} ({language}) ...", flush=True)
+    for row in (
+        rows[0],
+        rows[len(rows) // 2],
+        rows[-1],
+    ):  # what the newest declares may be gone from the registry
+        made = build_environment(settings, language, row["pr"]["clone"], row["meta"]["base"], folder)
+        if not made["problem"]:
+            break
+    made |= {"made_by": made_by, "id": os.urandom(8).hex()}
+    if not made["problem"]:
+        done.write_text(json.dumps(made))
+    return made | known_of
 
 
-def verify_one(key, row, test_command, timeout):
-    """Run the check on the base tree, and on the base tree with the code change."""
-    start, runs, result = time.monotonic(), [], {"key": key, "query_id": row["query_id"], "reason": None}
-    verbose = " -rA" if "pytest" in test_command else " -v" if "unittest" in test_command else ""
-    command = check_command(row["pr"], test_command + verbose)
-    for solved in (False, True):
-        with tempfile.TemporaryDirectory() as folder:
-            try:
-                unpack(row["pr"]["clone"], row["meta"]["base"], folder)
-                if solved:
-                    unpack(row["pr"]["clone"], row["meta"]["commit"], folder, *row["pr"]["code"])
-            except tarfile.TarError:
-                return result | {"reason": "a link in the tree leaves it"}
-            runs.append(sandbox(folder, command, timeout))
-    if None in runs:
-        return result | {"reason": f"its tests run longer than {timeout} s"}
-    (before, old), (after, new) = runs
-    old, tests = outcomes(old), outcomes(new)
-    result["fail_to_pass"] = sorted(test for test, passed in tests.items() if passed and not old.get(test))
-    result["pass_to_pass"] = sorted(test for test, passed in tests.items() if passed and old.get(test))
-    if after:
-        module = re.search(r"No module named '?([\w.]+)", new)
-        result["reason"] = f"its tests need the module {module[1]}" if module else "its tests fail with the change too"
-        result["output"] = new[-1000:]
-    elif not before or tests and not result["fail_to_pass"]:
-        result["reason"] = "its tests pass without the change too"
-    elif tests and not result["pass_to_pass"]:
-        result["reason"] = "no test passes both before and after"
-    return result | {"seconds": round(time.monotonic() - start, 2)}
+def package_of(path, paths):
+    """The name under which Python imports a file: its topmost folder with an __init__.py, or itself."""
+    parts = path.split("/")
+    top = len(parts) - 1
+    while top and "/".join([*parts[:top], "__init__.py"]) in paths:
+        top -= 1
+    return parts[top].removesuffix(".py")
+
+
+def place_task(row, environment, work, plan):
+    """Write workspace.tar and private/ of a candidate; returns it as a task of 04."""
+    clone = row["pr"]["clone"]
+    commit = row["meta"]["commit"]
+    folder = work / "tasks" / row["query_id"]
+    private = folder / "private"
+    shutil.rmtree(private, ignore_errors=True)
+    paths = git(clone, "ls-tree", "-r", "--name-only", commit).decode(errors="replace").splitlines()
+    checkout(clone, commit, private / "tests", [path for path in paths if re.search(KINDS["test"], path)])
+    checkout(clone, commit, private / "solution", row["pr"]["code"])
+    (private / "check.py").write_text(environment["program"])
+    (private / "plan.json").write_text(json.dumps(plan, indent=1))
+    workspace = folder / f"workspace-{environment['id']}.tar"
+    if not workspace.exists():
+        with tempfile.TemporaryDirectory() as tree:
+            checkout(clone, row["meta"]["base"], tree)
+            shutil.copytree(environment["folder"] / "made", tree, symlinks=True, dirs_exist_ok=True)
+            write_tar(tree, workspace)
+    turn = {"query": row["meta"]["title"] or row["query_id"], "check": "python3 -I /private/check.py",
+            "solution": "cp -R /private/solution/. ."}
+    task = {"query_id": row["query_id"], "domain": "vibe_coding", "source": row["source"], "turns": [turn],
+            "workspace": str(workspace), "private": str(private),
+            "venv": str(environment["folder"] / "venv")}
+    needs = {"go": ["go"], "node": ["node"]}.get(language_of(row["pr"]["code"][0]))
+    return task | ({"needs": needs} if needs else {})
+
+
+def write_tar(folder, path):
+    """The files of folder, with the same bytes whenever and by whomever it is written."""
+    def plain(member):
+        member.uid = member.gid = member.mtime = 0
+        member.uname = member.gname = ""
+        return member
+
+    partial = path.with_suffix(".partial")
+    with tarfile.open(partial, "w") as tar:
+        tar.add(folder, ".", filter=plain)
+    partial.replace(path)
+
+
+def plan_of(settings, row, environment):
+    """What private/check.py has to do, before it is known which tests fail before and pass after."""
+    code = row["pr"]["code"]
+    paths = set(
+        git(row["pr"]["clone"], "ls-tree", "-r", "--name-only", row["meta"]["base"]).decode().splitlines()
+    )
+    packages = [package_of(path, paths) for path in code if path.endswith(".py")]
+    plan = {
+        "runner": environment["runner"],
+        "files": row["pr"]["run"],
+        "seconds": settings.timeout,
+        "packages": [name for name in packages if name.isidentifier()],
+        "fail_to_pass": None,
+        "pass_to_pass": None,
+    }
+    return plan | ({"command": settings.test_command} if settings.test_command else {})
+
+
+def run_agents(folder, tasks, runs):
+    """04's two agents on these tasks: {agent: {query_id: [episode]}}, {query_id: why it was not run}."""
+    if not EVALUATE.exists():
+        raise InputError(
+            f"verify runs {EVALUATE.name}, which is not beside this script (--verify_runs 0: no verify)"
+        )
+    write_jsonl(folder / "tasks.jsonl", tasks)
+    done, lost = {}, {}
+    for agent in ("nothing", "solution"):
+        output = folder / agent
+        argv = [
+            sys.executable,
+            EVALUATE,
+            "--tasks",
+            folder / "tasks.jsonl",
+            "--agent",
+            agent,
+            "--n_runs",
+            runs,
+            "--rounds",
+            1,
+            "--output_dir",
+            output,
+            "--concurrency",
+            os.cpu_count(),
+        ]
+        with open(folder / f"{agent}.log", "w") as log:
+            status = subprocess.run(list(map(str, argv)), stdout=log, stderr=log).returncode
+        if status and not (output / "summary.json").exists():
+            said = (folder / f"{agent}.log").read_text(errors="replace").strip().splitlines() or ["nothing"]
+            raise InputError(
+                f"{EVALUATE.name} --agent {agent} says: {said[-1]} (all of it: {folder}/{agent}.log)"
+            )
+        done[agent] = defaultdict(list)
+        for name in ("episodes", "not_run"):
+            path = output / f"{name}.jsonl"
+            for _, row in read_jsonl(path, append_only=True) if path.exists() else ():
+                if name == "episodes":
+                    done[agent][row["query_id"]].append(row)
+                else:
+                    lost[row["query_id"]] = f"{row['reason']}: {row.get('detail') or ''}".strip(": ")
+    return done, lost
+
+
+ENVIRONMENT_FAULTS = {
+    r"No module named '?([\w.]+)": "its tests need the module {}",
+    r"Cannot find (?:module|package) '([^'./][^']*)'": "its tests need the package {}",
+    r"no required module provides package (\S+?);": "its tests need the package {}",
+    r"no matching package named `([^`]+)`": "its tests need the crate {}",
+    r"unrecognized arguments: (\S+)": "a plug-in of its test runner is missing ({})",
+    r"fixture '(\w+)' not found": "the plug-in with the fixture {} is missing",
+    r"(gaierror|Network is unreachable|name resolution|ENOTFOUND|EAI_AGAIN|no such host)":
+        "its tests need the network",
+    r"(uid not found|getpwuid)": "its tests need a user of the system",
+    r"(MemoryError|ENOMEM|Cannot allocate memory)": "its tests need more memory",
+    r"([\w.-]+): (?:command )?not found": "its tests need the program {}",
+    r"No such file or directory: '([\w-]+)'": "its tests need the program {}",
+}
+
+
+def environment_fault(text):
+    """What an environment lacks, told from the messages of the tests; None if nothing is known."""
+    for pattern, told in ENVIRONMENT_FAULTS.items():
+        if found := re.search(pattern, text):
+            return "environment: " + told.format(found[1])
+    return None
+
+
+def passed_in(episode):
+    """({test: passed}, messages of what failed) of a run that was to find out."""
+    found, messages = {}, []
+    for check in episode["rounds"][-1]["checks"]:
+        name, _, message = check["requirement"].partition("\t")
+        found[name] = check["passed"]
+        messages += [] if check["passed"] else [message or name]
+    return {name: passed for name, passed in found.items() if name != "(the run)"}, "\n".join(messages)
+
+
+def judge_survey(nothing, solution, timeout):
+    """The verdict on the runs of a candidate: "reason", or "fail_to_pass" and "pass_to_pass": [name]."""
+    before = [passed_in(episode)[0] for episode in nothing]
+    after = [passed_in(episode)[0] for episode in solution]
+    passing = set.intersection(*map(passed_names, after))
+    sometimes = set.union(*map(passed_names, after))
+    before_always = set.intersection(*map(passed_names, before))
+    before_sometimes = set.union(*map(passed_names, before))
+    if passing - before_sometimes:
+        return {"reason": None, "fail_to_pass": sorted(passing - before_sometimes),
+                "pass_to_pass": sorted(passing & before_always)}
+    messages = "\n".join(passed_in(episode)[1] for episode in solution)
+    if "the tests end within" in messages:
+        reason = f"its tests run longer than {timeout} s"
+    elif passing and all(map(all, map(dict.values, after))):
+        reason = "its tests pass without the change too"
+    elif sometimes - passing or before_sometimes - before_always:
+        reason = "its tests are flaky"
+    else:
+        reason = environment_fault(messages) or "its tests fail with the change too"
+    return {"reason": reason, "output": messages[-1500:]}
+
+
+def passed_names(found):
+    return {name for name, passed in found.items() if passed}
+
+
+def lines_of(folder):
+    """The lines of the source files in a folder, as hashes."""
+    found = set()
+    for path in folder.rglob("*"):
+        if re.search(KINDS["code"], path.name) and path.is_file() and path.stat().st_size < 2_000_000:
+            found.update(hash(line.strip()) for line in path.read_text(errors="replace").splitlines())
+    return found
+
+
+def stands_in(known_lines, diff):
+    """Are most of the longer lines that a diff adds among these?"""
+    added = [line for line in leak_rules().added_lines(diff) if len(line) > 20]
+    return sum(hash(line) in known_lines for line in added) > len(added) / 2
+
+
+def verify_repository(settings, work, rows, environment):
+    """{query_id: verdict} on the candidates of a repository, after two rounds of 04's two agents."""
+    plans = {row["query_id"]: plan_of(settings, row, environment) for row in rows}
+    facts = [settings.timeout, settings.verify_runs, environment["id"], environment["program"]]
+    folder = work / "verify" / digest(sorted(plans), facts)[:16]  # a killed run of 04 goes on there
+    tasks = [place_task(row, environment, work, plans[row["query_id"]]) for row in rows]
+    done, lost = run_agents(folder / "find", tasks, settings.verify_runs)
+    known_lines = lines_of(environment["folder"] / "venv") if environment["runner"] != "cargo" else set()
+    verdicts = {}
+    proven = []
+    for row in rows:
+        name = row["query_id"]
+        if name in lost or not done["nothing"][name] or not done["solution"][name]:
+            verdicts[name] = {"reason": f"could not be decided: {lost.get(name, 'no episode was left')}"}
+            continue
+        verdict = judge_survey(done["nothing"][name], done["solution"][name], settings.timeout)
+        if not verdict["reason"] and stands_in(known_lines, row["material"]["secret"]):
+            verdict = {"reason": "its solution stands in its environment"}
+        verdicts[name] = verdict
+        if not verdict["reason"]:
+            proven.append(place_task(row, environment, work, plans[name] | without(verdict, "reason")))
+    # What was found out once may have been luck: the check as it will be used is run again on both.
+    verdicts |= refuted(settings, folder / "prove", proven)
+    shutil.rmtree(folder)
+    return verdicts
+
+
+def refuted(settings, folder, tasks):
+    """{query_id: {"reason"}} of tasks whose solution does not always pass, or that nothing passes once."""
+    found = {}
+    done, lost = run_agents(folder, tasks, settings.verify_runs) if tasks else ({}, {})
+    for task in tasks:
+        name = task["query_id"]
+        right = times_solved(done["solution"][name])
+        idle = times_solved(done["nothing"][name])
+        if right != settings.verify_runs or idle:
+            told = f"its solution passes {right}, doing nothing {idle} of {settings.verify_runs}"
+            found[name] = {"reason": f"its tests are flaky: {lost.get(name) or told}"}
+    return found
+
+
+def without(row, *keys):
+    return {key: value for key, value in row.items() if key not in keys}
 
 
 def verify(settings, work, rows):
-    """Verify every pull request that has not been verified with this check and these installed packages before."""
-    path, todo = work / "verifications.jsonl", {}
-    packages = sorted(f"{one.name} {one.version}" for one in importlib.metadata.distributions())
+    """Prove the mined tasks, and the checks of real-world ones; what was decided is not run again."""
+    if not settings.verify_runs:
+        print("verify: left out (--verify_runs 0): no task of this file is proven")
+        return rows
+    verify_real(work, [row for row in open_rows(rows) if not is_mined(row)])
+    for (name, language), group in candidates(settings, rows).items():
+        environment = environment_of(settings, language, group, work)
+        if not environment["problem"]:
+            verify_group(settings, work, name, group, environment)
+            continue
+        print(f"{name}: no environment for its {len(group)} candidates: {environment['problem']}")
+        for row in group:
+            row["reasons"] = [f"environment: {environment['problem'].split(' (')[0]}"]
+    return add_chains(settings, work, rows) if settings.chain > 1 else rows
+
+
+def candidates(settings, rows):
+    """{(repository, language): rows to be proven}; the paper's rule demands no tests."""
+    groups = defaultdict(list)
+    for row in open_rows(rows):
+        if is_mined(row) and settings.rule == "tests":
+            groups[row["meta"]["repo"], language_of(row["pr"]["code"][0])].append(row)
+    return groups
+
+
+def verify_group(settings, work, name, group, environment):
+    """Give the candidates of a repository their verdicts: a reason, or the proven task's own fields."""
+    path = work / "verifications.jsonl"
+    known = by_key(path)
+    facts = settings.timeout, settings.verify_runs, environment["id"], environment["program"]
+    keys = {row["query_id"]: digest(row["query_id"], row["meta"]["base"], row["meta"]["commit"], facts)
+            for row in group}
+    missing = [row for row in group if keys[row["query_id"]] not in known]
+    if missing:
+        print(f"verify: {len(missing)} candidates of {name} ...", flush=True)
+        for query_id, verdict in verify_repository(settings, work, missing, environment).items():
+            append_jsonl(path, {"key": keys[query_id], "query_id": query_id} | verdict)
+        known = by_key(path)
+    for row in group:
+        verdict = known[keys[row["query_id"]]]
+        if verdict["reason"]:
+            row["reasons"] = [verdict["reason"]]
+            continue
+        found = {key: verdict[key] for key in ("fail_to_pass", "pass_to_pass")}
+        row["meta"] |= found
+        row["task"] = place_task(row, environment, work, plan_of(settings, row, environment) | found)
+
+
+def verify_real(work, rows):
+    """A check that passes before anybody did anything, or fails after its own solution, is rejected."""
+    rows = [row for row in rows if row["turns"] and has_all(row, "check")]
+    if not rows:
+        return
+    folder = work / "verify" / "real"
+    shutil.rmtree(folder, ignore_errors=True)
+    done, lost = run_agents(folder, [without(row, "reasons", "material") for row in rows], 1)
     for row in rows:
-        if "pr" in row and row["pr"]["run"] and not row["reasons"]:
-            commits = row["meta"]["base"], row["meta"]["commit"]
-            check = check_command(row["pr"], settings.test_command)
-            todo[digest(row["query_id"], commits, check, settings.timeout, sys.version, packages)] = row
-    if missing := todo.keys() - by_key(path).keys():
-        if not shutil.which("bwrap"):
-            raise InputError("verify runs tests in bubblewrap: apt-get install bubblewrap")
-        if (tried := sandbox(str(work), "true", 10)) != (0, ""):
-            raise InputError(f"bubblewrap cannot start here: {tried}")
-        with open_append(path) as file, ThreadPoolExecutor(os.cpu_count()) as pool:
-            runs = [pool.submit(verify_one, key, row, settings.test_command, settings.timeout)
-                    for key, row in todo.items() if key in missing]
-            for run in tqdm(as_completed(runs), "verify", len(runs), unit=" PRs"):
-                file.write(json.dumps(run.result()) + "\n")
-    done = by_key(path)
-    for key, row in todo.items():
-        if done[key]["reason"]:
-            row["reasons"] = [done[key]["reason"]]
-        else:
-            row["meta"] |= {name: done[key][name] for name in ("fail_to_pass", "pass_to_pass")}
-    return rows
+        name = row["query_id"]
+        if name in lost:
+            print(f"verify: {name} could not be decided: {lost[name]}")
+        elif times_solved(done["nothing"][name]):
+            row["reasons"].append("its check passes on the untouched workspace")
+        elif has_all(row, "solution") and not times_solved(done["solution"][name]):
+            row["reasons"].append("its check fails after its own solution")
+
+
+def times_solved(episodes):
+    return sum(episode["meta"]["solved"] for episode in episodes)
+
+
+def has_all(row, key):
+    return all(key in turn for turn in row["turns"])
+
+
+def is_chain(row):
+    return "parts" in row
+
+
+def chains(rows, longest):
+    """Yield lists of two or more proven rows, oldest first: each goes on where the last one ended."""
+    ends = {}
+    for row in sorted(rows, key=lambda row: (row["meta"]["date"], row["meta"]["number"])):
+        before, after = row["pr"]["blobs"]
+        chain = ends.pop(before, [])
+        if len(chain) == longest:
+            yield chain
+            chain = []
+        ends[after] = [*chain, row]
+    yield from (chain for chain in ends.values() if len(chain) > 1)
+
+
+def join(chain, work):
+    """One task of several: the tree of the first, a private folder with a part for each turn."""
+    name = f"{chain[0]['query_id']}-to-{chain[-1]['meta']['number']}"
+    private = work / "tasks" / name / "private"
+    shutil.rmtree(private, ignore_errors=True)
+    turns = []
+    for number, row in enumerate(chain, 1):
+        shutil.copytree(row["task"]["private"], private / str(number), symlinks=True)
+        turn = row["task"]["turns"][0]
+        turns.append({key: text.replace("/private/", f"/private/{number}/") for key, text in turn.items()})
+    task = chain[0]["task"] | {"query_id": name, "turns": turns, "private": str(private)}
+    return {
+        "query_id": name,
+        "domain": None,
+        "subdomain": "",
+        "source": "pull_requests",
+        "turns": [],
+        "reasons": [],
+        "meta": chain[0]["meta"] | {"numbers": [row["meta"]["number"] for row in chain]},
+        "pr": {},
+        "task": task,
+        "parts": [row["query_id"] for row in chain],
+    }
+
+
+def add_chains(settings, work, rows):
+    """Dependent pull requests as the turns of one task, if the whole proves itself too."""
+    proven = [row for row in open_rows(rows) if "task" in row]
+    joined_rows = [join(chain, work) for chain in chains(proven, settings.chain)]
+    refutations = refuted(settings, work / "verify" / "chains", [row["task"] for row in joined_rows])
+    for row in joined_rows:
+        if row["query_id"] in refutations:
+            row["reasons"].append(refutations[row["query_id"]]["reason"])
+    return rows + joined_rows
 
 
 # ---- write: the query, with the solution hidden ----
 
-SYSTEM = """You turn a merged pull request into the task that a developer gives to a coding agent. The agent sees \
-your text and the repository as it was before the change. Hidden tests, which you see here, decide about success.
+SYSTEM = """You turn a merged pull request into the task that a developer gives to a coding agent. The agent \
+sees your text and the repository as it was before the change. {judged_by}
 
 Write the query in the voice of the developer who needs the change, 60 to 200 words of plain English:
-- the problem as someone meets it, the behaviour expected, the constraints that matter; a short example where it helps;
-- everything the hidden tests require that nobody could guess: exact messages, names, defaults, edge cases;
+- the problem as someone meets it, the behaviour expected, the constraints that matter, a short example;
+- everything {asked_by} that nobody could guess: exact messages, names, defaults, edge cases;
 - never the solution: no diff, no code of it, not which lines, functions or helpers to change or add;
 - no file of tests, no test framework, no pull request, issue, link, commit or person;
 - a name from the code only if it exists before the change or the tests call it.
 
-reason: one sentence on what the change does. answerable: false when the tests need what your text cannot give fairly.
+reason: one sentence on what the change does. answerable: false when {asked_by} what no text can give fairly.
 interfaces: signatures or names that are new in the change and that the tests call; usually empty.
 rubric: two to five requirements, each one sentence on observable behaviour that a grader can check.
-Answer with one JSON object of these fields and of query, subdomain and difficulty."""
-PROMPT = """Repository: {repo}
-Title: {title}
-Messages of its commits:
-{messages}
+"""
+JUDGED_BY = {"tests": ("Hidden tests, which you see here, decide about success.", "the hidden tests require"),
+             "paper": ("A grader with your rubric decides about success.", "the rubric requires")}
+SYSTEM_PAPER = """You turn a research paper into the query that a researcher gives to an agent which can \
+search, read, write and run code. The agent does not see the paper.
 
-The change (reference only, to be hidden):
-{code_diff}
-The hidden tests:
-{test_diff}"""
-GITHUB = """query($owner: String!, $name: String!, $number: Int!) { repository(owner: $owner, name: $name) {
-pullRequest(number: $number) { body closingIssuesReferences(first: 5) { nodes { title body } } } } }"""
+Write the query in the voice of a researcher who has the paper's question but not yet its answer, 60 to 200 \
+words of plain English: the question and why it matters, the data, setting or comparison that bounds it, \
+what to hand in (a report, an analysis, an experiment). Do not name the paper, its authors or its findings.
+
+reason: one sentence on what the paper shows. answerable: false when it takes the paper's own data.
+interfaces: empty. rubric: three to six requirements, each one sentence that a grader can check in the answer.
+"""
+FORM = """Answer with one JSON object: {"reason": str, "answerable": true or false, "query": str, \
+"interfaces": [str], "rubric": [str], "subdomain": one of SUBDOMAINS, \
+"difficulty": "easy", "medium" or "hard"}."""
+JUDGE = """Below are a task for a coding agent and the change that solves it. Does the task give the \
+solution away: code of it, the place to change, the technique or helper to use, beyond what the tests \
+demand? Answer with one JSON object: {"leaks": true or false, "why": one sentence}."""
 
 
-class Draft(pydantic.BaseModel, extra="forbid"):
-    """The model's answer; strict servers want every field required and no other allowed."""
+class Verdict(pydantic.BaseModel, extra="ignore"):
+    """The judge's answer."""
+
+    leaks: bool
+    why: str
+
+
+class Draft(pydantic.BaseModel, extra="ignore"):
+    """The model's answer; strict servers want every field required."""
 
     reason: str
     answerable: bool
@@ -594,427 +1204,519 @@ class Draft(pydantic.BaseModel, extra="forbid"):
     difficulty: Literal["easy", "medium", "hard"]
 
 
+def prompt_of(row, rule):
+    """The messages that ask for a row's query."""
+    material = row["material"]
+    form = FORM.replace("SUBDOMAINS", ", ".join(DOMAINS))
+    if not material["secret"]:
+        return [
+            {"role": "system", "content": SYSTEM_PAPER + form},
+            {"role": "user", "content": material["text"]},
+        ]
+    judged_by, asked_by = JUDGED_BY[rule]
+    system = SYSTEM.format(judged_by=judged_by, asked_by=asked_by) + form
+    user = f"Repository: {row['meta']['repo']}\n{material['text']}\n\n"
+    user += f"The change (reference only, to be hidden):\n{material['secret']}\n"
+    if rule == "tests":
+        user += f"The hidden tests:\n{material['tests']}"
+    return [{"role": "system", "content": system}, {"role": "user", "content": user}]
+
+
 def write(settings, work, rows):
-    """Ask for every query that has no answer yet. An answer is stored as it came, the moment it came: paid once."""
-    path, todo = work / "answers.jsonl", {}
+    """Ask for every query that has no answer yet. An answer is stored the moment it comes: paid once."""
     if settings.answers and not Path(settings.answers).is_file():
         raise InputError(f"--answers {settings.answers}: no such file")
     if settings.max_usd is not None and not settings.price_in + settings.price_out:
         raise InputError("--max_usd needs the prices of the model: --price_in and --price_out")
-    live = [row for row in rows if "pr" in row and not row["reasons"]]
-    if settings.github:
-        live = describe(live, work / "github.jsonl")
+    live = [row for row in open_rows(rows) if "material" in row]
+    requests = {}
     for row in live:
-        prompt = PROMPT.format(repo=row["meta"]["repo"], title=row["meta"]["title"], **row["pr"])
-        messages = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": prompt}]
-        todo[digest(settings.model, messages, row["query_id"])] = row, messages
-    known = by_key(settings.answers or path) | by_key(path)
-    missing = {key: todo[key] for key in todo if key not in known}
-    if settings.dry_run:
-        prompts = [text["content"] for _, messages in missing.values() for text in messages]
-        print(*prompts[:2], f"calls: {len(missing)}\ntokens in, about: {sum(map(len, prompts)) // 4}", sep="\n\n")
-        sys.exit()
-    if missing and not (settings.base_url or os.environ.get("OPENAI_API_KEY")):
-        raise InputError(f"{len(missing)} of {len(todo)} answers of {settings.model} are missing and no endpoint is "
-                         "known: set OPENAI_API_KEY, or --base_url of a local server, or --answers of another run")
-    if missing:
-        spent = sum(cost(answer, settings) for answer in by_key(path).values())
-        with open_append(path) as file:
-            asyncio.run(ask_all(settings, missing, file, spent))
-        known |= by_key(path)
-    for key, (row, _) in todo.items():
-        row["answer"] = known[key]
-    tokens = [sum(known[key]["usage"][kind] for key in missing) for kind in ("prompt_tokens", "completion_tokens")]
-    print(f"write: {len(missing)} answers asked for, {len(todo) - len(missing)} replayed; {tokens[0]} tokens in, "
-          f"{tokens[1]} out, ${sum(cost(known[key], settings) for key in missing):.2f}")
+        messages = prompt_of(row, settings.rule)
+        row["answer_key"] = digest(settings.model, messages, row["query_id"])
+        requests[row["answer_key"]] = {
+            "query_id": row["query_id"],
+            "model": settings.model,
+            "messages": messages,
+            "form": Draft,
+        }
+    known = answers_to(settings, work, requests, "write")
+    for row in live:
+        row["answer"] = known[row.pop("answer_key")]
     return rows
 
 
-def cost(answer, settings):
+def answers_to(settings, work, requests, name):
+    """{key: answer} for {key: {"query_id", "model", "messages", "form"}}: replayed, or asked for."""
+    path = work / "answers.jsonl"
+    known = known_answers(settings, path)
+    missing = {key: request for key, request in requests.items() if key not in known}
+    if settings.dry_run:
+        dry_run(missing)
+    if missing and not (settings.base_url or os.environ.get("OPENAI_API_KEY")):
+        raise InputError(
+            f"{len(missing)} of {len(requests)} answers of {settings.model} are missing and no "
+            "endpoint is known: set OPENAI_API_KEY, or --base_url of a local server, or --answers "
+            "of another run"
+        )
+    if missing:
+        asyncio.run(ask_all(settings, missing, path, bill(settings, by_key(path).values())))
+        known |= by_key(path)
+    print_bill(settings, name, len(requests), [known[key] for key in missing])
+    return {key: known[key] for key in requests}
+
+
+def known_answers(settings, path):
+    known = by_key(settings.answers or path) | by_key(path)
+    if settings.retry_bad:
+        known = {key: answer for key, answer in known.items() if find_object(answer.get("content"))}
+    return known
+
+
+def print_bill(settings, name, n, asked):
+    tokens = Counter()
+    for answer in asked:
+        tokens.update(usage_of(answer))
+    print(
+        f"{name}: {len(asked)} answers asked for, {n - len(asked)} replayed; {tokens['prompt_tokens']} "
+        f"tokens in, {tokens['completion_tokens']} out, ${bill(settings, asked):.2f}"
+    )
+
+
+def dry_run(missing):
+    prompts = []
+    for request in missing.values():
+        prompts += [message["content"] for message in request["messages"]]
+    print(*prompts[:2], f"calls: {len(missing)}\ntokens in, about: {sum(map(len, prompts)) // 4}", sep="\n\n")
+    sys.exit()
+
+
+def usage_of(answer):
+    """Tokens of an answer; a server may send none, null or texts."""
+    usage = answer.get("usage")
+    counts = {}
+    for key in ("prompt_tokens", "completion_tokens"):
+        number = str(usage.get(key)) if isinstance(usage, dict) else ""
+        counts[key] = int(number) if number.isdigit() else 0
+    return counts
+
+
+def cost(settings, prompt_tokens, completion_tokens):
     """Dollars of an answer."""
-    usage = answer["usage"]
-    return (usage["prompt_tokens"] * settings.price_in + usage["completion_tokens"] * settings.price_out) / 1e6
+    return (prompt_tokens * settings.price_in + completion_tokens * settings.price_out) / 1e6
 
 
-def describe(rows, path):
-    """Add GitHub's description and linked issues to the messages; returns the rows that are pull requests there too.
+def bill(settings, answers):
+    return sum(cost(settings, **usage_of(answer)) for answer in answers)
 
-    path keeps what was fetched.
-    """
-    import httpx
 
-    if not (token := os.environ.get("GITHUB_TOKEN")):
-        raise InputError("--github needs a token in GITHUB_TOKEN")
-    known, url = by_key(path), os.environ.get("GITHUB_GRAPHQL_URL", "https://api.github.com/graphql")
-    with open_append(path) as file, httpx.Client(headers={"Authorization": f"bearer {token}"}, timeout=60) as client:
-        for row in tqdm([row for row in rows if row["query_id"] not in known], "github", unit=" PRs"):
-            owner, _, name = row["meta"]["repo"].partition("/")
-            call = {"query": GITHUB, "variables": {"owner": owner, "name": name, "number": row["meta"]["number"]}}
+class Endpoint:
+    """An OpenAI-compatible server, its bill, and which form of answer it can be asked for."""
+
+    def __init__(self, settings, dollars):
+        import openai
+
+        self.settings = settings
+        self.dollars = dollars
+        self.forms = ["json_schema", "json_object", None]
+        self.under_way = 0.0
+        self.client = openai.AsyncOpenAI(
+            base_url=settings.base_url, max_retries=6, timeout=settings.call_seconds,
+            api_key=os.environ.get("OPENAI_API_KEY") or "EMPTY")  # a local server wants none
+
+    def estimate(self, request):
+        """Dollars that a call may cost: its prompt, four characters a token, and 4,000 tokens."""
+        prompt = sum(len(message["content"]) for message in request["messages"]) // 4
+        return cost(self.settings, prompt, 4000)
+
+    async def ask(self, request):
+        """A completion as {"content", "finish_reason", "usage"}; {"refused"} where repeating cannot help."""
+        import openai
+
+        while True:
+            form = self.forms[0]
+            extra = {"response_format": {"type": form}} if form else {}
+            if form == "json_schema":
+                schema = request["form"].model_json_schema() | {"additionalProperties": False}
+                extra["response_format"]["json_schema"] = {"name": "Answer", "strict": True, "schema": schema}
+            create = self.client.chat.completions.with_raw_response.create
             try:
-                while (reply := client.post(url, json=call)).status_code in (403, 429) and patience(reply.headers):
-                    time.sleep(patience(reply.headers))
-                pull, text = reply.json()["data"]["repository"]["pullRequest"], None
-                if pull:
-                    issues = pull["closingIssuesReferences"]["nodes"]
-                    text = "\n\n".join([pull["body"], *(f"Issue: {one['title']}\n{one['body']}" for one in issues)])
-            except httpx.HTTPError as error:
-                raise InputError(f"{url}: {type(error).__name__}; run again, what came is kept") from None
-            except (ValueError, LookupError, TypeError):
-                raise InputError(f"{url}: {row['query_id']}: {reply.status_code} {reply.text[:200]!r}") from None
-            known[row["query_id"]] = {"key": row["query_id"], "text": text}
-            file.write(json.dumps(known[row["query_id"]]) + "\n")
-    for row in rows:
-        if text := known[row["query_id"]]["text"]:
-            row["pr"]["messages"] += "\n\n" + text
-        elif text is None:
-            row["reasons"] = ["GitHub knows no such pull request"]
-    return [row for row in rows if not row["reasons"]]
+                reply = await create(model=request["model"], messages=request["messages"], **extra)
+                return read_completion(reply.text)
+            except openai.APIStatusError as error:
+                if error.status_code not in (400, 413, 422):
+                    raise
+                text = " ".join(str(error).split())[:300]
+            if form is None or not re.search(r"response_format|json|schema|grammar", text, re.I):
+                return {"refused": text, "usage": usage_of({})}
+            if self.forms[0] == form:  # another call may have found out meanwhile
+                self.forms.pop(0)
 
 
-def patience(headers):
-    """Seconds that GitHub's rate limit asks to wait; 0 if the refusal has another cause."""
-    if "retry-after" in headers:
-        return max(float(headers["retry-after"]), 1)
-    return max(float(headers["x-ratelimit-reset"]) - time.time(), 1) if "x-ratelimit-reset" in headers else 0
+def read_completion(text):
+    """The answer of a chat completion's body; InputError if the server sent something else."""
+    try:
+        body = json.loads(text)
+        choice = body["choices"][0]
+        content = choice["message"].get("content") or choice["message"].get("refusal") or ""
+        if isinstance(content, list):  # parts: thoughts and texts
+            content = "".join(
+                part.get("text", "") for part in content if part.get("type") in ("text", "output_text")
+            )
+    except (ValueError, LookupError, TypeError, AttributeError):
+        raise InputError(f"not a chat completion but {text[:80]!r}; does --base_url end in /v1?") from None
+    return {"content": str(content), "finish_reason": choice.get("finish_reason"), "usage": usage_of(body)}
 
 
-async def ask_all(settings, missing, file, dollars):
-    """Append each answer to file. After a failure no new call starts, and those under way are waited for and kept.
+async def ask_all(settings, missing, path, dollars):
+    """Append each answer to path. After a failure no new call starts; those under way are waited for.
 
     dollars: what was spent before.
     """
     import openai
 
-    client = openai.AsyncOpenAI(base_url=settings.base_url, max_retries=settings.max_retries,
-                                api_key=os.environ.get("OPENAI_API_KEY") or "EMPTY")  # a local server wants none
-    gate, failures = asyncio.Semaphore(settings.concurrency), []
-    progress = tqdm(desc="write", total=len(missing), unit=" queries")
+    endpoint, failures = Endpoint(settings, dollars), []
+    gate = asyncio.Semaphore(settings.concurrency)
+    progress = tqdm(desc="write", total=len(missing), unit=" answers")
 
-    async def one(key, row, messages):
-        nonlocal dollars
+    async def one(key, request):
         async with gate:
-            if settings.max_usd is not None and dollars >= settings.max_usd:
-                failures.append(f"${dollars:.2f} spent, --max_usd is {settings.max_usd}")
+            expected = endpoint.estimate(request)
+            planned = endpoint.dollars + endpoint.under_way + expected
+            if settings.max_usd is not None and planned > settings.max_usd:
+                failures.append(
+                    f"${endpoint.dollars:.2f} spent, another call may pass --max_usd {settings.max_usd}"
+                )
             if failures:
-                return None
+                return
+            endpoint.under_way += expected
             try:
-                answer = await ask(client, settings.model, messages)
+                answer = await endpoint.ask(request)
             except (openai.OpenAIError, InputError) as error:
                 text = " ".join(str(error).split())[:300]
-                return failures.append(f"{row['query_id']}: {type(error).__name__}: {text}")
-            file.write(json.dumps({"key": key, "query_id": row["query_id"], "model": settings.model} | answer) + "\n")
-            dollars += cost(answer, settings)
+                failures.append(f"{request['query_id']}: {type(error).__name__}: {text}")
+                return
+            finally:
+                endpoint.under_way -= expected
+            append_jsonl(
+                path, {"key": key, "query_id": request["query_id"], "model": request["model"]} | answer
+            )
+            endpoint.dollars += cost(settings, **usage_of(answer))
             progress.update()
-            progress.set_postfix_str(f"${dollars:.2f}")
+            progress.set_postfix_str(f"${endpoint.dollars:.2f}")
 
-    await asyncio.gather(*(one(key, *request) for key, request in missing.items()))
+    await asyncio.gather(*(one(key, request) for key, request in missing.items()))
     progress.close()
     if failures:
-        raise InputError(f"{client.base_url}: {failures[0]}; {progress.n} of {len(missing)} answers are stored, "
-                         "run again to ask only for the others")
-
-
-async def ask(client, model, messages):
-    """One completion as {"content", "finish_reason", "usage"}; InputError if the server sent something else."""
-    schema = {"name": "Draft", "strict": True, "schema": Draft.model_json_schema()}
-    reply = await client.chat.completions.with_raw_response.create(
-        model=model, messages=messages, response_format={"type": "json_schema", "json_schema": schema})
-    try:
-        body = json.loads(reply.text)
-        choice, usage = body["choices"][0], body.get("usage") or {}
-        content = choice["message"].get("content") or choice["message"].get("refusal") or ""
-    except (ValueError, LookupError, TypeError, AttributeError):
-        raise InputError(f"not a chat completion but {reply.text[:80]!r}; does --base_url end in /v1?") from None
-    return {"content": content, "finish_reason": choice.get("finish_reason"),
-            "usage": {key: usage.get(key) or 0 for key in ("prompt_tokens", "completion_tokens")}}
+        raise InputError(
+            f"{endpoint.client.base_url}: {failures[0]}; {progress.n} of {len(missing)} answers are "
+            "stored, run again to ask only for the others"
+        )
 
 
 # ---- check: rules that need no model ----
 
-def read_draft(row, test_command, suffixes=False):
-    """Fill the task from the model's answer; returns the reasons against it."""
-    text, meta, pr = row["answer"]["content"], row["meta"], row["pr"]
-    meta |= {"model": row["answer"]["model"], "usage": row["answer"]["usage"], "code_diff": pr["code_diff"]}
+def find_object(text):
+    """The first JSON object in a text that has a query or a verdict, whatever stands around it."""
+    text = re.sub(r"(?s)^.*</think>", "", text or "")
+    for start in re.finditer(r"\{", text):
+        try:
+            found, _ = json.JSONDecoder().raw_decode(text[start.start():])
+        except (ValueError, RecursionError):
+            continue
+        if {"query", "leaks"} & found.keys():
+            return found
+    return None
+
+
+def draft_of(answer):
+    """(the Draft in an answer, None) or (None, the reason why there is none)."""
+    if "refused" in answer:
+        return None, f"the endpoint refused it: {answer['refused']}"
+    found = find_object(answer["content"])
+    if found is None:
+        return None, f"the answer ({answer['finish_reason']}) holds no draft: {answer['content'][:60]!r}"
+    for key in ("subdomain", "difficulty"):
+        found[key] = str(found.get(key)).lower().replace(" ", "_")
     try:
-        draft = Draft.model_validate_json(text[text.find("{"): text.rfind("}") + 1])
-    except pydantic.ValidationError:
-        return [f"the answer ({row['answer']['finish_reason']}) does not have the form asked for"]
-    meta["difficulty"], query = draft.difficulty, draft.query.strip()
-    if names := [name for name in draft.interfaces if name not in query]:
-        query += "\n\nNames to keep to: " + ", ".join(f"`{name}`" for name in names)
-    if suffixes:
-        may = "" if int(row["answer"]["key"], 16) % 10 < 4 else "NOT "
-        query += (f"\n\nYou only need to modify {', '.join(pr['code'])} to complete the task. "
-                  f"You are {may}allowed to install any necessary environments.")
-    check = {"check": check_command(pr, test_command)} if pr["run"] else {}
-    row |= {"domain": DOMAINS[draft.subdomain], "subdomain": draft.subdomain,
-            "turns": [{"query": query} | check | {"rubric": draft.rubric}]}
+        return Draft(**{"interfaces": [], "rubric": [], "reason": "", "answerable": True} | found), None
+    except pydantic.ValidationError as error:
+        first = error.errors()[0]
+        return None, f"the answer's {'.'.join(map(str, first['loc']))} is not usable: {first['msg']}"
+
+
+def read_draft(row):
+    """Fill the task from the model's answer; returns the reasons against it."""
+    row["meta"] |= {"model": row["answer"]["model"], "usage": usage_of(row["answer"])}
+    draft, reason = draft_of(row["answer"])
+    if reason:
+        return [reason]
+    turn = {"query": query_of(draft)}
+    if "task" in row:
+        turn |= {key: row["task"]["turns"][0][key] for key in ("check", "solution")}
+    rubric = [text.strip() for text in draft.rubric if text.strip()]
+    turn |= {"rubric": rubric} if rubric else {}
+    row["meta"]["difficulty"] = draft.difficulty
+    row |= {"domain": DOMAINS[draft.subdomain], "subdomain": draft.subdomain, "turns": [turn]}
     return [] if draft.answerable else ["not answerable, says the model"]
 
 
-def identifiers(text):
-    """Words that can only be names in code: with an underscore, a digit or an inner capital."""
-    return {word for word in re.findall(r"[A-Za-z_]\w+", text) if re.search(r"_|\d|[a-z][A-Z]", word)}
+def query_of(draft):
+    """The text of a draft, with the names that it left out."""
+    query = draft.query.strip()
+    names = [f"`{name.strip()}`" for name in draft.interfaces if name.strip() and name not in query]
+    return f"{query}\n\nNames to keep to: {', '.join(names)}" if names and query else query
+
+
+def bounds(turn):
+    """Reasons against the size and form of what a model or a reviewer wrote."""
+    words = turn["query"].lower().split()
+    if not re.search(r"\w", turn["query"]):
+        yield "the query is empty"
+    elif len(words) < 40:
+        yield "shorter than 40 words"
+    elif len(words) > 600 or len(turn["query"]) > 5000:
+        yield "longer than 600 words"
+    elif sum(word.strip(".,;:") in ENGLISH for word in words) < len(words) / 8:
+        yield "not in English"
+    rubric = turn.get("rubric", [])
+    if not turn.get("check") and not rubric:
+        yield "neither a check nor a rubric"
+    if not all(map(str.strip, rubric)):
+        yield "an empty requirement in its rubric"
+    if len("".join(rubric)) > 500 * len(rubric) or len(rubric) > 10:
+        yield "a rubric of more than ten requirements, or of more than 500 characters each"
+
+
+def stands_in_tree(clone, commit, text):
+    """Does the longest run of plain characters of a text stand in the tree?"""
+    longest = max(re.findall(r"[^\"'`\\\n{}%]+", text) or [text], key=len).strip()
+    try:
+        return bool(git(clone, "grep", "-i", "-q", "-F", "-e", longest, commit) or True)
+    except InputError:  # its exit status for no match
+        return False
+
+
+def unstated(text, row):
+    """Yield what the tests demand and nobody could know: texts, and names that the change brings."""
+    rules = leak_rules()
+    material = row["material"]
+    where = (row["pr"]["clone"], row["meta"]["base"])
+    for asked in material["asked"]:
+        if not rules.says(text, asked) and not stands_in_tree(*where, asked):
+            yield f"the tests ask for a text it does not give: {asked}"
+    for name in rules.demanded_names(material["secret"], material["tests"]):
+        if not rules.uses(text, name) and not stands_in_tree(*where, name):
+            yield f"the tests ask for a name it does not give: {name}"
+
+
+def text_reasons(row):
+    """The reasons of all rules against a written task; a reviewer's edit goes through them again."""
+    reasons = []
+    for turn in row["turns"]:
+        reasons += bounds(turn)
+    if is_mined(row):
+        reasons += secret_reasons(row)
+        reasons += [f"mentions {name}" for name, rule in TEXT_RULES.items() if re.search(rule, text_of(row))]
+    return list(dict.fromkeys(reasons))
+
+
+def secret_reasons(row):
+    """What a task gives away of its pull request, and what it keeps back although the tests ask for it."""
+    clone, base = row["pr"]["clone"], row["meta"]["base"]
+    paths = re.findall(r"(?m)^--- a/(.+?)\t?$", row["material"]["secret"])
+    old = "\n".join(show(clone, base, path) for path in paths)
+    solution = leak_rules().Solution(row["material"], old, row["meta"]["title"])
+    yield from solution.leaks(text_of(row))
+    for requirement in row["turns"][0].get("rubric", []):
+        for reason in solution.leaks(requirement):
+            yield f"its rubric {reason}"
+    if "task" in row:
+        yield from unstated(text_of(row), row)
 
 
 def ngrams(text, n):
-    words = re.findall(r"\w+", text.lower())
-    return {tuple(words[i:i + n]) for i in range(len(words) - n + 1)}
-
-
-def leaks(query, old, pr):
-    """What the query gives away of the solution: new names, runs of 8 words, whole lines. old: the files before."""
-    added = [line[1:].strip() for line in pr["code_diff"].splitlines() if re.match(r"\+(?!\+\+ )", line)]
-    for name in sorted(identifiers(query) & identifiers("\n".join(added)) - identifiers(old + pr["test_diff"])):
-        yield f"leaks a new name of the solution: {name}"
-    for line in added:
-        if ngrams(query, 8) & ngrams(line, 8) or len(line) > 20 and line in query:
-            yield f"repeats a line of the solution: {line}"
-
-
-def hidden(query, pr, base):
-    """Messages of three words or more that the tests ask for and that neither the query nor the base tree has."""
-    for line in re.findall(r"(?m)^\+(.*(?:match=|Regex|message|str\(|output|stderr).*)", pr["test_diff"]):
-        for _, literal in re.findall(r"""(["'])(.*?)\1""", line):
-            if len(literal.split()) >= 3 and literal not in query:
-                try:
-                    git(pr["clone"], "grep", "-F", "-e", literal, base)
-                except InputError:  # its exit status for no match
-                    yield f"the tests ask for a text it does not give: {literal}"
+    """Runs of n words in lower case; a Chinese or Japanese character is a word."""
+    words = re.findall(r"[\u3040-\u9fff]|[^\W\u3040-\u9fff]+", text.lower())
+    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
 def benchmark_ngrams(paths):
-    """Runs of 13 words in benchmark files; JSON is read as text, with its escaped line breaks as spaces."""
+    """Runs of 13 words in the texts of benchmark files."""
     grams = set()
     for path in map(Path, paths):
-        files = [path] if path.is_file() else sorted(path.rglob("*.json*"))
+        files = [path] if path.is_file() else sorted(path.rglob("*"))
+        files = [file for file in files if file.suffix in (".json", ".jsonl", ".md", ".txt")]
         if not files:
-            raise InputError(f"--benchmark {path}: no such file, and no *.json or *.jsonl in it")
+            raise InputError(f"--benchmark {path}: no such file, and no *.json, *.jsonl, *.md or *.txt in it")
         for file in files:
-            grams |= ngrams(file.read_text(encoding="utf-8", errors="replace").replace("\\n", " "), 13)
+            for text in texts_in(file):
+                grams |= ngrams(text, 13)
     return grams
+
+
+def texts_in(file):
+    """The strings of a JSON or JSONL file; a file that is none is one text."""
+    text = file.read_text(encoding="utf-8", errors="replace")
+    pieces = text.splitlines() if file.suffix == ".jsonl" else [text]
+    for piece in pieces:
+        try:
+            stack = [json.loads(piece)]
+        except (ValueError, RecursionError):
+            stack = [piece]
+        while stack:
+            value = stack.pop()
+            if isinstance(value, str):
+                yield value
+            elif isinstance(value, (list, dict)):
+                stack += value.values() if isinstance(value, dict) else value
+
+
+def ask_judge(settings, work, rows):
+    """Store another model's verdict beside the rules' own; a leak that it sees is a reason."""
+    requests = {}
+    for row in rows:
+        text = text_of(row) + "\n" + "\n".join(row["turns"][0].get("rubric", []))
+        user = f"The task:\n{text}\n\nThe change:\n{row['material']['secret']}\n"
+        user += f"Its tests:\n{row['material']['tests']}"
+        messages = [{"role": "system", "content": JUDGE}, {"role": "user", "content": user}]
+        row["answer_key"] = digest(settings.judge_model, messages)
+        requests[row["answer_key"]] = {"query_id": row["query_id"], "model": settings.judge_model,
+                                       "messages": messages, "form": Verdict}
+    known = answers_to(settings, work, requests, "judge")
+    for row in rows:
+        verdict = find_object(known[row.pop("answer_key")].get("content")) or {}
+        row["meta"]["judge"] = {"model": settings.judge_model} | verdict
+        if verdict.get("leaks") is True:
+            row["reasons"].append(f"leaks, says the judge: {verdict.get('why')}")
 
 
 def check(settings, work, rows):
     """Give every task the reasons against it; of two that are nearly the same the first is kept."""
-    live, benchmark = [row for row in rows if not row["reasons"]], benchmark_ngrams(settings.benchmark)
+    benchmark = benchmark_ngrams(settings.benchmark)
+    live = [row for row in open_rows(rows) if not is_chain(row)]
     for row in live:
-        if "pr" in row:
-            row["reasons"] += read_draft(row, settings.test_command, settings.suffixes)
-        query = text_of(row)
-        if "pr" in row and query:
-            changed = re.findall(r"(?m)^--- a/(.+?)\t?$", row["pr"]["code_diff"])
-            old = b"\n".join(git(row["pr"]["clone"], "show", f"{row['meta']['base']}:{path}") for path in changed)
-            row["reasons"] += leaks(query, old.decode(errors="replace"), row["pr"])
-            row["reasons"] += hidden(query, row["pr"], row["meta"]["base"])
-            row["reasons"] += [f"mentions {name}" for name, rule in TEXT_RULES.items() if re.search(rule, query)]
-            row["reasons"] += ["shorter than 40 words"] if len(query.split()) < 40 else []
-        if re.search(SECRET, query):
-            row["reasons"].append("a secret or an e-mail address")
-        if ngrams(query, 13) & benchmark:
-            row["reasons"].append("shares 13 words in a row with a benchmark")
-    live = [row for row in live if not row["reasons"]]
-    near, ids = similarities([text_of(row) for row in live]), set()
-    for i, row in enumerate(live):
-        same = [other["query_id"] for j, other in enumerate(live[:i]) if near[i, j] > 0.8 and not other["reasons"]]
+        if "material" in row:
+            row["reasons"] += read_draft(row) or text_reasons(row)
+        if row["turns"]:
+            row["reasons"] += common_reasons(text_of(row), benchmark)
+    if settings.judge_model:
+        ask_judge(settings, work, list(filter(is_mined, open_rows(live))))
+    fill_chains(rows)
+    live = open_rows(rows)
+    mark_repetitions(live)
+    print(f"to review: {work / '4_check.jsonl'} ({len(open_rows(live))} tasks)")
+    return rows
+
+
+def common_reasons(query, benchmark):
+    if re.search(SECRET, query):
+        yield "a secret or an e-mail address"
+    if ngrams(query, 13) & benchmark:
+        yield "shares 13 words in a row with a benchmark"
+
+
+def fill_chains(rows):
+    """The turns of a chain are those of its parts; it takes their place if all of them passed."""
+    by_id = {row["query_id"]: row for row in rows}
+    for row in rows:
+        if not is_chain(row) or row["reasons"]:
+            continue
+        parts = [by_id[name] for name in row["parts"]]
+        if any(part["reasons"] for part in parts):
+            row["reasons"] = ["one of its turns was rejected"]
+            continue
+        row |= {key: parts[0][key] for key in ("domain", "subdomain")}
+        for part, proven in zip(parts, row["task"]["turns"]):
+            row["turns"].append(part["turns"][0] | without(proven, "query"))
+            part["reasons"] = [f"a turn of {row['query_id']}"]
+
+
+def mark_repetitions(rows):
+    near = similarities([text_of(row) for row in rows])
+    ids = set()
+    for i, row in enumerate(rows):
+        same = [
+            other["query_id"] for j, other in enumerate(rows[:i]) if near[i, j] > 0.8 and not other["reasons"]
+        ]
         if row["query_id"] in ids:
             row["reasons"] = ["its query_id is taken"]
         elif same:
             row["reasons"] = [f"nearly the same as another: {same[0]}"]
         ids.add(row["query_id"])
-    return rows
-
-
-# ---- review: one page, one reviewer at the keyboard ----
-
-REJECTIONS = ["leaks", "vague", "trivial", "duplicate", "cannot be verified", "other"]
-PAGE = """<!doctype html><meta charset="utf-8"><title>review</title><style>
-body { font: 16px/1.5 sans-serif; max-width: 60em; margin: 1em auto; padding: 0 1em; color: #222 }
-textarea { font: inherit; width: 100%; box-sizing: border-box; margin: .5em 0; padding: .5em }
-textarea:read-only, pre { background: #f4f4f4; border-color: #f4f4f4 } progress { width: 100% }
-pre { padding: .5em; white-space: pre-wrap; overflow-wrap: anywhere } kbd { border: 1px solid; padding: 0 .3em }
-.accept { color: #070 } .reject, #error { color: #b00 }</style>
-<progress id="bar"></progress><div id="head" role="status"></div>
-<b id="state"></b> <span id="error" role="alert"></span><div id="turns"></div><ol id="reasons" hidden></ol>
-<p><kbd>a</kbd> accept <kbd>r</kbd> reject <kbd>e</kbd> edit, <kbd>Esc</kbd> ends it <kbd>d</kbd> domain
-<kbd>u</kbd> undo <kbd>&larr;</kbd> <kbd>&rarr;</kbd> move <kbd>space</kbd> details</p>
-<details id="fold"><summary>details</summary><pre id="detail"></pre></details>
-<script>
-const items = ITEMS, reasons = REASONS, domains = DOMAINS, $ = id => document.getElementById(id);
-const all = (tag, texts, more) => texts.map(text => Object.assign(document.createElement(tag), more(text)));
-let at = Math.max(0, items.findIndex(item => !item.decision)), rejecting = false, past = [];
-$("reasons").replaceChildren(...all("li", reasons, textContent => ({textContent})));
-function show() {
-  const item = items[at], done = items.filter(item => item.decision).length;
-  $("bar").value = done / items.length;
-  $("head").textContent = `${at + 1} of ${items.length}, ${done} decided: ${item.query_id} (${item.domain})`;
-  $("state").textContent = `${item.decision || "open"} ${item.reason || ""}`;
-  $("state").className = item.decision;
-  $("turns").replaceChildren(...all("textarea", item.queries, value => ({value, readOnly: true,
-    rows: value.split("\\n").reduce((sum, line) => sum + 1 + line.length / 95, 1)})));
-  $("detail").textContent = item.detail;
-  $("reasons").hidden = !rejecting;
-}
-async function decide(decision, reason) {
-  const {detail, ...item} = items[at], review = {...item, decision, reason};
-  try {
-    const reply = await fetch("/", {method: "POST", headers: {"X-Token": "TOKEN"}, body: JSON.stringify(review)});
-    if (!reply.ok) throw Error(await reply.text());
-  } catch (error) { $("error").textContent = `not stored: ${error.message}`; return }
-  $("error").textContent = "";
-  Object.assign(items[at], review);
-  rejecting = false;
-  if (decision) {
-    past.push(at);
-    const open = items.map((item, i) => i).filter(i => !items[i].decision);
-    at = open.find(i => i > at) ?? open[0] ?? at;
-  }
-  show();
-}
-document.onkeydown = event => {
-  const key = event.key, boxes = [...document.querySelectorAll("textarea")];
-  if (event.ctrlKey || event.metaKey || event.altKey) return;
-  if (boxes.some(box => !box.readOnly)) {
-    if (key == "Escape") { items[at].queries = boxes.map(box => box.value); show() }
-    return;
-  }
-  if (rejecting && reasons[key - 1]) decide("reject", reasons[key - 1]);
-  else if (key == "a") decide("accept", "");
-  else if (key == "r") { rejecting = !rejecting; show() }
-  else if (key == "e") { boxes.forEach(box => box.readOnly = false); boxes[0].focus() }
-  else if (key == "d") { items[at].domain = domains[1 - domains.indexOf(items[at].domain)]; show() }
-  else if (key == "u" && past.length) { at = past.pop(); decide("", "") }
-  else if (key == "ArrowRight" && at < items.length - 1) { at++; show() }
-  else if (key == "ArrowLeft" && at > 0) { at--; show() }
-  else if (key == " ") $("fold").open = !$("fold").open;
-  else return;
-  event.preventDefault();
-};
-show();
-</script>"""
-
-
-def item_of(row):
-    """What the page shows of a task, or of a trajectory: the texts of the user, and the rest as folded details."""
-    if "messages" in row:
-        queries = [message["content"] for message in row["messages"] if message["role"] == "user"]
-        detail, domain = row["messages"], row.get("meta", {}).get("domain", "vibe_coding")
-    else:
-        queries, domain = [turn["query"] for turn in row["turns"]], row["domain"]
-        detail = [{key: turn[key] for key in ("rubric", "check") if key in turn} for turn in row["turns"]]
-    text = yaml.safe_dump(detail, sort_keys=False, allow_unicode=True, width=1000)
-    if "pr" in row:
-        shown = row["meta"]["title"], row["pr"]["messages"], row["pr"]["code_diff"], row["pr"]["test_diff"], text
-        text = "\n\n".join(shown)
-    return {"key": digest(row["query_id"], row.get("messages", queries)), "query_id": row["query_id"],
-            "domain": domain, "queries": queries, "detail": text}
-
-
-def decisions(path):
-    """{key of the item: {reviewer: last decision}}; one that was undone is none."""
-    found = defaultdict(dict)
-    for _, row in read_jsonl(path, append_only=True) if path.exists() else ():
-        found[row["key"]][row["reviewer"]] = row
-    return {key: {who: one for who, one in given.items() if one["decision"]} for key, given in found.items()}
-
-
-def page_server(items, path, reviewer, port):
-    """(server, token) of the page on the loopback; every decision is appended to path the moment it is taken."""
-    token = secrets.token_urlsafe(16)
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def reply(self, status, text):
-            self.send_response(status)
-            self.send_header("Content-Type", "text/html; charset=utf-8")
-            self.send_header("Content-Security-Policy", "default-src 'none'; connect-src 'self'; "
-                             "style-src 'unsafe-inline'; script-src 'unsafe-inline'")
-            self.end_headers()
-            self.wfile.write(text.encode())
-
-        def allowed(self, given):
-            """A page of another origin does not know the token; a foreign name of the loopback is no local host."""
-            host, origin = self.headers.get("Host", ""), self.headers.get("Origin")
-            return (secrets.compare_digest(given.encode(), token.encode()) and origin in (None, f"http://{host}")
-                    and host.split(":")[0] in ("127.0.0.1", "localhost"))
-
-        def do_GET(self):
-            if not self.allowed(self.path.removeprefix("/?token=")):
-                return self.reply(403, "open the address that was printed")
-            texts = {"REASONS": REJECTIONS, "DOMAINS": sorted({*DOMAINS.values()}), "ITEMS": [*items.values()]}
-            # Without a "<" no text of a query can end the script.
-            texts = {name: json.dumps(value).replace("<", "\\u003c") for name, value in texts.items()}
-            texts["TOKEN"] = token
-            self.reply(200, re.sub("|".join(texts), lambda match: texts[match[0]], PAGE))
-
-        def do_POST(self):
-            if not self.allowed(self.headers.get("X-Token", "")):
-                return self.reply(403, "this did not come from the page of this run")
-            decision = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            items[decision["key"]].update(decision)
-            with open_append(path) as file:
-                file.write(json.dumps(decision | {"reviewer": reviewer, "time": time.time()}) + "\n")
-            self.reply(200, "stored")
-
-        def log_message(self, *args):
-            """No line per request."""
-
-    try:
-        return http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler), token
-    except OSError as error:
-        raise InputError(f"--port {port}: {error.strerror}") from None
-
-
-def review(settings, work):
-    """Serve the page until Ctrl-C, for the tasks that passed the checks or for trajectories of stage 2."""
-    if settings.review_file:
-        rows, path = list(read_jsonl(settings.review_file)), Path(settings.review_file).with_suffix(".reviews.jsonl")
-    else:
-        rows, path = [("", row) for row in step_rows(work, "4_check") if not row["reasons"]], work / "reviews.jsonl"
-    for where, row in rows:
-        if settings.review_file and not row.keys() >= {"query_id", "messages"}:
-            raise InputError(f"{where}: not a trajectory of stage 2: it has no query_id or no messages")
-    if not rows:
-        raise InputError(f"{settings.review_file or work}: there is nothing to review")
-    items = {item["key"]: item for _, row in rows for item in [item_of(row)]}
-    for key, given in decisions(path).items():
-        items.get(key, {}).update(given.get(settings.reviewer, {}))
-    server, token = page_server(items, path, settings.reviewer, settings.port)
-    print(f"review: {len(items)} items at http://127.0.0.1:{server.server_port}/?token={token}\n(elsewhere: "
-          f"ssh -L {server.server_port}:127.0.0.1:{server.server_port} HOST first; Ctrl-C ends)", flush=True)
-    try:
-        server.serve_forever()
-    except KeyboardInterrupt:
-        counts = Counter(item.get("decision") or "open" for item in items.values())
-        print(f"review by {settings.reviewer}: {dict(counts)}, in {path}")
-    if settings.review_file:
-        write_jsonl(path.with_suffix("").with_suffix(".accepted.jsonl"), (
-            row for _, row in rows if items[item_of(row)["key"]].get("decision") == "accept"))
-
-
-def apply_reviews(rows, path):
-    """Use the reviewers' edits and rejections, and print how far every two reviewers agree."""
-    from sklearn.metrics import cohen_kappa_score
-
-    found = decisions(path)
-    for row in rows:
-        for one in found.get(item_of(row)["key"], {}).values():
-            row["domain"] = one["domain"]
-            row["turns"] = [turn | {"query": query} for turn, query in zip(row["turns"], one["queries"])]
-            if one["decision"] == "reject":
-                row["reasons"].append(f"rejected by a reviewer: {one['reason']}")
-    reviewers = sorted({who for given in found.values() for who in given})
-    for two in itertools.combinations(reviewers, 2):
-        pairs = [[given[who]["decision"] for who in two] for given in found.values() if given.keys() >= {*two}]
-        if pairs:
-            kappa = cohen_kappa_score(*zip(*pairs), labels=["accept", "reject"])
-            print(f"review: {' and '.join(two)} agree on {sum(a == b for a, b in pairs)} of {len(pairs)}, "
-                  f"Cohen's kappa {kappa:.2f}")
 
 
 # ---- select ----
 
 def text_of(row):
     return "\n".join(turn["query"] for turn in row["turns"])
+
+
+def decisions(path):
+    """{query_id: {reviewer: last decision}}, and the edits in the order in which they were made."""
+    found, edits = defaultdict(dict), defaultdict(list)
+    rows = [row for _, row in read_jsonl(path, append_only=True)] if path.exists() else []
+    for row in sorted(rows, key=lambda row: str(row.get("at", ""))):
+        if row.get("decision") in ("accept", "reject"):
+            found[row["query_id"]][row["reviewer"]] = row
+        if row.get("edit"):
+            edits[row["query_id"]].append(row["edit"])
+    return found, edits
+
+
+def apply_edits(row, edits):
+    """An edit holds what a reviewer changed: domain, subdomain, queries, rubric; the rules judge it again."""
+    for edit in edits:
+        row |= {key: edit[key] for key in ("domain", "subdomain") if key in edit}
+        for turn, query in zip(row["turns"], edit.get("queries") or [edit.get("query")]):
+            turn["query"] = query or turn["query"]
+        if "rubric" in edit:
+            row["turns"][0]["rubric"] = edit["rubric"]
+    if edits and "material" in row:
+        row["reasons"] += text_reasons(row)
+
+
+def apply_reviews(rows, path, reject):
+    """Use the reviewers' edits, which go through the rules again, and rejections; print their agreement."""
+    found, edits = decisions(path)
+    for row in rows:
+        name = row["query_id"]
+        apply_edits(row, edits[name])
+        given = list(found[name].values())
+        against = [one for one in given if one["decision"] == "reject"]
+        if against and (reject == "any" or len(against) > len(given) / 2):
+            row["reasons"] += [
+                f"rejected by a reviewer: {one.get('reason') or 'no reason'}" for one in against
+            ]
+    print_agreement([list(given.values()) for given in found.values() if given])
+
+
+def print_agreement(units):
+    if units:
+        alpha, n = agreement(units)
+        print(f"review: {len(units)} tasks decided, {n} by two or more; Krippendorff's alpha {alpha:.2f}")
+
+
+def agreement(units):
+    """(Krippendorff's alpha for nominal values, number of units with two or more); 1.0 where nobody differs.
+
+    units: the decisions on each task. alpha = 1 - observed / expected disagreement.
+    """
+    observed, n = 0.0, 0
+    counts = Counter()
+    for unit in units:
+        if len(unit) < 2:
+            continue
+        own = Counter(one["decision"] for one in unit)
+        observed += different_pairs(own) / (len(unit) - 1)
+        counts += own
+        n += 1
+    expected = different_pairs(counts) / max(counts.total() - 1, 1)
+    return (1 - observed / expected if expected else 1.0), n
+
+
+def different_pairs(counts):
+    """Ordered pairs of values that differ."""
+    return counts.total() ** 2 - sum(count * count for count in counts.values())
 
 
 def similarities(texts):
@@ -1025,37 +1727,26 @@ def similarities(texts):
     return (vectors @ vectors.T).toarray()
 
 
-def draw(pool, chosen, path):
-    """The pool on a plane (t-SNE over TF-IDF) with the chosen ones coloured by source and domain."""
-    from matplotlib.figure import Figure
-    from sklearn.manifold import TSNE
-
-    far = (1 - similarities([text_of(row) for row in pool])).clip(0)
-    plane = TSNE(metric="precomputed", init="random", perplexity=min(30, (len(pool) - 1) / 3), random_state=0)
-    places, groups, axes = plane.fit_transform(far), defaultdict(list), (figure := Figure((8, 6))).subplots()
-    for place, row in zip(places, pool):
-        groups[f"{row['source']}, {row['domain']}" if row in chosen else "not selected"].append(place)
-    for label, group in sorted(groups.items()):
-        style = {"s": 8, "c": "lightgray"} if label == "not selected" else {"s": 28}
-        axes.scatter(*zip(*group), label=f"{label} ({len(group)})", **style)
-    axes.set(xticks=[], yticks=[], title=f"{len(chosen)} of {len(pool)} queries, by the likeness of their texts")
-    axes.legend()
-    figure.savefig(path, dpi=150)
-
-
 def diverse(rows, n, max_per_repo):
-    """At most n rows in order: the domain rarest so far, then maximal marginal relevance (difficulty less likeness).
+    """At most n rows in order: the domain rarest so far, then maximal marginal relevance.
 
     Greedy, so that a smaller n gives the beginning of the same order.
     """
-    near, chosen, domains, repos = similarities([text_of(row) for row in rows]), [], Counter(), Counter()
+    near = similarities([text_of(row) for row in rows])
+    chosen = []
+    domains = Counter()
+    repos = Counter()
 
     def gain(i):
         quality = 0.5 if rows[i]["meta"].get("difficulty") == "easy" else 1.0
         return -domains[rows[i]["domain"]], quality - 0.5 * max(near[i, chosen], default=0)
 
     while len(chosen) < n:
-        left = [i for i, row in enumerate(rows) if i not in chosen and repos[row["meta"].get("repo")] < max_per_repo]
+        left = [
+            i
+            for i, row in enumerate(rows)
+            if i not in chosen and repos[row["meta"].get("repo")] < max_per_repo
+        ]
         if not left:
             break
         chosen.append(best := max(left, key=gain))
@@ -1064,80 +1755,172 @@ def diverse(rows, n, max_per_repo):
     return [rows[i] for i in chosen]
 
 
-def place_workspace(row, folder):
-    """Put the workspace beside the output, so that the folder can be moved as a whole; returns its relative path."""
-    source, target = row.get("workspace"), folder / "workspaces" / row["query_id"]
+def place_folders(row, output):
+    """Put workspace and private beside the output: the folder can be moved as a whole."""
+    if "task" in row:
+        row |= {
+            key: row["task"][key] for key in ("workspace", "private", "venv", "needs") if key in row["task"]
+        }
+    elif is_mined(row):  # of the paper's rule: a tree alone
+        row["workspace"] = str(output.parent / "workspaces" / row["query_id"])
+        shutil.rmtree(row["workspace"], ignore_errors=True)
+        checkout(row["pr"]["clone"], row["meta"]["base"], row["workspace"])
+    for name, folder in (("workspace", "workspaces"), ("private", "private")):
+        if name in row:
+            source = Path(row[name])
+            target = output.parent / folder / (row["query_id"] + (source.suffix if source.is_file() else ""))
+            place_folder(source, target)
+            row[name] = str(target.relative_to(output.parent))
+    if "venv" in row:
+        row["venv"] = os.path.relpath(row["venv"], output.parent)
+
+
+def place_folder(source, target):
+    """Copy a folder or a .tar to where it is not yet."""
+    if source.resolve() == target.resolve():
+        return
     target.parent.mkdir(parents=True, exist_ok=True)
-    if "pr" in row:
-        target = target.with_name(target.name + ".tar")
-        target.write_bytes(git(row["pr"]["clone"], "archive", "--format=tar", row["meta"]["base"]))
-    elif Path(source).is_dir():
-        shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+    shutil.rmtree(target, ignore_errors=True)
+    if source.is_dir():
+        shutil.copytree(source, target, symlinks=True)
     else:
-        target = target.with_name(target.name + Path(source).suffix)
         shutil.copy(source, target)
-    return str(target.relative_to(folder))
+
+
+def interleave(groups):
+    """One list of several, in which every beginning has the mixture of the whole."""
+    ranked = []
+    for group in groups:
+        ranked += [((i + 0.5) / len(group), row["query_id"], row) for i, row in enumerate(group)]
+    return [row for _, _, row in sorted(ranked, key=lambda one: one[:2])]
 
 
 def select(settings, work, rows):
-    """Choose, and write both files; the kinds are mixed so that every beginning of the file has the same mixture."""
-    apply_reviews([row for row in rows if not row["reasons"]], work / "reviews.jsonl")
-    output, good = Path(settings.output_file), [row for row in rows if not row["reasons"]]
-    groups = [diverse([row for row in good if "pr" not in row], settings.n_real, len(good)),
-              diverse([row for row in good if "pr" in row], settings.n_pr, settings.max_per_repo)]
-    for flag, given, asked, group in zip(("n_real", "n_pr"), (settings.real, settings.repos),
-                                         (settings.n_real, settings.n_pr), groups):
-        if given and len(group) < asked:
-            print(f"select: --{flag} {asked}, but only {len(group)} can be had")
-    ranked = sorted(((i + 0.5) / len(group), row["query_id"], row) for group in groups for i, row in enumerate(group))
-    chosen = [row for _, _, row in ranked]
-    if settings.figure and len(good) > 3:
-        draw(good, chosen, settings.figure)
-    for row in good:
-        row["reasons"] = ["like those selected, or over a quota"]
-    for row in chosen:
-        row["reasons"] = []
-        if "pr" in row or "workspace" in row:
-            row["workspace"] = place_workspace(row, output.parent)
-    rejected = output.with_name("rejected_" + output.name)
-    write_jsonl(rejected, (without(row, "pr", "rank", "answer") for row in rows if row["reasons"]))
-    if not chosen:
-        raise InputError(f"no query is left: {rejected} says why")
-    write_jsonl(output, (without(row, "pr", "rank", "answer", "reasons") for row in chosen))
+    """Choose, and write both files."""
+    apply_reviews(open_rows(rows), work / "reviews.jsonl", settings.reject)
+    good = open_rows(rows)
+    mined = list(filter(is_mined, good))
+    own = diverse([row for row in good if row not in mined], settings.n_real, len(good))
+    mined = diverse(mined, settings.n_pr, settings.max_per_repo)
+    if (settings.real or settings.papers) and len(own) < settings.n_real:
+        print(f"select: --n_real {settings.n_real}, but only {len(own)} can be had")
+    if settings.repos and len(mined) < settings.n_pr:
+        print(f"select: --n_pr {settings.n_pr}, but only {len(mined)} can be had")
+    chosen = interleave([own, mined])
+    leave_out(good, chosen, OVER_QUOTA)
+    write_both(Path(settings.output_file), chosen, [row for row in rows if row["reasons"]])
     return rows
 
 
-def without(row, *keys):
-    return {key: value for key, value in row.items() if key not in keys}
+def write_both(output, chosen, rejected):
+    """The tasks with their folders, and the rejected ones with their reasons."""
+    for row in chosen:
+        place_folders(row, output)
+    path = output.with_name("rejected_" + output.name)
+    write_jsonl(path, map(finished, rejected))
+    if not chosen:
+        raise InputError(f"no query is left: {path} says why; {what_to_do(rejected)}")
+    write_jsonl(output, (without(finished(row), "reasons") for row in chosen))
+
+
+def finished(row):
+    """The task alone, without what only the steps need; a mined one keeps its solution as a diff in meta."""
+    if is_mined(row) and "material" in row:
+        row["meta"]["code_diff"] = row["material"]["secret"]
+    return without(row, "pr", "material", "task", "answer", "parts")
+
+
+def what_to_do(rows):
+    """The commonest reason and its remedy."""
+    (reason, count), = Counter(row["reasons"][0] for row in rows).most_common(1)
+    remedies = [remedy for start, remedy in REMEDIES.items() if reason.startswith(start)]
+    return (
+        f"mostly ({count} of {len(rows)}): {reason}: {remedies[0] if remedies else 'mine more repositories'}"
+    )
+
+
+def print_funnel(rows, chosen):
+    """The paper's funnel with this run's numbers."""
+    pulls = [row for row in rows if row["source"] == "pull_request"]
+    lost = Counter(row["reasons"][0] for row in pulls if row["reasons"])
+    drawn = [row for row in pulls if is_mined(row)]
+    passed = len(drawn) + lost[NOT_DRAWN]
+    short = passed + lost["only markdown"]
+    for count, step in (
+        (
+            len({row["meta"]["repo"] for row in pulls}),
+            "repositories (paper: 100 with over 10,000 stars each, which a clone does not know)",
+        ),
+        (short + lost["not under 1,200 tokens"], "merged pull requests"),
+        (short, "under 1,200 tokens"),
+        (passed, "not only markdown"),
+        (len(drawn), "drawn, at most 100 a repository"),
+        (sum("answer" in row for row in pulls), "written"),
+        (sum(set(row["reasons"]) <= {OVER_QUOTA} for row in drawn), "passed the rules and the reviewers"),
+        (sum(map(is_mined, chosen)), "chosen (paper: 18)"),
+    ):
+        print(f"  {count:7,d}  {step}")
+
+
+def write_settings(settings):
+    """Everything that decided about the output, beside it."""
+    inputs = {}
+    for clone in filter(os.path.isdir, settings.repos):
+        inputs[clone] = git(clone, "rev-parse", "HEAD").decode().strip()
+    for path in filter(os.path.isfile, [settings.real or "", settings.answers or "", __file__]):
+        inputs[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+    versions = {name: importlib.metadata.version(name) for name in ("openai", "pydantic", "scikit-learn")}
+    record = {
+        "settings": asdict(settings),
+        "versions": {"python": sys.version.split()[0]} | versions,
+        "inputs": inputs,
+    }
+    path = Path(settings.output_file).with_suffix(".settings.json")
+    path.write_text(json.dumps(record, indent=1) + "\n")
 
 
 def main(settings):
-    if not (settings.real or settings.repos or settings.step == "review"):
-        raise InputError("nothing to read: give --real FILE_OR_DIR, --repos CLONE..., or both")
-    if min(settings.concurrency, settings.timeout) < 1:
-        raise InputError("--concurrency and --timeout must be 1 or more")
-    if settings.figure and Path(settings.figure).suffix not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--figure {settings.figure}: must end in .png, .svg or .pdf")
-    work, rows, last = Path(settings.output_file).with_suffix(".work"), [], None
+    if not (settings.real or settings.repos or settings.papers):
+        raise InputError(
+            "nothing to read: give --real FILE_OR_DIR, --repos CLONE..., --papers DIR, or several"
+        )
+    if min(settings.concurrency, settings.timeout, settings.call_seconds) < 1:
+        raise InputError("--concurrency, --timeout and --call_seconds must be 1 or more")
+    work = Path(settings.output_file).with_name("work")
     work.mkdir(parents=True, exist_ok=True)
-    if settings.step == "review":
-        return review(settings, work)
+    rows, before = None, None
     for number, step in enumerate((mine, verify, write, check, select), 1):
-        name, path = step.__name__, work / f"{number}_{step.__name__}.jsonl"
-        if settings.step in ("all", name):
-            if last and not rows:
-                rows = step_rows(work, last)
-            live = [row for row in rows if not row["reasons"]]
+        name = f"{number}_{step.__name__}"
+        if settings.step in ("all", step.__name__):
+            rows = step_rows(work, before) if before and rows is None else rows or []
+            live = open_rows(rows)
             rows = step(settings, work, rows)
-            write_jsonl(path, rows)
-            if live:
-                print(f"{name}: {sum(not row['reasons'] for row in live)} of {len(live)} pass")
-                print_counts(Counter(reason.split(":")[0] for row in live for reason in row["reasons"]))
-        last = path.stem
+            write_jsonl(work / f"{name}.jsonl", rows)
+            print_step(step.__name__, live)
+        before = name
     if settings.step in ("all", "select"):
-        chosen = [row for row in rows if not row["reasons"]]
-        print_counts(Counter(f"{row['source']}, {row['domain']}, {row['subdomain']}" for row in chosen))
-        print(f"queries: {len(chosen)}\nrejected: {len(rows) - len(chosen)}\noutput_file: {settings.output_file}")
+        print_selection(settings, rows)
+
+
+def print_selection(settings, rows):
+    write_settings(settings)
+    chosen = open_rows(rows)
+    if settings.rule == "paper":
+        print_funnel(rows, chosen)
+    print_counts(Counter(f"{row['source']}, {row['domain']}, {row['subdomain']}" for row in chosen))
+    print(f"queries: {len(chosen)}\nrejected: {len(rows) - len(chosen)}\noutput_file: {settings.output_file}")
+
+
+def print_step(name, live):
+    """How many tasks passed a step, own queries and pull requests apart, and why the others did not."""
+    groups, counts = defaultdict(list), defaultdict(Counter)
+    for row in live:
+        groups[row["source"]].append(not row["reasons"])
+        for reason in row["reasons"]:
+            counts[row["source"]][reason if reason.startswith("environment") else reason.split(": ")[0]] += 1
+    for source, passed in groups.items():
+        print(f"{name}: {sum(passed)} of {len(passed)} pass ({source})")
+        print_counts(counts[source])
 
 
 if __name__ == "__main__":
@@ -1146,3 +1929,6 @@ if __name__ == "__main__":
     except (InputError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print(f"{Path(__file__).name}: stopped; run again to go on", file=sys.stderr)
+        sys.exit(130)

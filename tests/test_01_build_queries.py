@@ -1,21 +1,20 @@
 """Stage 1 on the demo's history, on small histories made here, and against a scripted endpoint."""
-import importlib
+
 import contextlib
+import importlib
 import io
 import json
 import os
 import re
 import shutil
-import signal
-import socket
+import site
 import subprocess
 import sys
 import tarfile
 import threading
 import time
-import urllib.error
-import urllib.request
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from multiprocessing import Process
 from pathlib import Path
 from unittest import mock
 
@@ -25,12 +24,19 @@ stage = importlib.import_module("01_build_queries")
 ROOT = Path(__file__).resolve().parents[1]
 DEMO = ROOT / "recipes" / "demo"
 needs_bwrap = pytest.mark.skipif(not shutil.which("bwrap"), reason="verify needs bubblewrap")
+# A test's environment is made without network: pytest and what it needs are copied out of this one.
+SITE = Path(site.getsitepackages()[0])
+NAMES = ("pytest", "_pytest", "pluggy", "iniconfig", "packaging", "pygments", "py.py")
+PACKAGES = [str(SITE / name) for name in NAMES if (SITE / name).exists()]
+OFFLINE = (
+    f"{sys.executable} -m venv --without-pip $ENVIRONMENT && "
+    f"cp -r {' '.join(PACKAGES)} $ENVIRONMENT/lib/python3.{sys.version_info.minor}/site-packages/"
+)
 
 
 @pytest.fixture(autouse=True)
 def no_keys(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "")
-    monkeypatch.delenv("GITHUB_TOKEN", raising=False)
 
 
 def command(*args):
@@ -38,7 +44,7 @@ def command(*args):
 
 
 def run(*args):
-    """What the stage prints with these flags, in this process, as starting one takes a second; raises InputError."""
+    """What the stage prints with these flags, in this process; raises InputError."""
     output = io.StringIO()
     with mock.patch.object(sys, "argv", command(*args)[1:]), contextlib.redirect_stdout(output):
         try:
@@ -52,15 +58,16 @@ def refused(*args):
     """The message to a user whose flags or files are wrong."""
     with pytest.raises(stage.InputError) as error:
         run(*args)
-    assert "\n" not in str(error.value)
     return str(error.value)
 
 
 def test_a_mistake_is_told_in_one_line(tmp_path):
-    (tmp_path / "answers").mkdir()
     for flags in (("--repos", tmp_path / "nowhere"), ("--real", tmp_path / "nowhere"), ("--reel", "x"), ()):
-        done = subprocess.run(command(*flags, "--output_file", tmp_path / "out" / "queries.jsonl"),
-                              capture_output=True, text=True)
+        done = subprocess.run(
+            command(*flags, "--output_file", tmp_path / "out" / "queries.jsonl"),
+            capture_output=True,
+            text=True,
+        )
         assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
         assert done.stderr.startswith("01_build_queries.py: ")
     assert not list(tmp_path.rglob("*.jsonl"))
@@ -70,11 +77,18 @@ def rows_of(path):
     return [json.loads(line) for line in Path(path).read_text().splitlines()]
 
 
-def git(folder, *args, stdin=None):
-    identity = {f"GIT_{who}_{what}": value for who in ("AUTHOR", "COMMITTER")
-                for what, value in (("NAME", "Ada"), ("EMAIL", "ada@example.invalid"))}
-    return subprocess.run(["git", "-C", str(folder), *args], check=True, capture_output=True, text=True, stdin=stdin,
-                          env=os.environ | identity | {"GIT_CONFIG_GLOBAL": os.devnull}).stdout
+def git(folder, *args, stdin=None, author="Ada"):
+    identity = {}
+    for who in ("AUTHOR", "COMMITTER"):
+        identity |= {f"GIT_{who}_NAME": author, f"GIT_{who}_EMAIL": "ada@example.invalid"}
+    return subprocess.run(
+        ["git", "-C", str(folder), *args],
+        check=True,
+        capture_output=True,
+        text=True,
+        stdin=stdin,
+        env=os.environ | identity | {"GIT_CONFIG_GLOBAL": os.devnull},
+    ).stdout
 
 
 @pytest.fixture
@@ -86,6 +100,9 @@ def demo_clone(tmp_path):
     return clone
 
 
+LICENCE = "MIT\nPermission is hereby granted, free\nof charge"
+
+
 @pytest.fixture
 def small_repo(tmp_path):
     """A repository with a licence, one module and its test; commit(files, message) adds to it."""
@@ -93,67 +110,55 @@ def small_repo(tmp_path):
     repo.mkdir()
     git(repo, "init", "-q", "-b", "main")
 
-    def commit(files, message):
+    def commit(files, message, author="Ada"):
         for name, text in files.items():
             (repo / name).parent.mkdir(parents=True, exist_ok=True)
             (repo / name).write_text(text)
         git(repo, "add", "-A")
-        git(repo, "commit", "-q", "-m", message)
+        git(repo, "commit", "-q", "-m", message, author=author)
 
-    licence = "MIT\nPermission is hereby granted, free\nof charge"
-    commit({"LICENSE": licence, "a.py": "x = 1\n", "test_a.py": "import a\n"}, "start")
+    commit({"LICENSE": LICENCE, "a.py": "x = 1\n", "test_a.py": "import a\n"}, "start")
     return repo, commit
 
 
-# ---- the demo's history, end to end ----
-
-DEMO_FLAGS = ("--model", "demo-writer", "--answers", DEMO / "answers.jsonl",
-              "--test_command", "python3 -m unittest -q")
+def mined(*repos, **settings):
+    return stage.mine(stage.Settings(repos=list(map(str, repos)), **settings), None, [])
 
 
-@needs_bwrap
-def test_demo_selects_two_pull_requests_and_says_why_not_the_others(demo_clone, tmp_path):
-    output = tmp_path / "data" / "queries.jsonl"
-    run("--repos", demo_clone, "--output_file", output, *DEMO_FLAGS)
-    assert {task["query_id"] for task in rows_of(output)} == {"pr_repo-3", "pr_repo-5"}
-    reasons = {row["meta"]["number"]: row["reasons"] for row in rows_of(tmp_path / "data" / "rejected_queries.jsonl")}
-    assert reasons == {
-        1: ["code file added, deleted or renamed"], 2: ["no code file changed"], 4: ["made by a bot"],
-        6: ["reverted later"], 7: ["a revert"], 8: ["only comments, docstrings or layout changed"],
-        9: ["more than one code file changed"], 10: ["its tests pass without the change too"],
-        11: ["the number of an issue: no such refs/pull"]}
-    again = run("--repos", demo_clone, "--output_file", output, *DEMO_FLAGS)
-    assert "0 answers asked for, 2 replayed" in again
-    assert len(rows_of(tmp_path / "data" / "queries.work" / "verifications.jsonl")) == 3  # none verified twice
+# ---- mine ----
 
 
-@needs_bwrap
-def test_check_fails_before_and_passes_after_the_change_and_leaves_nothing_behind(demo_clone, tmp_path):
-    output = tmp_path / "data" / "queries.jsonl"
-    run("--repos", demo_clone, "--output_file", output, *DEMO_FLAGS)
-    for task in rows_of(output):
-        workspace = tmp_path / task["query_id"]
-        with tarfile.open(output.parent / task["workspace"]) as tar:
-            tar.extractall(workspace, filter="data")
-        files = {path: path.read_bytes() for path in workspace.rglob("*") if path.is_file()}
-        assert not (workspace / ".git").exists()
-        [turn], check = task["turns"], ["bash", "-c", task["turns"][0]["check"]]
-        hidden = {"pr_repo-3": b"test_several_units", "pr_repo-5": b"test_own_marker"}[task["query_id"]]
-        assert not any(hidden in text for text in files.values())
-        assert subprocess.run(check, cwd=workspace, capture_output=True).returncode == 1
-        assert {path: path.read_bytes() for path in workspace.rglob("*") if path.is_file()} == files
-        patch = tmp_path / "patch"
-        patch.write_text(task["meta"]["code_diff"])
-        git(workspace, "apply", str(patch))
-        assert subprocess.run(check, cwd=workspace, capture_output=True).returncode == 0
-        assert set(task["meta"]["pass_to_pass"]) and set(task["meta"]["fail_to_pass"]) and turn["rubric"]
+def test_the_demos_history_says_why_each_pull_request_is_no_task(demo_clone):
+    assert {row["meta"]["number"]: row["reasons"] for row in mined(demo_clone)} == {
+        1: ["code file added, deleted or renamed"],
+        2: ["no code file changed"],
+        3: [],
+        4: ["made by a bot"],
+        5: [],
+        6: ["reverted later"],
+        7: ["a revert"],
+        8: ["only comments, docstrings or layout changed"],
+        9: ["more than one code file changed"],
+        10: [],
+        11: ["the number of an issue: no such refs/pull"],
+    }
 
 
 def test_mined_diff_equals_the_diff_of_the_pull_requests_own_branch(demo_clone):
     pulls = list(stage.pull_requests(str(demo_clone)))
     assert [(pull["number"], pull["shape"]) for pull in pulls] == [
-        (11, "squash"), (10, "merge commit"), (9, "squash"), (8, "merge commit"), (7, "squash"), (6, "squash"),
-        (5, "squash"), (4, "merge commit"), (3, "two parents"), (2, "squash"), (1, "merge commit")]
+        (11, "squash"),
+        (10, "merge commit"),
+        (9, "squash"),
+        (8, "merge commit"),
+        (7, "squash"),
+        (6, "squash"),
+        (5, "squash"),
+        (4, "merge commit"),
+        (3, "two parents"),
+        (2, "squash"),
+        (1, "merge commit"),
+    ]
     assert pulls[8]["title"] == "Parse durations of several units"
     assert pulls[1]["title"] == "Compile the slug pattern once"
     for pull in pulls[1:]:
@@ -163,40 +168,106 @@ def test_mined_diff_equals_the_diff_of_the_pull_requests_own_branch(demo_clone):
 
 def test_the_users_git_settings_change_nothing(demo_clone, monkeypatch, tmp_path):
     plain = list(stage.pull_requests(str(demo_clone)))
-    (tmp_path / ".gitconfig").write_text("[diff]\nsuppressBlankEmpty = true\nmnemonicPrefix = true\n"
-                                         "interHunkContext = 9\n[core]\nabbrev = 4\n[log]\nshowSignature = true\n")
+    (tmp_path / ".gitconfig").write_text(
+        "[diff]\nsuppressBlankEmpty = true\nmnemonicPrefix = true\n"
+        "interHunkContext = 9\n[core]\nabbrev = 4\n[log]\nshowSignature = true\n"
+    )
     monkeypatch.setenv("HOME", str(tmp_path))
     monkeypatch.setenv("GIT_DIR", "/nowhere")
     assert list(stage.pull_requests(str(demo_clone))) == plain
 
 
-# ---- mine ----
-
-@pytest.mark.parametrize("files, message, reason", [
-    ({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)", None),
-    ({"a.py": '"""Doc."""\nx = 1  # one\n', "test_a.py": "# 2\n"}, "Say (#7)",
-     "only comments, docstrings or layout changed"),
-    ({"a.py": "x = (\n", "test_a.py": "# 2\n"}, "Two (#7)", "code file is not Python 3"),
-    ({"a.py": "x = 2\n" * 2000, "test_a.py": "# 2\n"}, "Two (#7)", "diff longer than 2000 tokens"),
-    ({"b.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)", "code file added, deleted or renamed"),
-    ({"vendor/a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)", "no code file changed"),
-    ({"a.py": "x = 2\n"}, "Two (#7)", "no test file changed"),
-    ({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Revert two (#7)", "a revert"),
-])
+@pytest.mark.parametrize(
+    "files, message, reason",
+    [
+        ({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)", None),
+        ({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7) (closes #3)", None),
+        ({"a.py": "x = 2\n", "tests/regression.py": "# 2\n"}, "Two (#7)", None),
+        ({"a.js": "x = 2\n", "test/x/test.js": "// 2\n"}, "Two (#7)", "code file added, deleted or renamed"),
+        (
+            {"a.py": '"""Doc."""\nx = 1  # one\n', "test_a.py": "# 2\n"},
+            "Say (#7)",
+            "only comments, docstrings or layout changed",
+        ),
+        ({"a.py": "x = (\n", "test_a.py": "# 2\n"}, "Two (#7)", "code file is not Python 3"),
+        ({"a.py": "x = 2\n" * 2000, "test_a.py": "# 2\n"}, "Two (#7)", "diff longer than 2000 tokens"),
+        ({"b.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)", "code file added, deleted or renamed"),
+        ({"b.java": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)", "no runner for *.java"),
+        ({"vendor/a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)", "no code file changed"),
+        ({"a.py": "x = 2\n"}, "Two (#7)", "no test file changed"),
+        ({"a.py": "x = 2\n", "tests/fixtures/a.py": "# 2\n"}, "Two (#7)", "no test file changed"),
+        ({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Revert two (#7)", "a revert"),
+    ],
+)
 def test_reasons_of_the_default_rule(small_repo, files, message, reason):
     repo, commit = small_repo
     commit(files, message)
-    [row] = stage.mine(stage.Settings(repos=[str(repo)]), None, [])
+    [row] = mined(repo)
     assert row["query_id"] == "small-7" and row["reasons"] == ([reason] if reason else [])
 
 
-def test_the_licence_at_the_base_decides(small_repo):
+@pytest.mark.parametrize(
+    "path, kind",
+    [
+        ("src/x/test.ts", "test"),
+        ("pkg/a_test.go", "test"),
+        ("tests/it.rs", "test"),
+        ("a.spec.tsx", "test"),
+        ("app/tests.py", "test"),
+        ("src/lib.rs", "code"),
+        ("src/contest.py", "code"),
+        ("poetry.lock", "generated"),
+    ],
+)
+def test_tests_are_told_by_folder_as_well_as_by_name(path, kind):
+    assert stage.kinds_of({path: "diff"})[kind] == [path]
+
+
+def test_merge_queues_are_read_and_a_person_whose_work_a_bot_merged_is_no_bot(small_repo):
+    repo, commit = small_repo
+    for number, (subject, author) in enumerate(
+        (
+            ("Merge #1", "bors[bot]"),
+            ("Auto merge of #2 - ada:two, r=eve", "bors"),
+            ("Three (#3)", "queue[bot]"),
+        ),
+        1,
+    ):
+        git(repo, "checkout", "-q", "-b", f"b{number}")
+        commit({"a.py": f"x = {number + 1}\n", "test_a.py": f"# {number}\n"}, "work")
+        git(repo, "checkout", "-q", "main")
+        git(
+            repo,
+            "merge",
+            "-q",
+            "--no-ff",
+            "-m",
+            f"{subject}\n\n{number}: Title of it",
+            f"b{number}",
+            author=author,
+        )
+    commit({"a.py": "x = 9\n", "test_a.py": "# 9\n"}, "Four (#4)", author="dependabot[bot]")
+    assert {row["meta"]["number"]: row["reasons"] for row in mined(repo)} == {
+        1: [],
+        2: [],
+        3: [],
+        4: ["made by a bot"],
+    }
+
+
+def test_the_licence_at_the_base_decides_and_any_file_of_it_counts(small_repo):
     repo, commit = small_repo
     commit({"a.py": "x = 2\n", "test_a.py": "# 1\n", "LICENSE": "All rights reserved"}, "One (#1)")
-    commit({"a.py": "x = 3\n", "test_a.py": "# 2\n"}, "Two (#2)")
-    rows = stage.mine(stage.Settings(repos=[str(repo)]), None, [])
-    assert [row["reasons"] for row in rows] == [["no permissive licence file at the base commit"], []]
-    assert rows[1]["meta"]["licence"] == "MIT"
+    commit(
+        {"a.py": "x = 3\n", "test_a.py": "# 2\n", "COPYING": "See LICENSE-MIT", "LICENSE-MIT": LICENCE},
+        "Two (#2)",
+    )
+    commit({"a.py": "x = 4\n", "test_a.py": "# 3\n"}, "Three (#3)")
+    assert [row["reasons"] for row in mined(repo)] == [
+        [],
+        ["no permissive licence file at the base commit"],
+        [],
+    ]
 
 
 def test_what_was_reverted_later_is_left_out(small_repo):
@@ -205,135 +276,381 @@ def test_what_was_reverted_later_is_left_out(small_repo):
         commit({"a.py": f"x = {number + 1}\n", "test_a.py": f"# {number}\n"}, f"Change {number} (#{number})")
     commit({"a.py": "x = 3\n", "test_a.py": "# 4\n"}, 'Revert "Change 3 (#3)" (#4)')
     commit({"a.py": "x = 1\n", "test_a.py": "# 5\n"}, "Revert the first (#5)\n\nThis reverts #1.")
-    rows = stage.mine(stage.Settings(repos=[str(repo)]), None, [])
-    assert [row["reasons"] for row in rows] == [["a revert"], ["a revert"], ["reverted later"], [], ["reverted later"]]
+    reasons = [row["reasons"] for row in mined(repo)]
+    assert reasons == [["a revert"], ["a revert"], ["reverted later"], [], ["reverted later"]]
 
 
-def test_rule_of_the_paper(small_repo):
+def test_a_backport_under_another_number_is_the_same_task(small_repo):
+    repo, commit = small_repo
+    change = {"a.py": "x = 2\n", "test_a.py": "# 2\n"}
+    git(repo, "checkout", "-q", "-b", "old")
+    commit(change, "Change (#2)")
+    git(repo, "checkout", "-q", "main")
+    commit(change, "Change (#1)")
+    git(repo, "merge", "-q", "--no-ff", "-s", "ours", "-m", "join", "old")
+    assert sorted(row["reasons"] for row in mined(repo)) == [[], ["the same change as another pull request"]]
+
+
+def test_rule_of_the_paper_draws_the_same_hundred_and_prints_its_funnel(small_repo, tmp_path):
     repo, commit = small_repo
     commit({"notes.md": "hello\n"}, "Notes (#1)")
     commit({"a.py": "x = 2\n", "b.py": "y = 1\n"}, "Code (#2)")
     commit({"a.py": "x = 3\n" * 1000}, "Long (#3)")
-    rows = stage.mine(stage.Settings(repos=[str(repo)], rule="paper"), None, [])
-    assert [row["reasons"] for row in rows] == [["not under 1,200 tokens"], [], ["only markdown"]]
-    assert rows[1]["pr"]["code"] == ["a.py", "b.py"]
+    for number in range(4, 107):
+        commit({"a.py": f"x = {number}\n"}, f"Change (#{number})")
+    rows = mined(repo, rule="paper")
+    reasons = [tuple(row["reasons"]) for row in rows]
+    assert reasons.count(()) == 100 and reasons.count((stage.NOT_DRAWN,)) == 3
+    assert reasons[-1] == ("only markdown",) and reasons[-3] == ("not under 1,200 tokens",)
+    assert [row["reasons"] for row in mined(repo, rule="paper")] == [row["reasons"] for row in rows]
+    assert [row["reasons"] for row in mined(repo, rule="paper", seed=1)] != [row["reasons"] for row in rows]
 
 
 def test_newest_of_each_repository_first(small_repo, demo_clone):
     repo, commit = small_repo
     for number in range(1, 4):
         commit({"a.py": f"x = {number + 5}\n", "test_a.py": f"# {number}\n"}, f"Change (#{number})")
-    rows = stage.mine(stage.Settings(repos=[str(repo), str(demo_clone)], max_candidates=3), None, [])
+    rows = mined(repo, demo_clone, max_candidates=3)
     assert [row["query_id"] for row in rows if not row["reasons"]] == ["small-3", "small-2", "pr_repo-10"]
+
+
+def test_a_bad_clone_is_named_and_the_others_go_on(tmp_path, small_repo, demo_clone, capsys):
+    (tmp_path / "folder").mkdir()
+    git(tmp_path, "clone", "-q", "--depth", "1", f"file://{demo_clone}", "shallow")
+    git(tmp_path, "init", "-q", "empty")
+    rows = mined(
+        tmp_path / "folder", tmp_path / "shallow", demo_clone, tmp_path / "empty", tmp_path / "nowhere"
+    )
+    assert len(rows) == 11
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
+    for line, text in zip(
+        told, ("not a git repository", "fetch --unshallow", "git log", "nowhere"), strict=True
+    ):
+        assert text in line
 
 
 def test_bad_repositories(tmp_path, small_repo, demo_clone):
     repo, commit = small_repo
     flags = "--output_file", tmp_path / "out" / "queries.jsonl", "--repos"
-    (repo / "folder").mkdir()
-    assert "not a git repository" in refused(*flags, repo / "folder")  # nor is the repository around it meant
-    git(tmp_path, "clone", "-q", "--depth", "1", f"file://{demo_clone}", "shallow")
-    assert "fetch --unshallow" in refused(*flags, tmp_path / "shallow")
-    git(tmp_path, "init", "-q", "empty")
-    assert "empty: git log" in refused(*flags, tmp_path / "empty")
     assert "both called pr_repo" in refused(*flags, demo_clone, demo_clone)
     assert "nothing to read" in refused()
     assert "must be 1 or more" in refused(*flags, demo_clone, "--concurrency", 0)
-    assert "must end in .png" in refused(*flags, demo_clone, "--figure", "pool.xyz")
     commit({"a.py": "x = 2\n"}, "No tests (#1)")
-    assert "no query is left" in refused(*flags, repo)
+    line = refused(*flags, repo)
+    assert "no query is left" in line and line.endswith(
+        "mostly (1 of 1): no test file changed: mine repositories whose pull requests bring tests, "
+        "or use --rule paper"
+    )
     assert not (tmp_path / "out" / "queries.jsonl").exists()
     assert rows_of(tmp_path / "out" / "rejected_queries.jsonl")[0]["reasons"] == ["no test file changed"]
 
 
-def test_a_url_is_mirrored_once(demo_clone, tmp_path, capsys):
-    settings = stage.Settings(repos=[f"file://{demo_clone}"])
-    assert len(stage.mine(settings, tmp_path, [])) == len(stage.mine(settings, tmp_path, [])) == 11
-    assert capsys.readouterr().out.count("cloning") == 1
-    with pytest.raises(stage.InputError, match="cannot be cloned"):
-        stage.mine(stage.Settings(repos=[f"file://{tmp_path}/nowhere"]), tmp_path, [])
-
-
-def test_repository_of_a_benchmark_is_refused(demo_clone, tmp_path):
-    flags = "--repos", demo_clone, "--output_file", tmp_path / "queries.jsonl", "--step", "mine"
-    assert "pr_repo is part of a benchmark" in refused(*flags, "--deny", "other", "pr_repo")
-    assert "11 pull requests" in run(*flags, "--deny", "other")
-
-
-# ---- verify ----
-
-@needs_bwrap
-def test_sandbox_has_no_network_no_files_of_the_host_and_a_time_limit(tmp_path):
-    (tmp_path / "secret").write_text("")
-    workspace = tmp_path / "workspace"
-    workspace.mkdir()
-    assert stage.sandbox(str(workspace), f"ls {tmp_path}", 10)[0] != 0
-    assert stage.sandbox(str(workspace), "touch /usr/x", 10)[0] != 0
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        assert subprocess.run(["bash", "-c", f"exec 3<>/dev/tcp/127.0.0.1/{port}"]).returncode == 0
-        assert stage.sandbox(str(workspace), f"exec 3<>/dev/tcp/127.0.0.1/{port}", 10)[0] != 0
-    assert stage.sandbox(str(workspace), "env; touch made; pwd", 10)[1].count("OPENAI") == 0
-    assert (workspace / "made").exists()
-    assert stage.sandbox(str(workspace), "sleep 30", 1) is None
-
-
-UNIT = "import unittest, a\nclass T(unittest.TestCase):\n    def test_old(self):\n        self.assertTrue(a.x)\n"
-
-
-@needs_bwrap
-@pytest.mark.parametrize("test, reason", [
-    (UNIT + "    def test_new(self):\n        self.assertEqual(a.x, 2)\n", None),
-    (UNIT + "    def test_new(self):\n        self.assertGreater(a.x, 0)\n", "its tests pass without the change too"),
-    (UNIT + "    def test_new(self):\n        self.assertEqual(a.x, 3)\n", "its tests fail with the change too"),
-    (UNIT.replace("a.x", "a.x == 2"), "no test passes both before and after"),
-    ("import no_such_module\n", "its tests need the module no_such_module"),
-    ("import time\ntime.sleep(60)\n", "its tests run longer than 2 s"),
-])
-def test_verify(small_repo, tmp_path, test, reason):
+def test_repository_of_a_benchmark_is_refused_whatever_its_folder_is_called(small_repo, demo_clone):
     repo, commit = small_repo
-    commit({"a.py": "x = 2\n", "test_a.py": test}, "Two (#7)")
-    settings = stage.Settings(repos=[str(repo)], test_command="python3 -m unittest -q",
-                              timeout=2 if "sleep" in test else 60)
-    work = tmp_path / "work"
-    work.mkdir()
-    [row] = stage.verify(settings, work, stage.mine(settings, work, []))
-    assert row["reasons"] == ([reason] if reason else [])
-    if not reason:
-        assert row["meta"]["fail_to_pass"] == ["test_new (test_a.T.test_new)"]
-        assert row["meta"]["pass_to_pass"] == ["test_old (test_a.T.test_old)"]
+    with pytest.raises(stage.InputError, match="pr_repo is part of a benchmark"):
+        mined(demo_clone, deny=["other", "pr_repo"])
+    commit({"pyproject.toml": '[project]\nname = "requests"\n'}, "name")
+    with pytest.raises(stage.InputError, match="small is part of a benchmark"):
+        mined(repo)
 
 
-def test_outcomes_of_both_runners():
-    assert stage.outcomes("PASSED t.py::a[x]\nFAILED t.py::b - assert 1\nERROR t.py::c\n1 passed") == {
-        "t.py::a[x]": True, "t.py::b": False, "t.py::c": False}
-    assert stage.outcomes("test_a (t.T.test_a) ... ok\ntest_b (t.T.test_b)\nDoc ... FAIL\n") == {
-        "test_a (t.T.test_a)": True}
+def test_a_log_of_200_mb_is_mined_in_little_memory(small_repo):
+    repo, commit = small_repo
+    commit({"big.txt": "x" * 99 + "\n"}, "Big (#1)")
+    (repo / "big.txt").write_bytes((b"y" * 99 + b"\n") * 2_000_000)
+    commit({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Bigger (#2)")
+    code = (
+        "import importlib, resource, sys; sys.path.insert(0, sys.argv[1]); "
+        "s = importlib.import_module('01_build_queries'); "
+        "a = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss; "
+        "list(s.pull_requests(sys.argv[2])); "
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - a)"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT), str(repo)], capture_output=True, text=True)
+    assert int(done.stdout) < 60_000  # KiB
+
+
+# ---- verify: one history with a pull request for every case, proven by 04 in its own sandbox ----
+
+CASES = {  # number: (module that it changes, its new text, its test, reason or None)
+    1: (
+        "m1",
+        "x = 2\n",
+        "import m1\n\ndef test_old():\n    assert m1.x\n\ndef test_new():\n    assert m1.x == 2\n",
+        None,
+    ),
+    2: (
+        "m2",
+        "x = 2\n",
+        "import m2\n\ndef test_new():\n    assert m2.x > 0\n",
+        "its tests pass without the change too",
+    ),
+    3: (
+        "m3",
+        "x = 2\n",
+        "import m3\n\ndef test_new():\n    assert m3.x == 3\n",
+        "its tests fail with the change too",
+    ),
+    4: (
+        "m4",
+        "x = 2\n",
+        "import no_such_module\n\ndef test_new():\n    pass\n",
+        "environment: its tests need the module no_such_module",
+    ),
+    5: (
+        "m5",
+        "x = 2\n",
+        "import m5\n\ndef test_new():\n    assert m5.x == 2\n\ndef test_other():\n    assert 0\n",
+        None,
+    ),
+    6: (
+        "m6",
+        "x = 2\n",
+        "import pytest, m6\n\n@pytest.mark.parametrize('n', ['one two', 'one three'])\n"
+        "def test_n(n):\n    print('PASSED x')\n    assert m6.x == 2 or n == 'one three'\n",
+        None,
+    ),
+    7: (
+        "m7",
+        "x = 2\n\ndef fresh():\n    return 1\n",
+        "from m7 import fresh\n\ndef test_new():\n    assert fresh()\n",
+        None,
+    ),
+    8: (
+        "m8",
+        "x = 2\n",
+        "import urllib.request, m8\n\ndef test_new():\n    urllib.request.urlopen('http://example.com')\n",
+        "environment: its tests need the network",
+    ),
+    9: (
+        "m9",
+        "x = 2\n",
+        "import unittest, m9\n\nclass T(unittest.TestCase):\n    def test_new(self):\n"
+        '        """First line.\n\n        Second."""\n        for n in range(3):\n'
+        "            with self.subTest(n=n):\n"
+        "                self.assertEqual(m9.x, 2)\n",
+        None,
+    ),
+    10: (
+        "m10",
+        "x = 2\n",
+        "import m10\n\ndef test_new(frozen):\n    assert m10.x\n",
+        "environment: the plug-in with the fixture frozen is missing",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def proven(tmp_path_factory):
+    """(folder, rows after verify) of the history of CASES; its options name a plug-in that is missing."""
+    folder = tmp_path_factory.mktemp("proven")
+    repo = folder / "cases"
+    repo.mkdir()
+    git(repo, "init", "-q", "-b", "main")
+    (repo / "LICENSE").write_text(LICENCE)
+    (repo / "pytest.ini").write_text("[pytest]\naddopts = --cov=cases\n")
+    for module, *_ in CASES.values():
+        (repo / f"{module}.py").write_text("x = 1\n")
+    git(repo, "add", "-A")
+    git(repo, "commit", "-q", "-m", "start")
+    for number, (module, text, test, _) in CASES.items():
+        (repo / f"{module}.py").write_text(text)
+        (repo / f"test_{module}.py").write_text(test)
+        git(repo, "add", "-A")
+        git(repo, "commit", "-q", "-m", f"Change {module} (#{number})")
+    settings = stage.Settings(repos=[str(repo)], setup_command=OFFLINE, verify_runs=1)
+    (folder / "work").mkdir()
+    rows = stage.verify(settings, folder / "work", stage.mine(settings, None, []))
+    return settings, folder / "work", {row["meta"]["number"]: row for row in rows}
+
+
+@needs_bwrap
+@pytest.mark.parametrize("number", CASES)
+def test_a_task_proves_itself_or_the_reason_is_named(proven, number):
+    reason = CASES[number][3]
+    assert proven[2][number]["reasons"] == ([reason] if reason else [])
+
+
+@needs_bwrap
+def test_tests_are_told_apart_by_their_whole_names(proven):
+    meta = {number: row["meta"] for number, row in proven[2].items()}
+    assert meta[1]["fail_to_pass"] == ["test_m1::test_new"] and meta[1]["pass_to_pass"] == [
+        "test_m1::test_old"
+    ]
+    assert meta[6]["fail_to_pass"] == ["test_m6::test_n[one two]"]
+    assert meta[6]["pass_to_pass"] == ["test_m6::test_n[one three]"]
+    assert meta[9]["fail_to_pass"] == ["test_m9.T::test_new"]
+
+
+@needs_bwrap
+def test_what_was_verified_is_not_verified_again(proven, monkeypatch):
+    settings, work, rows = proven
+    monkeypatch.setattr(stage, "run_agents", None)
+    again = stage.verify(settings, work, stage.mine(settings, None, []))
+    assert {row["meta"]["number"]: row["reasons"] for row in again} == {
+        number: row["reasons"] for number, row in rows.items()
+    }
+
+
+@needs_bwrap
+def test_neither_the_workspace_nor_the_environment_holds_the_tests_or_the_solution(proven):
+    _, work, rows = proven
+    for row in rows.values():
+        if row["reasons"]:
+            continue
+        with tarfile.open(row["task"]["workspace"]) as tar:
+            texts = {
+                name: tar.extractfile(name).read().decode()
+                for name in tar.getnames()
+                if tar.getmember(name).isfile()
+            }
+        assert not any(name.startswith("./.git") for name in texts)
+        module = row["pr"]["code"][0]
+        assert texts[f"./{module}"] == "x = 1\n" and f"./test_{module}" not in texts
+        assert Path(row["task"]["private"], "solution", module).read_text().startswith("x = 2\n")
+
+
+@needs_bwrap
+def test_a_proven_task_is_written_as_04_reads_it(proven, tmp_path):
+    settings, work, rows = proven
+    row = dict(rows[1], turns=[rows[1]["task"]["turns"][0]], domain="vibe_coding")
+    stage.write_both(tmp_path / "queries.jsonl", [row], [])
+    evaluation = importlib.import_module("04_eval")
+    [task] = evaluation.read_tasks(evaluation.Settings(tasks=[str(tmp_path / "queries.jsonl")]), {})
+    assert task["private"] == tmp_path / "private" / "cases-1" and task["workspace"].suffix == ".tar"
+    assert Path(task["venv"], "bin", "python").exists()
+    assert not {"pr", "material", "task", "reasons"} & task.keys()
+
+
+@needs_bwrap
+def test_tests_that_do_not_end_are_ended(small_repo, tmp_path):
+    repo, commit = small_repo
+    commit({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)")
+    settings = stage.Settings(
+        repos=[str(repo)], setup_command="true", test_command="sleep 60", timeout=2, verify_runs=1
+    )
+    [row] = stage.verify(settings, tmp_path, stage.mine(settings, None, []))
+    assert row["reasons"] == ["its tests run longer than 2 s"]
+
+
+@needs_bwrap
+def test_thirty_coins_are_no_tasks(small_repo, tmp_path):
+    """A test that passes every other time, on either side: none of thirty comes through the runs of 04."""
+    repo, commit = small_repo
+    commit({f"m{n}.py": "x = 1\n" for n in range(30)}, "modules")
+    for number in range(30):
+        commit({f"m{number}.py": "x = 2\n", f"test_m{number}.py": ""}, f"Coin (#{number + 1})")
+    coin = (
+        "[ $((RANDOM % 2)) = 1 ] || bad='<failure message=\"tails\"/>'; "
+        "echo \"<r><testcase classname='coin' name='toss'>$bad</testcase></r>\" > {report}"
+    )
+    settings = stage.Settings(repos=[str(repo)], setup_command="echo 'runner: custom'", test_command=coin)
+    (tmp_path / "work").mkdir()
+    rows = stage.verify(settings, tmp_path / "work", stage.mine(settings, None, []))
+    verdicts = [row["reasons"][0].split(":")[0] for row in rows if row["reasons"]]
+    assert len(verdicts) == 30 and verdicts.count("its tests are flaky") > 15
+    assert set(verdicts) <= {
+        "its tests are flaky",
+        "its tests pass without the change too",
+        "its tests fail with the change too",
+    }
+
+
+@needs_bwrap
+def test_a_package_that_is_installed_already_is_an_error_and_its_lines_are_found(small_repo, tmp_path):
+    """The released version in the environment: its import is not the workspace's, and it holds the answer."""
+    repo, commit = small_repo
+    fix = 'GREETING = "good morning to you all"\n'
+    commit({"greet.py": "GREETING = 'hi'\n"}, "module")
+    commit(
+        {
+            "greet.py": fix,
+            "test_greet.py": "import greet\n\ndef test_it():\n    assert 'all' in greet.GREETING\n",
+        },
+        "Greet (#1)",
+    )
+    site_packages = f"$ENVIRONMENT/lib/python3.{sys.version_info.minor}/site-packages"
+    for name, reason in (
+        ("greet", "could not be decided: bailed_out: greet is imported from /opt/venv"),
+        ("vendored", "its solution stands in its environment"),
+    ):
+        (tmp_path / name).mkdir()
+        (tmp_path / "released.py").write_text(fix)
+        command = f"{OFFLINE} && cp {tmp_path}/released.py {site_packages}/{name}.py"
+        settings = stage.Settings(repos=[str(repo)], setup_command=command, verify_runs=1)
+        [row] = stage.verify(settings, tmp_path / name, stage.mine(settings, None, []))
+        assert row["reasons"][0].startswith(reason)
+
+
+def test_a_missing_tool_and_a_failing_setup_are_named_once_a_repository(
+    small_repo, tmp_path, monkeypatch, capsys
+):
+    repo, commit = small_repo
+    for number in (1, 2):
+        commit({"a.py": f"x = {number + 1}\n", "test_a.py": f"# {number}\n"}, f"Change (#{number})")
+    settings = stage.Settings(repos=[str(repo)], setup_command="echo no such release >&2; exit 1")
+    rows = stage.verify(settings, tmp_path, stage.mine(settings, None, []))
+    assert [row["reasons"] for row in rows] == [["environment: cannot be built: no such release"]] * 2
+    told = "small: no environment for its 2 candidates: "
+    assert capsys.readouterr().out.count(told + "cannot be built: no such release") == 1
+    monkeypatch.setitem(stage.TOOLCHAINS, "python", "no-such-python")
+    stage.verify(settings, tmp_path, stage.mine(settings, None, []))
+    assert told + "no-such-python is not installed" in capsys.readouterr().out
+
+
+@needs_bwrap
+def test_dependent_pull_requests_become_the_turns_of_one_task(small_repo, tmp_path):
+    repo, commit = small_repo
+    for number in (1, 2, 3):
+        test = f"import a\n\ndef test_{number}():\n    assert a.x > {number}\n"
+        commit({"a.py": f"x = {number + 1}\n", f"test_a{number}.py": test}, f"Change {number} (#{number})")
+    settings = stage.Settings(repos=[str(repo)], setup_command=OFFLINE, chain=2, verify_runs=1)
+    rows = stage.verify(settings, tmp_path, stage.mine(settings, None, []))
+    assert {row["query_id"]: row["reasons"] for row in rows} == {
+        "small-1": [],
+        "small-2": [],
+        "small-3": [],
+        "small-1-to-2": [],
+    }
+    for row in rows[:3]:
+        row["turns"], row["domain"] = [{"query": f"query {row['query_id']}"}], "vibe_coding"
+    stage.fill_chains(rows)
+    chain = rows[3]
+    assert [turn["query"] for turn in chain["turns"]] == ["query small-1", "query small-2"]
+    assert chain["turns"][1]["check"] == "python3 -I /private/2/check.py"
+    assert [row["reasons"] for row in rows[1:3]] == [["a turn of small-1-to-2"]] * 2
 
 
 # ---- write ----
 
-DRAFT = {"reason": "r", "answerable": True, "query": "q", "interfaces": [], "rubric": ["works"],
-         "subdomain": "backend", "difficulty": "medium"}
+DRAFT = {
+    "reason": "r",
+    "answerable": True,
+    "query": "q",
+    "interfaces": [],
+    "rubric": ["works"],
+    "subdomain": "backend",
+    "difficulty": "medium",
+}
 
 
 @pytest.fixture
 def endpoint():
-    """A server whose script(number of the call) gives (status, body, share of it to send); given: what it served."""
+    """A server whose script(number of the call, request) gives (status, body, share of it to send)."""
     given = []
 
     class Handler(BaseHTTPRequestHandler):
         def do_POST(self):
             request = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             server.calls += 1
-            status, body, share = server.script(server.calls)
+            status, body, share = server.script(server.calls, request)
             data = (body if isinstance(body, str) else json.dumps(body)).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
             self.end_headers()
             self.wfile.write(data[: int(len(data) * share)])
             if status == 200 and share == 1:
-                given.append(request["messages"][1]["content"] if "messages" in request else request["variables"])
+                given.append(request["messages"][1]["content"])
             self.close_connection = True
 
         def log_message(self, *args):
@@ -346,26 +663,39 @@ def endpoint():
     server.shutdown()
 
 
-def completion(content, finish_reason="stop"):
-    return {"choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": finish_reason}],
-            "usage": {"prompt_tokens": 10, "completion_tokens": 5}}
+def completion(content, finish_reason="stop", usage=None):
+    return {
+        "choices": [{"message": {"role": "assistant", "content": content}, "finish_reason": finish_reason}],
+        "usage": usage or {"prompt_tokens": 10, "completion_tokens": 5},
+    }
 
 
 def candidates(folder, n):
     """n pull requests ready to be written, as verify leaves them."""
-    pr = dict.fromkeys(("clone", "tests", "messages", "code_diff", "test_diff"), "") | {"code": [], "run": ["t.py"]}
-    rows = [{"query_id": f"r-{i}", "source": "pull_request", "turns": [], "reasons": [],
-             "meta": {"repo": "r", "title": f"title {i}", "base": "b", "commit": "c"}, "pr": pr} for i in range(n)]
-    stage.write_jsonl(folder / "queries.work" / "2_verify.jsonl", rows)
+    material = {"text": "", "secret": "+x = 2\n", "tests": "", "asked": []}
+    rows = []
+    for i in range(n):
+        rows.append(
+            {
+                "query_id": f"r-{i}",
+                "source": "pull_request",
+                "turns": [],
+                "reasons": [],
+                "pr": {},
+                "meta": {"repo": "r", "title": f"title {i}", "base": "b", "commit": "c"},
+                "material": material | {"text": f"Title: title {i}"},
+            }
+        )
+    stage.write_jsonl(folder / "work" / "2_verify.jsonl", rows)
     return "--step", "write", "--repos", "r", "--output_file", folder / "queries.jsonl"
 
 
 def test_killed_and_failing_run_pays_every_answer_once(endpoint, tmp_path):
-    def script(call):
+    def script(call, request):
         time.sleep(0.02)
         return (500, "busy", 1) if call % 5 == 0 else (200, completion(json.dumps(DRAFT)), 1)
 
-    endpoint.script, answers = script, tmp_path / "queries.work" / "answers.jsonl"
+    endpoint.script, answers = script, tmp_path / "work" / "answers.jsonl"
     flags = [*map(str, candidates(tmp_path, 20)), "--base_url", endpoint.url, "--concurrency", "1"]
     process = subprocess.Popen(command(*flags), stderr=subprocess.DEVNULL)
     while not answers.exists() or len(answers.read_bytes().splitlines()) < 8:
@@ -383,72 +713,114 @@ def test_killed_and_failing_run_pays_every_answer_once(endpoint, tmp_path):
     assert "0 answers asked for, 20 replayed" in run(*flags) and len(endpoint.given) == calls
 
 
-@pytest.mark.parametrize("script, message", [
-    (lambda call: (200, "<html>hello</html>", 1), "not a chat completion but '<html>hello</html>'"),
-    (lambda call: (200, {"error": "no"}, 1), "not a chat completion"),
-    (lambda call: (500, "down", 1), "InternalServerError"),
-    (lambda call: (401, {"error": {"message": "bad key"}}, 1), "AuthenticationError"),
-    (lambda call: (200, completion("x" * 1000), 0.5), "APIConnectionError"),
-])
+@pytest.mark.parametrize(
+    "script, message",
+    [
+        (lambda call, _: (200, "<html>hello</html>", 1), "not a chat completion but '<html>hello</html>'"),
+        (lambda call, _: (200, {"error": "no"}, 1), "not a chat completion"),
+        (lambda call, _: (401, {"error": {"message": "bad key"}}, 1), "AuthenticationError"),
+        (lambda call, _: (404, {"error": {"message": "no such model"}}, 1), "NotFoundError"),
+    ],
+)
 def test_endpoint_that_gives_no_answer(endpoint, tmp_path, script, message):
-    endpoint.script = lambda call: (200, completion("{}"), 1) if call == 1 else script(call)
+    endpoint.script = lambda call, request: (200, completion("{}"), 1) if call == 1 else script(call, request)
     flags = candidates(tmp_path, 3)
-    line = refused(*flags, "--base_url", endpoint.url, "--max_retries", 0, "--concurrency", 1)
+    line = refused(*flags, "--base_url", endpoint.url, "--concurrency", 1)
     assert message in line and "1 of 3 answers are stored, run again" in line
     assert endpoint.calls == 2  # none starts after a failure
-    assert len(rows_of(tmp_path / "queries.work" / "answers.jsonl")) == 1
+    assert len(rows_of(tmp_path / "work" / "answers.jsonl")) == 1
+
+
+@pytest.mark.parametrize("status", [400, 413, 422])
+def test_a_refused_request_rejects_its_row_and_the_others_go_on(endpoint, tmp_path, status):
+    def script(call, request):
+        if "title 1" in request["messages"][1]["content"]:
+            return status, {"error": {"message": "Content Exists Risk"}}, 1
+        return 200, completion(json.dumps(DRAFT)), 1
+
+    endpoint.script = script
+    flags = candidates(tmp_path, 4)
+    run(*flags, "--base_url", endpoint.url)
+    reasons = [stage.draft_of(row["answer"])[1] for row in rows_of(tmp_path / "work" / "3_write.jsonl")]
+    assert [reason and "Content Exists Risk" in reason for reason in reasons] == [None, True, None, None]
+    calls = endpoint.calls
+    run(*flags, "--base_url", endpoint.url)
+    assert endpoint.calls == calls  # it is not asked again,
+    run(*flags, "--base_url", endpoint.url, "--retry_bad")
+    assert endpoint.calls == calls + 1  # only when the user says so
+
+
+def test_an_endpoint_without_json_schema_is_asked_in_the_form_that_it_knows(endpoint, tmp_path):
+    forms = []
+
+    def script(call, request):
+        forms.append(request.get("response_format", {}).get("type"))
+        if forms[-1] is None:
+            return 200, completion("Sure!\n```json\n" + json.dumps(DRAFT) + "\n```\nIs {this} right?"), 1
+        return 400, {"error": {"message": "This response_format type is unavailable now"}}, 1
+
+    endpoint.script = script
+    run(*candidates(tmp_path, 3), "--base_url", endpoint.url, "--concurrency", 1)
+    assert forms == ["json_schema", "json_object", None, None, None]
+    for row in rows_of(tmp_path / "work" / "3_write.jsonl"):
+        assert stage.draft_of(row["answer"])[0].query == "q"
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        json.dumps(DRAFT),
+        "```json\n" + json.dumps(DRAFT) + "\n```",
+        json.dumps(DRAFT | {"more": 1}),
+        '<think>{"query": "no"}</think>' + json.dumps(DRAFT) + " That {is} it.",
+        [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": json.dumps(DRAFT)}],
+        json.dumps(DRAFT | {"subdomain": "Backend", "difficulty": "Medium"}),
+    ],
+)
+def test_drafts_in_every_wrapping_are_read(content):
+    answer = stage.read_completion(json.dumps(completion(content, usage={"prompt_tokens": "7"})))
+    assert stage.draft_of(answer)[0].model_dump() == DRAFT
+    assert answer["usage"] == {"prompt_tokens": 7, "completion_tokens": 0}
+
+
+@pytest.mark.parametrize(
+    "content, reason",
+    [
+        (
+            json.dumps(DRAFT)[:40],
+            'the answer (length) holds no draft: \'{"reason": "r", "answerable": true, "que\'',
+        ),
+        ("I cannot help with that.", "the answer (length) holds no draft: 'I cannot help with that.'"),
+        (json.dumps(DRAFT | {"subdomain": "magic"}), "the answer's subdomain is not usable: Input should be"),
+        (
+            json.dumps(DRAFT | {"rubric": "one"}),
+            "the answer's rubric is not usable: Input should be a valid list",
+        ),
+    ],
+)
+def test_answers_that_are_no_draft_say_what_they_are(content, reason):
+    assert stage.draft_of({"content": content, "finish_reason": "length"})[1].startswith(reason)
 
 
 def test_dry_run_shows_the_prompt_and_calls_nobody(tmp_path):
     output = run(*candidates(tmp_path, 2), "--dry_run")
     assert "Title: title 0" in output and "calls: 2\n" in output
-    assert not (tmp_path / "queries.work" / "answers.jsonl").exists()
+    assert not (tmp_path / "work" / "answers.jsonl").exists()
 
 
-def test_max_usd_stops_and_a_second_run_counts_what_was_spent(endpoint, tmp_path):
-    endpoint.script = lambda call: (200, completion(json.dumps(DRAFT)), 1)  # 10 tokens in and 5 out: $20 each
-    flags = (*candidates(tmp_path, 9), "--base_url", endpoint.url, "--concurrency", 1, "--max_usd", 50)
+def test_max_usd_counts_what_is_under_way_and_what_was_spent_before(endpoint, tmp_path):
+    def script(call, request):
+        time.sleep(0.1)
+        return 200, completion(json.dumps(DRAFT), usage={"prompt_tokens": 0, "completion_tokens": 4000}), 1
+
+    endpoint.script = script
+    flags = (*candidates(tmp_path, 9), "--base_url", endpoint.url, "--concurrency", 8, "--max_usd", 1.7)
     assert "needs the prices" in refused(*flags)
-    flags += "--price_in", 1e6, "--price_out", 2e6
-    assert "$60.00 spent, --max_usd is 50.0; 3 of 9" in refused(*flags)
-    assert "$60.00 spent" in refused(*flags) and len(endpoint.given) == 3
-
-
-def test_github_text_is_fetched_once_and_waits_for_the_rate_limit(endpoint, tmp_path, monkeypatch):
-    issues = {"nodes": [{"title": "Broken", "body": "It breaks."}]}
-    pull = {"body": "the description", "closingIssuesReferences": issues}
-    found = {"data": {"repository": {"pullRequest": pull}}}
-    none = {"data": {"repository": {"pullRequest": None}}, "errors": [{"type": "NOT_FOUND"}]}
-    endpoint.script = lambda call: [(429, "slow down", 1), (200, found, 1), (200, none, 1)][call - 1]
-    waits = []
-    monkeypatch.setattr(stage, "patience", lambda headers: 7)
-    monkeypatch.setattr(stage.time, "sleep", waits.append)
-    monkeypatch.setenv("GITHUB_GRAPHQL_URL", endpoint.url)
-    monkeypatch.setenv("GITHUB_TOKEN", "t")
-    for _ in range(2):
-        rows = [{"query_id": f"o__r-{n}", "meta": {"repo": "o/r", "number": n}, "pr": {"messages": "commit"},
-                 "reasons": []} for n in (1, 2)]
-        assert stage.describe(rows, tmp_path / "github.jsonl") == rows[:1]
-        assert rows[0]["pr"]["messages"] == "commit\n\nthe description\n\nIssue: Broken\nIt breaks."
-        assert rows[1]["reasons"] == ["GitHub knows no such pull request"]
-    assert waits == [7] and [one["number"] for one in endpoint.given] == [1, 2]
-
-
-def test_github_refusals(endpoint, tmp_path, monkeypatch):
-    rows = [{"query_id": "o__r-1", "meta": {"repo": "o/r", "number": 1}, "pr": {"messages": "commit"}, "reasons": []}]
-    with pytest.raises(stage.InputError, match="GITHUB_TOKEN"):
-        stage.describe(rows, tmp_path / "github.jsonl")
-    monkeypatch.setenv("GITHUB_GRAPHQL_URL", endpoint.url)
-    monkeypatch.setenv("GITHUB_TOKEN", "t")
-    endpoint.script = lambda call: (401, {"message": "Bad credentials"}, 1)
-    with pytest.raises(stage.InputError, match="401.*Bad credentials"):
-        stage.describe(rows, tmp_path / "github.jsonl")
-
-
-def test_github_limits():
-    assert stage.patience({"retry-after": "30"}) == 30
-    assert 90 < stage.patience({"x-ratelimit-reset": str(time.time() + 100)}) <= 100
-    assert stage.patience({}) == 0  # a bad token is not waited for
+    flags += "--price_out", 100  # an answer of 4,000 tokens costs $0.40
+    line = refused(*flags)
+    assert "another call may pass --max_usd 1.7; 4 of 9 answers are stored" in line
+    assert endpoint.calls == 4
+    assert "$1.60 spent" in refused(*flags) and endpoint.calls == 4
 
 
 def test_no_endpoint_and_no_key(tmp_path):
@@ -456,110 +828,190 @@ def test_no_endpoint_and_no_key(tmp_path):
     assert "2 of 2 answers of gpt-5 are missing" in line and "OPENAI_API_KEY" in line
 
 
-@pytest.mark.parametrize("content, reasons", [
-    (json.dumps(DRAFT), []),
-    ("```json\n" + json.dumps(DRAFT) + "\n```", []),
-    (json.dumps(DRAFT | {"answerable": False}), ["not answerable, says the model"]),
-    (json.dumps(DRAFT)[:40], ["the answer (length) does not have the form asked for"]),
-    ("I cannot help with that.", ["the answer (length) does not have the form asked for"]),
-    (json.dumps(DRAFT | {"subdomain": "magic"}), ["the answer (length) does not have the form asked for"]),
-    (json.dumps(DRAFT | {"more": 1}), ["the answer (length) does not have the form asked for"]),
-])
-def test_answers_that_were_paid_but_are_no_draft(content, reasons):
-    pr = {"run": ["test_a.py"], "tests": "", "code_diff": ""}
-    row = {"answer": {"content": content, "finish_reason": "length", "usage": {}, "model": "m"}, "meta": {}, "pr": pr}
-    assert stage.read_draft(row, "pytest") == reasons
+def test_a_paper_becomes_a_research_query_with_a_rubric(endpoint, tmp_path):
+    (tmp_path / "papers").mkdir()
+    (tmp_path / "papers" / "warm up.md").write_text("# Warm-up\nWe show that warm-up helps.")
+    draft = DRAFT | {"query": GOOD, "subdomain": "research", "rubric": ["Compares two schedules."]}
+    endpoint.script = lambda call, request: (200, completion(json.dumps(draft)), 1)
+    output = tmp_path / "queries.jsonl"
+    run("--papers", tmp_path / "papers", "--base_url", endpoint.url, "--output_file", output)
+    [task] = rows_of(output)
+    assert (
+        task.items()
+        >= {
+            "query_id": "warm-up",
+            "domain": "research",
+            "source": "paper",
+            "turns": [{"query": GOOD, "rubric": ["Compares two schedules."]}],
+        }.items()
+    )
+    assert "We show that warm-up helps." in endpoint.given[0]
+    (tmp_path / "none").mkdir()
+    assert "convert PDFs to text first" in refused("--papers", tmp_path / "none", "--output_file", output)
 
 
 # ---- check ----
 
-CODE_DIFF = """diff --git a/a.py b/a.py
---- a/a.py
-+++ b/a.py
-@@ -1,2 +1,3 @@
- def load(path):
--    return old_reader(path)
-+    raw_text = fast_reader(path, old_reader, public_name)
-+    return [line.split("=", 1) for line in raw_text if line and not line.startswith("#")]
-"""
+GOOD = (
+    "When the loader meets a file that it cannot read it stops the whole run, and nobody can see which it was. "
+    "It should go on with the others and say the name of the file and the reason in one line at the end of it."
+)
 
 
-@pytest.mark.parametrize("query, reasons", [
-    ("load gives wrong pairs because old_reader is slow", []),
-    ("load should call fast_reader", ["leaks a new name of the solution: fast_reader"]),
-    ("keep the raw_text of it, as public_name does", ["leaks a new name of the solution: raw_text"]),
-    ("Please return line split 1 for line in raw text", []),
-    ("use line split 1 for line in raw_text if line",
-     ["leaks a new name of the solution: raw_text",
-      'repeats a line of the solution: return [line.split("=", 1) for line in raw_text if line and not '
-      'line.startswith("#")]']),
-])
-def test_leaks(query, reasons):
-    pr = {"code_diff": CODE_DIFF, "test_diff": "+    public_name(1)\n"}
-    assert list(stage.leaks(query, "def load(path):\n    return old_reader(path)\n", pr)) == reasons
+@pytest.mark.parametrize(
+    "turn, reason",
+    [
+        ({"query": GOOD, "check": "true"}, None),
+        ({"query": GOOD, "rubric": ["one"]}, None),
+        ({"query": "", "check": "true"}, "the query is empty"),
+        ({"query": "short", "check": "true"}, "shorter than 40 words"),
+        ({"query": "it is the word " * 5000, "check": "true"}, "longer than 600 words"),
+        ({"query": GOOD}, "neither a check nor a rubric"),
+        ({"query": GOOD, "rubric": ["", " "]}, "an empty requirement in its rubric"),
+        ({"query": GOOD, "rubric": ["x" * 501]}, "a rubric of more than ten requirements or 500 characters"),
+        (
+            {
+                "query": "Quand le lecteur rencontre un fichier illisible il arrête tout, personne ne le voit. "
+                * 4,
+                "check": "true",
+            },
+            "not in English",
+        ),
+    ],
+)
+def test_drafts_are_bounded(turn, reason):
+    assert list(stage.bounds(turn)) == ([reason] if reason else [])
 
 
-def test_hidden_messages(small_repo):
+def written(repo, query, **draft):
+    """The one candidate of a repository with a model's answer; it counts as proven."""
+    [row] = [row for row in mined(repo) if not row["reasons"]]
+    row["task"] = {"turns": [{"check": "c", "solution": "s"}]}
+    row["answer"] = {
+        "content": json.dumps(DRAFT | {"query": query} | draft),
+        "finish_reason": "stop",
+        "model": "m",
+    }
+    stage.check(stage.Settings(), Path(), [row])
+    return row
+
+
+def test_what_the_tests_ask_for_must_be_given_and_giving_it_is_no_leak(small_repo):
     repo, commit = small_repo
-    commit({"b.py": "TEXT = 'no such file here'\n"}, "text")
-    pr = {"clone": str(repo), "test_diff": '+    with pytest.raises(ValueError, match="too many open files"):\n'
-                                           '+    assert str(e) == "no such file here"\n+    assert f("a b c") == 1\n'}
-    assert list(stage.hidden("load fails", pr, "HEAD")) == [
-        "the tests ask for a text it does not give: too many open files"]
-    assert list(stage.hidden("load fails", pr, "HEAD^")) == [
-        "the tests ask for a text it does not give: too many open files",
-        "the tests ask for a text it does not give: no such file here"]
-    assert list(stage.hidden('it says "too many open files"', pr, "HEAD")) == []
+    commit({"a.py": "TEXT = 'no such file here'\n\ndef load(path):\n    return 1\n"}, "text")
+    commit(
+        {
+            "a.py": "TEXT = 'no such file here'\n\ndef load(path, *, limit=3):\n"
+            "    raise ValueError(f'too many open files ({limit} at most)')\n",
+            "test_a.py": "def test_it():\n"
+            "    with pytest.raises(ValueError, match=r'too many open files \\(3 at'):\n"
+            "        load(1, limit=3)\n    assert str(e) == 'no such file here'\n    f('a b c d')\n",
+        },
+        "Refuse what is too much of it (#1)",
+    )
+    assert written(repo, GOOD)["reasons"] == [
+        "the tests ask for a text it does not give: too many open files (3 at",
+        "the tests ask for a name it does not give: limit",
+    ]
+    row = written(repo, GOOD + ' With limit=3 it raises ValueError: "Too many open files (3 at most)".')
+    assert row["reasons"] == []
+    assert row["turns"] == [
+        {"query": row["turns"][0]["query"], "rubric": ["works"], "check": "c", "solution": "s"}
+    ]
+    row = written(
+        repo, GOOD + " It says too many open files (3 at most).", interfaces=["load(path, limit=3)"]
+    )
+    assert row["reasons"] == [] and row["turns"][0]["query"].endswith(
+        "\n\nNames to keep to: `load(path, limit=3)`"
+    )
+    row = written(repo, GOOD + " With limit=3: too many open files (3 at most).", rubric=["a.py is changed"])
+    assert row["reasons"] == ["its rubric names the file to change: a.py"]
 
 
-def test_text_rules_on_whole_tasks(small_repo, tmp_path):
+def test_text_rules(small_repo):
     repo, commit = small_repo
     commit({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)")
-    settings = stage.Settings(repos=[str(repo)])
-    [row] = stage.mine(settings, tmp_path, [])
-    query = "See https://x.org and #12, commit deadbee1; run pytest on shot.png"
-    draft = DRAFT | {"query": query, "interfaces": ["new_name(x)"]}
-    row["answer"] = {"content": json.dumps(draft), "finish_reason": "stop", "usage": {}, "model": "m", "key": "0"}
+    query = GOOD + " See https://x.org and #12, commit deadbee1; run pytest on shot.png"
+    assert written(repo, query)["reasons"] == [
+        f"mentions {what}" for what in ("a link", "an issue's number", "a commit", "an image", "the tests")
+    ]
+    query = GOOD + " The colours #000 and #a1b2c3d, effaced, id 0f8fad5b-d9cb-469f-a165-70867728950e."
+    assert written(repo, query)["reasons"] == []
+
+
+@pytest.mark.parametrize(
+    "text, found",
+    [
+        ("key sk-abcdefghijk1lmnopqrstuv", True),
+        ("token hf_" + "a" * 34, True),
+        ("write to ada@mail.org", True),
+        ("a risk-adjusted-return-of-the-portfolio", False),
+        ("--task-specific-learning-rate-schedule", False),
+        ("clone git@github.com:owner/repo", False),
+    ],
+)
+def test_secrets(text, found):
+    assert bool(re.search(stage.SECRET, text)) == found
+
+
+def test_a_judges_verdict_stands_beside_the_rules_own(endpoint, small_repo, tmp_path):
+    repo, commit = small_repo
+    commit({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)")
+    endpoint.script = lambda call, request: (200, completion('{"leaks": true, "why": "names the trick"}'), 1)
+    [row] = mined(repo)
+    row["answer"] = {"content": json.dumps(DRAFT | {"query": GOOD}), "finish_reason": "stop", "model": "m"}
+    settings = stage.Settings(judge_model="j", base_url=endpoint.url)
     stage.check(settings, tmp_path, [row])
-    assert row["reasons"] == [f"mentions {what}" for what in (
-        "a link", "an issue's number", "a commit", "an image", "the tests")] + ["shorter than 40 words"]
-    assert row["turns"][0]["query"].endswith("\n\nNames to keep to: `new_name(x)`")
+    assert row["reasons"] == ["leaks, says the judge: names the trick"]
+    assert row["meta"]["judge"] == {"model": "j", "leaks": True, "why": "names the trick"}
 
 
-def test_notes_of_the_released_pipeline():
-    for key, may in (("3", ""), ("4", "NOT ")):
-        answer = {"content": json.dumps(DRAFT), "finish_reason": "stop", "usage": {}, "model": "m", "key": key}
-        row = {"answer": answer, "meta": {}, "pr": {"run": [], "code": ["a.py"], "code_diff": ""}}
-        stage.read_draft(row, "", suffixes=True)
-        assert row["turns"][0]["query"] == ("q\n\nYou only need to modify a.py to complete the task. "
-                                            f"You are {may}allowed to install any necessary environments.")
-
-
-def test_benchmark_overlap_and_near_duplicates(shared, tmp_path):
-    [file] = (shared / "agencybench" / "AgencyBench-v1" / "task3").glob("*.json")
-    prompt = json.loads(file.read_text())["query"]
+def test_benchmark_overlap_and_near_duplicates(tmp_path):
+    prompt = "請寫一個程式把所有的照片依照拍攝的日期排序並且放進資料夾"
+    english = "Write a program that sorts all of my photos by the day on which they were taken, please"
+    (tmp_path / "bench").mkdir()
+    (tmp_path / "bench" / "a.json").write_text(json.dumps({"tasks": [{"query": prompt}]}))
+    (tmp_path / "bench" / "b.md").write_text(english.replace("my photos", "my photos".upper()))
+    texts = {
+        "chinese": prompt[:20],
+        "copied": english,
+        "own": "Draw a board and let two people play on it in turn",
+        "again": "Draw a board and let two persons play on it in turn",
+        "mail": "Write to ada@mail.org",
+    }
     real = tmp_path / "real.jsonl"
-    texts = {"copied": prompt[200:600], "own": "Sort my photos by the day they were taken and name each folder",
-             "again": "Sort my photos by the day they were taken and name every folder",
-             "mail": "Write to ada@mail.org"}
-    real.write_text("".join(json.dumps({"query_id": query_id, "domain": "vibe_coding", "turns": [
-        {"query": text, "rubric": ["done"]}]}) + "\n" for query_id, text in texts.items()))
+    real.write_text(
+        "".join(
+            json.dumps(
+                {
+                    "query_id": query_id,
+                    "domain": "vibe_coding",
+                    "turns": [{"query": text, "rubric": ["done"]}],
+                }
+            )
+            + "\n"
+            for query_id, text in texts.items()
+        )
+    )
     flags = "--real", real, "--output_file", tmp_path / "queries.jsonl", "--benchmark"
-    run(*flags, shared / "agencybench")
+    run(*flags, tmp_path / "bench")
     assert {row["query_id"]: row["reasons"] for row in rows_of(tmp_path / "rejected_queries.jsonl")} == {
-        "copied": ["shares 13 words in a row with a benchmark"], "mail": ["a secret or an e-mail address"],
-        "again": ["nearly the same as another: own"]}
+        "chinese": ["shares 13 words in a row with a benchmark"],
+        "copied": ["shares 13 words in a row with a benchmark"],
+        "mail": ["a secret or an e-mail address"],
+        "again": ["nearly the same as another: own"],
+    }
     assert "no such file" in refused(*flags, tmp_path / "nowhere")
 
 
 # ---- real-world queries ----
 
 REAL = """---
-query_id: fit-1
 domain: research
 licence: CC0-1.0
 workspace: data
 check: test -f out.txt
+solution: echo 2 > out.txt
 ---
 Fit the curve in data.csv and write the slope to out.txt.
 """
@@ -574,44 +1026,115 @@ def real_folder(tmp_path, **texts):
     return folder
 
 
-def test_real_queries_alone(tmp_path):
-    turns = "---\nquery_id: two\ndomain: vibe_coding\nturns:\n- query: Draw a board\n  rubric: [a board shows]\n" \
-            "- query: Let two people play\n  check: ./play\n---\n"
-    folder, output = real_folder(tmp_path, one=REAL, two=turns), tmp_path / "out" / "queries.jsonl"
-    assert "--n_real 60, but only 2 can be had" in run("--real", folder, "--output_file", output)
+@needs_bwrap
+def test_real_queries_are_proven_selected_and_read_back(tmp_path):
+    turns = (
+        "---\nquery_id: two\ndomain: vibe_coding\nturns:\n- query: Draw a board\n  rubric: [a board shows]\n"
+        "- query: Let two people play\n  check: ./play\n---\n"
+    )
+    folder = real_folder(
+        tmp_path,
+        fit=REAL,
+        two=turns,
+        idle=REAL.replace("-f out.txt", "-f data.csv"),
+        wrong=REAL.replace("2 > out.txt", "2"),
+    )
+    output = tmp_path / "out" / "queries.jsonl"
+    told = run("--real", folder, "--output_file", output)
+    assert "--n_real 60, but only 2 can be had" in told and "verify: 2 of 4 pass (real)" in told
     assert rows_of(output) == [
-        {"query_id": "fit-1", "domain": "research", "subdomain": "", "source": "real", "workspace": "workspaces/fit-1",
-         "turns": [{"query": "Fit the curve in data.csv and write the slope to out.txt.", "check": "test -f out.txt"}],
-         "meta": {"licence": "CC0-1.0"}},
-        {"query_id": "two", "domain": "vibe_coding", "subdomain": "", "source": "real", "meta": {},
-         "turns": [{"query": "Draw a board", "rubric": ["a board shows"]},
-                   {"query": "Let two people play", "check": "./play"}]}]
-    assert (output.parent / "workspaces" / "fit-1" / "data.csv").read_text() == "1,2\n"
-    shutil.copy(output, folder / "again.jsonl")  # what was written can be read back
-    shutil.copytree(output.parent / "workspaces", folder / "workspaces")
-    assert "queries: 2\n" in run("--real", folder / "again.jsonl", "--output_file", output)
+        {
+            "query_id": "fit",
+            "domain": "research",
+            "subdomain": "",
+            "source": "real",
+            "workspace": "workspaces/fit",
+            "turns": [
+                {
+                    "query": "Fit the curve in data.csv and write the slope to out.txt.",
+                    "check": "test -f out.txt",
+                    "solution": "echo 2 > out.txt",
+                }
+            ],
+            "meta": {"licence": "CC0-1.0"},
+        },
+        {
+            "query_id": "two",
+            "domain": "vibe_coding",
+            "subdomain": "",
+            "source": "real",
+            "meta": {},
+            "turns": [
+                {"query": "Draw a board", "rubric": ["a board shows"]},
+                {"query": "Let two people play", "check": "./play"},
+            ],
+        },
+    ]
+    assert {
+        row["query_id"]: row["reasons"] for row in rows_of(tmp_path / "out" / "rejected_queries.jsonl")
+    } == {
+        "idle": ["its check passes on the untouched workspace"],
+        "wrong": ["its check fails after its own solution"],
+    }
+    assert (output.parent / "workspaces" / "fit" / "data.csv").read_text() == "1,2\n"
+    assert json.loads((output.parent / "queries.settings.json").read_text())["settings"]["real"] == str(
+        folder
+    )
+    evaluation = importlib.import_module("04_eval")  # what 01 writes, 04 reads
+    assert len(evaluation.read_tasks(evaluation.Settings(tasks=[str(output)], feedback="judge"), {})) == 2
+    assert "queries: 2\n" in run("--real", output, "--output_file", tmp_path / "again" / "queries.jsonl")
 
 
-@pytest.mark.parametrize("change, message", [
-    (("check: test -f out.txt\n", ""), "turn needs a check"),
-    (("check:", "chek:"), "chek: Extra inputs"),
-    (("domain: research", "domain: cooking"), "domain: Input should be 'vibe_coding' or 'research'"),
-    (("query_id: fit-1", "query_id: .."), "query_id: String should match"),
-    (("workspace: data", "workspace: other"), "other does not exist"),
-    (("---\nquery", "query"), "front matter"),
-    (("licence: CC0-1.0", "licence: ["), "one.md"),
-])
-def test_bad_real_queries(tmp_path, change, message):
-    folder = real_folder(tmp_path, one=REAL.replace(*change))
-    line = refused("--real", folder, "--output_file", tmp_path / "queries.jsonl")
-    assert "one.md" in line and message in line
+def test_a_task_line_with_every_field_comes_through(tmp_path):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "venv").mkdir()
+    task = {
+        "query_id": "a@b#1.c-d",
+        "domain": "vibe_coding",
+        "subdomain": "ui",
+        "source": "somewhere",
+        "turns": [{"query": "Say hello", "check": "c", "rubric": ["polite"], "solution": "s"}],
+        "private": "private",
+        "venv": "venv",
+        "system": "You are kind.",
+        "image": "debian",
+        "needs": ["git"],
+        "tools": [{"type": "function", "function": {"name": "bash"}}],
+        "meta": {"split": "train"},
+    }
+    (tmp_path / "real.jsonl").write_text(json.dumps(task) + "\n")
+    run("--real", tmp_path / "real.jsonl", "--output_file", tmp_path / "out" / "q.jsonl", "--verify_runs", 0)
+    [row] = rows_of(tmp_path / "out" / "q.jsonl")
+    assert row == task | {"private": "private/a@b#1.c-d", "venv": "../venv"}
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (("check: test -f out.txt\n", ""), "turn needs a check"),
+        (("check:", "chek:"), "chek: Extra inputs"),
+        (("domain: research", "domain: cooking"), "domain: Input should be 'vibe_coding' or 'research'"),
+        (("---\ndomain", "---\nquery_id: ..\ndomain"), "query_id: String should match"),
+        (("workspace: data", "workspace: other"), "other does not exist"),
+        (("---\ndomain", "domain"), "front matter"),
+        (("licence: CC0-1.0", "licence: ["), "one.md"),
+    ],
+)
+def test_all_bad_real_queries_of_a_folder_are_named(tmp_path, change, message):
+    folder = real_folder(tmp_path, one=REAL.replace(*change), two="no front matter", three=REAL)
+    lines = refused("--real", folder, "--output_file", tmp_path / "queries.jsonl").splitlines()
+    assert len(lines) == 2 and "one.md" in lines[0] and message in lines[0] and "two.md" in lines[1]
     assert not (tmp_path / "queries.jsonl").exists()
 
 
 def test_a_query_id_counts_once(tmp_path):
     file, graded = tmp_path / "r.jsonl", {"query_id": "a", "domain": "research"}
-    file.write_text("".join(json.dumps(graded | {"turns": [{"query": query, "check": "x"}]}) + "\n"
-                            for query in ("sort the names", "draw a circle")))
+    file.write_text(
+        "".join(
+            json.dumps(graded | {"turns": [{"query": query, "rubric": ["x"]}]}) + "\n"
+            for query in ("sort the names", "draw a circle")
+        )
+    )
     run("--real", file, "--output_file", tmp_path / "queries.jsonl")
     [row] = rows_of(tmp_path / "rejected_queries.jsonl")
     assert row["reasons"] == ["its query_id is taken"] and row["turns"][0]["query"] == "draw a circle"
@@ -627,13 +1150,18 @@ def test_bad_jsonl_and_folders(tmp_path):
 
 # ---- select ----
 
+
 def task(query_id, query, domain="vibe_coding", **meta):
-    return {"query_id": query_id, "domain": domain, "turns": [{"query": query}], "meta": meta}
+    return {"query_id": query_id, "domain": domain, "turns": [{"query": query}], "meta": meta, "reasons": []}
 
 
 def test_diverse_takes_unlike_queries_and_smaller_choices_are_beginnings():
-    rows = [task("a", "sort the list of names"), task("b", "sort the list of words"), task("c", "draw a red circle"),
-            task("d", "plot the decay", "research")]
+    rows = [
+        task("a", "sort the list of names"),
+        task("b", "sort the list of words"),
+        task("c", "draw a red circle"),
+        task("d", "plot the decay", "research"),
+    ]
     order = [row["query_id"] for row in stage.diverse(rows, 4, 4)]
     assert order == ["a", "d", "c", "b"]  # the other domain first, then the query that is least like a
     for n in range(4):
@@ -641,165 +1169,96 @@ def test_diverse_takes_unlike_queries_and_smaller_choices_are_beginnings():
 
 
 def test_quota_of_a_repository_and_difficulty():
-    rows = [task("a", "one", repo="x", difficulty="easy"), task("b", "two", repo="x", difficulty="hard"),
-            task("c", "three", repo="x", difficulty="hard"), task("d", "four", repo="y", difficulty="easy")]
+    rows = [
+        task("a", "one", repo="x", difficulty="easy"),
+        task("b", "two", repo="x", difficulty="hard"),
+        task("c", "three", repo="x", difficulty="hard"),
+        task("d", "four", repo="y", difficulty="easy"),
+    ]
     assert [row["query_id"] for row in stage.diverse(rows, 9, 2)] == ["b", "c", "d"]
 
 
-def test_every_beginning_of_the_output_has_the_same_mixture(tmp_path, monkeypatch):
-    real = [task(f"real{i}", f"real {i}") | {"source": "real", "reasons": []} for i in range(6)]
-    settings = stage.Settings(output_file=str(tmp_path / "queries.jsonl"), n_real=6, n_pr=3, max_per_repo=9)
-    pr = dict.fromkeys(("messages", "code_diff", "test_diff"), "")
-    pulls = [task(f"pr{i}", f"pull {i}", repo="x", title="") | {"source": "pull_request", "reasons": [], "pr": pr}
-             for i in range(3)]
-    monkeypatch.setattr(stage, "place_workspace", lambda row, folder: "w.tar")
-    stage.select(settings, tmp_path, real + pulls)
-    kinds = [row["source"][0] for row in rows_of(tmp_path / "queries.jsonl")]
-    assert "".join(kinds) == "rprrprrpr"
+def test_every_beginning_of_the_output_has_the_same_mixture():
+    real = [task(f"real{i}", f"real {i}") for i in range(6)]
+    pulls = [task(f"pr{i}", f"pull {i}") for i in range(3)]
+    assert "".join(row["query_id"][0] for row in stage.interleave([real, pulls])) == "rprrprrpr"
 
 
-# ---- review ----
-
-def reviewed(tmp_path, *texts):
-    """Checked real-world queries q0, q1 ... with these texts, and the flags that review them."""
-    rows = [task(f"q{i}", text) | {"source": "real", "subdomain": "", "reasons": []} for i, text in enumerate(texts)]
-    stage.write_jsonl(tmp_path / "queries.work" / "4_check.jsonl", rows)
-    return rows, ["--real", "real", "--output_file", tmp_path / "queries.jsonl", "--step", "review", "--port", "0"]
+def review(query_id, reviewer, decision, at, **more):
+    return {"query_id": query_id, "reviewer": reviewer, "decision": decision, "at": at} | more
 
 
-@pytest.fixture
-def page():
-    """page(flags) starts the review and gives its address and the file handle of its output; stopped by Ctrl-C."""
-    started = []
-
-    def start(*flags):
-        process = subprocess.Popen(command(*flags), stdout=subprocess.PIPE, text=True,
-                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))  # also under nohup
-        started.append(process)
-        return process, re.search(r"http://\S+", process.stdout.readline())[0]
-
-    yield start
-    for process in started:
-        process.send_signal(signal.SIGINT)
-        process.wait(10)
-
-
-def call(url, body=None, **headers):
-    """(status, text) of a GET, or of a POST with a body."""
-    request = urllib.request.Request(url, None if body is None else json.dumps(body).encode(), headers)
-    try:
-        with urllib.request.urlopen(request, timeout=10) as reply:
-            return reply.status, reply.read().decode()
-    except urllib.error.HTTPError as error:
-        return error.code, error.read().decode()
-
-
-def test_page_takes_reviews_of_its_own_origin_only(page, tmp_path):
-    rows, flags = reviewed(tmp_path, "</script><b>first", "second")
-    process, url = page(*flags, "--reviewer", "ada")
-    address, token = url.split("/?token=")
-    status, text = call(url)
-    assert status == 200 and "</script><b>first" not in text and "src=" not in text and "href=" not in text
-    review = {"key": stage.item_of(rows[0])["key"], "query_id": "q0", "decision": "accept", "reason": "",
-              "domain": "research", "queries": ["edited"]}
-    good = {"X-Token": token, "Origin": address}
-    for wrong in ({"X-Token": "guess"}, {"Origin": "http://evil.example"},
-                  {"Host": "evil.example", "Origin": "http://evil.example"}):
-        assert call(address, review, **(good | wrong)) == (403, "this did not come from the page of this run")
-    assert call(address)[0] == call(f"{address}/?token=guess")[0] == 403
-    assert not (tmp_path / "queries.work" / "reviews.jsonl").exists()
-    assert call(address, review, **good) == (200, "stored")
-    [stored] = rows_of(tmp_path / "queries.work" / "reviews.jsonl")
-    assert stored.items() >= (review | {"reviewer": "ada"}).items()
-    assert '"decision": "accept"' in call(url)[1]  # a reloaded page goes on where it was
+def test_reviews_count_and_an_edit_outlives_an_accept_without_one(tmp_path, capsys):
+    rows = [task(name, f"query {name}") for name in "pqrs"]
+    stage.write_jsonl(
+        tmp_path / "reviews.jsonl",
+        [
+            review(
+                "p",
+                "ada",
+                "accept",
+                "1",
+                edit={"queries": ["edited"], "domain": "research", "rubric": ["kept"]},
+            ),
+            review("p", "ben", "accept", "2"),
+            review("q", "ada", "accept", "3"),
+            review("q", "ben", "reject", "4", reason="vague"),
+            review("q", "eve", "accept", "5"),
+            review("r", "ada", "reject", "6", reason="too early"),
+            review("r", "ada", "accept", "7"),
+        ],
+    )
+    stage.apply_reviews(rows, tmp_path / "reviews.jsonl", "any")
+    assert [row["reasons"] for row in rows] == [[], ["rejected by a reviewer: vague"], [], []]
+    assert rows[0]["turns"] == [{"query": "edited", "rubric": ["kept"]}] and rows[0]["domain"] == "research"
+    rows = [task(name, f"query {name}") for name in "pqrs"]
+    stage.apply_reviews(rows, tmp_path / "reviews.jsonl", "majority")
+    assert [row["reasons"] for row in rows] == [[], [], [], []]
+    assert "review: 3 tasks decided, 2 by two or more; Krippendorff's alpha" in capsys.readouterr().out
 
 
-def test_reviews_count_edit_and_agree(tmp_path, capsys):
-    rows, _ = reviewed(tmp_path, "one", "two", "three", "four")
-    keys, path = [stage.item_of(row)["key"] for row in rows], tmp_path / "reviews.jsonl"
-    given = {"ada": "aarr", "ben": "arrr"}
-    lines = [{"key": key, "reviewer": who, "decision": {"a": "accept", "r": "reject"}[letter], "reason": "vague",
-              "domain": "research", "queries": [f"{i} by {who}"]}
-             for who, letters in given.items() for i, (key, letter) in enumerate(zip(keys, letters))]
-    undone = {"key": keys[0], "reviewer": "eve", "decision": "", "reason": "", "domain": "research", "queries": ["x"]}
-    stage.write_jsonl(path, [undone | {"decision": "reject"}, undone, *lines])
-    stage.apply_reviews(rows, path)
-    assert [bool(row["reasons"]) for row in rows] == [False, True, True, True]
-    assert rows[0]["turns"] == [{"query": "0 by ben"}] and rows[0]["domain"] == "research"
-    assert rows[1]["reasons"] == ["rejected by a reviewer: vague"]
-    # by hand: they agree on 3 of 4; by chance on (2/4)(1/4) + (2/4)(3/4) = 1/2; (3/4 - 1/2) / (1 - 1/2) = 1/2
-    assert capsys.readouterr().out == "review: ada and ben agree on 3 of 4, Cohen's kappa 0.50\n"
+@pytest.mark.parametrize(
+    "units, alpha",
+    [
+        ([["a", "a"], ["a", "a"]], 1.0),  # nobody differs: defined
+        # By hand, aa ar rr ar: observed = (0 + 2 + 0 + 2) / 1 = 4; 4 a and 4 r: expected = (64 - 32) / 7.
+        ([["a", "a"], ["a", "r"], ["r", "r"], ["a", "r"]], 1 - 4 / (32 / 7)),
+        ([["a"], ["r", "r"], ["a", "a"]], 1.0),
+    ],
+)
+def test_agreement_by_hand(units, alpha):
+    assert stage.agreement(units)[0] == pytest.approx(alpha)
 
 
-def test_trajectories_are_reviewed_too(page, tmp_path):
-    rows = [{"query_id": "q", "meta": {}, "tools": [], "messages": [
-        {"role": "user", "content": "do it"}, {"role": "assistant", "content": answer}]} for answer in ("yes", "no")]
-    file = tmp_path / "train.jsonl"
-    flags = "--output_file", tmp_path / "q.jsonl", "--step", "review", "--port", "0", "--review_file", file
-    stage.write_jsonl(file, [{"query_id": "q"}])
-    assert "train.jsonl:1: not a trajectory" in refused(*flags)
-    stage.write_jsonl(file, rows)
-    process, url = page(*flags)
-    address, token = url.split("/?token=")
-    for row, decision in zip(rows, ("reject", "accept")):
-        review = stage.item_of(row) | {"decision": decision, "reason": ""}
-        assert call(address, review, **{"X-Token": token})[0] == 200
-    process.send_signal(signal.SIGINT)
-    process.wait(10)
-    assert rows_of(tmp_path / "train.accepted.jsonl") == rows[1:]
-    assert len(rows_of(tmp_path / "train.reviews.jsonl")) == 2
+def test_a_reviewers_edit_goes_through_the_rules(small_repo, tmp_path):
+    repo, commit = small_repo
+    commit({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)")
+    row = written(repo, GOOD)
+    stage.write_jsonl(
+        tmp_path / "r.jsonl", [review("small-7", "ada", "accept", "1", edit={"query": "fix a.py"})]
+    )
+    stage.apply_reviews([row], tmp_path / "r.jsonl", "any")
+    assert row["reasons"] == ["shorter than 40 words", "names the file to change: a.py"]
 
 
-@pytest.mark.skipif(not shutil.which("chromedriver"), reason="needs chromium and its driver")
-def test_page_by_keyboard_in_chromium(page, tmp_path):
-    _, flags = reviewed(tmp_path, "first", "second", "third")
-    _, url = page(*flags)
-    driver = subprocess.Popen(["chromedriver", "--port=0"], stdout=subprocess.PIPE, text=True)
-    port = next(re.search(r"on port (\d+)\.", line)[1] for line in driver.stdout if "successfully" in line)
-    options = {"args": ["--headless=new", "--no-sandbox", "--disable-gpu"]}
-    ask = {"capabilities": {"alwaysMatch": {"goog:chromeOptions": options}}}
-    session = f"http://127.0.0.1:{port}/session"
-    session += "/" + json.loads(call(session, ask)[1])["value"]["sessionId"]
-
-    def state(end):
-        """Wait until the line above the query ends so."""
-        for _ in range(100):
-            script = {"script": "return document.getElementById('head').textContent", "args": []}
-            if (text := json.loads(call(f"{session}/execute/sync", script)[1])["value"]).endswith(end):
-                return
-            time.sleep(0.05)
-        raise AssertionError(text)
-
-    def press(keys, end):
-        strokes = [{"type": kind, "value": key} for key in keys for kind in ("keyDown", "keyUp")]
-        call(f"{session}/actions", {"actions": [{"type": "key", "id": "keys", "actions": strokes}]})
-        state(end)
-
-    try:
-        call(f"{session}/url", {"url": url})
-        state("1 of 3, 0 decided: q0 (vibe_coding)")
-        press("a", "2 of 3, 1 decided: q1 (vibe_coding)")
-        press("r2", "3 of 3, 2 decided: q2 (vibe_coding)")
-        press("u", "2 of 3, 1 decided: q1 (vibe_coding)")
-        press("d", "2 of 3, 1 decided: q1 (research)")
-        press("ea ra\ue00c", "2 of 3, 1 decided: q1 (research)")
-        press("a", "3 of 3, 2 decided: q2 (vibe_coding)")
-        press("\ue012", "2 of 3, 2 decided: q1 (research)")
-    finally:
-        urllib.request.urlopen(urllib.request.Request(session, method="DELETE"), timeout=10)
-        driver.kill()
-        driver.wait()
-    stored = rows_of(tmp_path / "queries.work" / "reviews.jsonl")
-    assert [(row["query_id"], row["decision"], row["reason"]) for row in stored] == [
-        ("q0", "accept", ""), ("q1", "reject", "vague"), ("q1", "", ""), ("q1", "accept", "")]
-    assert stored[-1]["domain"] == "research" and sorted(stored[-1]["queries"][0]) == sorted("seconda ra")
+# ---- files that are only appended to ----
 
 
-def test_figure(tmp_path):
-    real = tmp_path / "real.jsonl"
-    words = "apple river stone cloud table garden window".split()
-    real.write_text("".join(json.dumps({"query_id": word, "domain": "research", "turns": [
-        {"query": f"Study the {word} well", "rubric": ["done"]}]}) + "\n" for word in words))
-    figure = tmp_path / "pool.png"
-    run("--real", real, "--output_file", tmp_path / "queries.jsonl", "--n_real", 3, "--figure", figure)
-    assert figure.read_bytes().startswith(b"\x89PNG") and len(rows_of(tmp_path / "queries.jsonl")) == 3
+def append_many(path, writer):
+    for number in range(180):
+        stage.append_jsonl(path, {"writer": writer, "number": number})
+
+
+def test_four_processes_that_write_at_once_lose_no_line(tmp_path):
+    for attempt in range(5):
+        path = tmp_path / f"{attempt}.jsonl"
+        path.write_text('{"cut by a ki')
+        writers = [Process(target=append_many, args=(path, writer)) for writer in range(4)]
+        for writer in writers:
+            writer.start()
+        for writer in writers:
+            writer.join()
+        expected = []
+        for writer in range(4):
+            expected += [(writer, number) for number in range(180)]
+        assert sorted((row["writer"], row["number"]) for row in rows_of(path)) == expected

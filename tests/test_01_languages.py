@@ -1,0 +1,160 @@
+"""The check of mined tasks on the reports of real test runners; what is not installed is skipped by name."""
+
+import importlib.util
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+LANGUAGES = Path(__file__).resolve().parents[1] / "recipes" / "languages"
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, LANGUAGES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+check = load("check")
+
+
+@pytest.fixture
+def workspace(tmp_path, monkeypatch):
+    """write({path: text}) fills a workspace; run(plan) gives {test: passed} of its runner."""
+    monkeypatch.setattr(check, "WORKSPACE", str(tmp_path / "workspace"))
+    (tmp_path / "output").mkdir()
+
+    def outcomes(runner, files, texts):
+        for name, text in texts.items():
+            path = tmp_path / "workspace" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(text)
+        plan = {"runner": runner, "files": files, "seconds": 200}
+        runners = {"pytest": check.pytest_outcomes, "go": check.go_outcomes, "cargo": check.cargo_outcomes}
+        _, _, found = runners.get(runner, check.node_outcomes)(plan, str(tmp_path / "output"))
+        return {name: passed for name, (passed, _) in found.items()}
+
+    return outcomes
+
+
+def needs(program):
+    return pytest.mark.skipif(not shutil.which(program), reason=f"needs {program}")
+
+
+@needs("node")
+def test_node_names_with_spaces_and_logs_between(workspace):
+    test = """const test = require('node:test'); const assert = require('assert');
+test('adds one two', () => { console.log('not ok 1 - lie'); assert.equal(1 + 1, 2) });
+test('adds one three', () => { assert.equal(1 + 1, 3) });
+test('left out', {skip: true}, () => {});
+"""
+    found = workspace("node", ["a.test.js"], {"a.test.js": test})
+    assert {name.split("::")[1]: passed for name, passed in found.items()} == {
+        "adds one two": True,
+        "adds one three": False,
+    }
+
+
+@needs("go")
+def test_go_subtests_and_a_package_that_does_not_compile(workspace):
+    files = {
+        "go.mod": "module example.invalid/m\n\ngo 1.19\n",
+        "a.go": "package m\n\nfunc X() int { return 2 }\n",
+        "a_test.go": 'package m\n\nimport ("fmt"; "testing")\n\nfunc TestX(t *testing.T) {\n'
+        '\tfmt.Println("{not json")\n\tt.Run("one two", func(t *testing.T) {})\n'
+        '\tt.Run("one three", func(t *testing.T) { if X() != 3 { t.Fatal("no") } })\n}\n',
+    }
+    assert workspace("go", ["a_test.go"], files) == {
+        "example.invalid/m::TestX": False,
+        "example.invalid/m::TestX/one_two": True,
+        "example.invalid/m::TestX/one_three": False,
+    }
+    assert workspace("go", ["a_test.go"], {"a.go": "package m\n"}) == {}
+
+
+@needs("cargo")
+def test_cargo_runs_every_test_program_and_reads_its_events(workspace):
+    files = {
+        "Cargo.toml": '[package]\nname = "m"\nversion = "0.1.0"\nedition = "2021"\n',
+        "src/lib.rs": 'pub fn x() -> i32 { 2 }\n\n#[test]\nfn inner() { println!("test lie ... ok"); }\n',
+        "tests/it.rs": "#[test]\nfn two() { assert_eq!(m::x(), 2) }\n\n"
+        "#[test]\nfn three() { assert_eq!(m::x(), 3) }\n"
+        "\n#[test]\n#[ignore]\nfn left_out() {}\n",
+    }
+    assert workspace("cargo", ["tests/it.rs"], files) == {
+        "m::inner": True,
+        "it::two": True,
+        "it::three": False,
+    }
+
+
+def test_jest_and_vitest_reports(workspace, tmp_path):
+    cases = [
+        {"fullName": "adds one two", "status": "passed"},
+        {"fullName": "adds one three", "status": "failed", "failureMessages": ["Expected 3\n got 2"]},
+        {"fullName": "left out", "status": "pending"},
+    ]
+    report = {"testResults": [{"message": "", "assertionResults": cases}]}
+    for runner in ("jest", "vitest"):
+        fake = '#!/bin/sh\nfor word; do case "$word" in --outputFile=*) out=${word#*=};; esac; done\n'
+        fake += f"cat > $out <<'END'\n{json.dumps(report)}\nEND\nexit 1\n"
+        files = {f"node_modules/.bin/{runner}": fake, "a.test.ts": ""}
+        (tmp_path / "workspace" / "node_modules" / ".bin").mkdir(parents=True, exist_ok=True)
+        path = tmp_path / "workspace" / "node_modules" / ".bin" / runner
+        path.touch(0o755)
+        assert workspace(runner, ["a.test.ts"], files) == {"adds one two": True, "adds one three": False}
+
+
+def test_junit_parameters_of_one_name_must_all_pass(tmp_path):
+    report = tmp_path / "r.xml"
+    report.write_text(
+        '<r><s><testcase classname="a" name="t"/>'
+        '<testcase classname="a" name="t"><failure message="no"/></testcase>'
+        '<testcase classname="a" name="u"><skipped/></testcase><testcase classname="a" name="v  w"/></s></r>'
+    )
+    assert check.read_junit(report) == {"a::t": (False, "no"), "a::v w": (True, "")}
+    report.write_text("<r><s>")  # a run that was killed
+    assert check.read_junit(report) == {}
+
+
+def test_a_conftest_of_the_agents_is_taken_away_and_the_tests_own_is_laid(tmp_path, monkeypatch):
+    monkeypatch.setattr(check, "WORKSPACE", str(tmp_path / "workspace"))
+    monkeypatch.setattr(check, "PRIVATE", str(tmp_path / "private"))
+    for name, text in (
+        ("workspace/conftest.py", "evil"),
+        ("workspace/tests/conftest.py", "evil"),
+        ("private/tests/tests/conftest.py", "good"),
+    ):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    check.lay_tests()
+    assert not (tmp_path / "workspace" / "conftest.py").exists()
+    assert (tmp_path / "workspace" / "tests" / "conftest.py").read_text() == "good"
+
+
+def test_one_line_a_test_that_must_pass_and_one_for_each_that_broke(capsys):
+    plan = {"fail_to_pass": ["new", "gone"], "pass_to_pass": ["old", "kept"]}
+    found = {"new": (True, ""), "old": (False, ""), "kept": (True, "")}
+    assert check.report(plan, found) == 1
+    assert capsys.readouterr().out == "ok - new\nnot ok - gone\nnot ok - old (passed before)\n"
+    assert check.report(plan, found | {"gone": (True, ""), "old": (True, "")}) == 0
+
+
+def test_what_a_python_project_declares_for_its_tests_is_installed(tmp_path, monkeypatch):
+    setup = load("python_setup")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "requirements").mkdir()
+    (tmp_path / "requirements" / "tests.txt").write_text("freezegun\n")
+    (tmp_path / "pyproject.toml").write_text(
+        '[project]\nname = "x"\n[project.optional-dependencies]\ntests = ["a"]\ndocs = ["b"]\n'
+        '[dependency-groups]\ntest = ["c"]\nlint = ["d"]\n'
+    )
+    assert setup.install_commands(setup.read_project()) == [
+        ("-e .", True),
+        ("pytest", True),
+        ("-e .[tests]", False),
+        ("--group test", False),
+        ("-r requirements/tests.txt", False),
+    ]
