@@ -15,7 +15,7 @@ rejected (lost_content). Nothing is written before all of it is done; a run that
 """
 import contextlib
 import fcntl
-import fnmatch
+import functools
 import gzip
 import hashlib
 import importlib.metadata
@@ -596,7 +596,8 @@ def fits_row(record):
     if not isinstance(record, dict):
         return False
     has_messages = any(as_list(record.get(key)) is not None for key in MESSAGE_COLUMNS)
-    return has_messages or {"prompt", "completion"} <= record.keys() or {"query", "answers"} <= record.keys()
+    pairs = ({"prompt", "completion"}, {"query", "answers"}, {"chosen", "rejected"})
+    return has_messages or any(pair <= record.keys() for pair in pairs)
 
 
 def take_messages(columns):
@@ -604,6 +605,8 @@ def take_messages(columns):
     for key in MESSAGE_COLUMNS:
         if as_list(columns.get(key)) is not None:
             return as_list(columns.pop(key))
+    if "chosen" in columns:
+        raise Reject("not_supported: a preference pair (chosen, rejected)")
     if "completion" in columns:  # TRL
         sides = {"user": columns.pop("prompt"), "assistant": columns.pop("completion")}
     else:  # xLAM: calls without results
@@ -1108,7 +1111,7 @@ def read_all(units, readers, notes):
 
 # 6. One record -> one row
 FAILURES = ("resolved", "success", "solved", "target", "is_resolved", "passed")
-GOOD_ENDS = {"stop", "end_turn", "tool_calls", "tool_use", "function_call", "stop_sequence", "submitted", "completed",
+GOOD_ENDS = {"stop", "end_turn", "tool_calls", "tool_use", "function_call", "stop_sequence", "submitted", "submit", "completed",
              "complete", "success", "successful", "ok", "done", "finished", "finish", "resolved", ""}  # fmt: skip
 BAD_RESULT = re.compile(r"(?i)\w*(?:error|exception|timeout|failed|failure|unresolved|cancelled)")
 COMPACTION = ("<state_snapshot>", "This session is being continued from a previous conversation")
@@ -1194,6 +1197,12 @@ def called_names(messages):
     return [call["function"]["name"] for call in calls]
 
 
+@functools.cache
+def shipped_tools(name):
+    path = HERE / "recipes/tools" / f"{name}.py"
+    return load_tools(str(path)) if path.exists() else []
+
+
 def tools_for(row, name, tools):
     """Schemas for a row that has none: those of --tools for its format, for all, or recipes/tools/FORMAT.py.
 
@@ -1202,9 +1211,7 @@ def tools_for(row, name, tools):
     called = set(called_names(row["messages"]))
     if not called:
         return []
-    if name not in tools and (shipped := HERE / "recipes/tools" / f"{name}.py").exists():
-        tools[name] = load_tools(str(shipped))
-    for schemas in (tools.get(name, []), tools.get("", [])):
+    for schemas in (tools.get(name, []), tools.get("", []), shipped_tools(name)):
         if called & {schema["function"]["name"] for schema in schemas}:
             return schemas
     raise Reject(f"no_tool_schemas: of {', '.join(sorted(called))[:80]}; give them with --tools")
@@ -1784,8 +1791,8 @@ def make_run(settings):
     return Run(settings, tools, load_tasks(settings.queries), load_benchmark(settings.benchmark), tokenizer)
 
 
-def print_tools(records):
-    """--tools_seen: the called tools and their argument names, by format, as schemas to be completed."""
+def tools_seen(records):
+    """{format: schemas} of the called tools and their argument names, a start for one's own list."""
     seen = defaultdict(lambda: defaultdict(dict))
     for _, reader, record in records:
         with contextlib.suppress(*MALFORMED):
@@ -1799,7 +1806,7 @@ def print_tools(records):
             parameters = {"type": "object", "properties": properties}
             schemas[name].append({"type": "function", "function": {
                 "name": tool, "description": "", "parameters": parameters}})  # fmt: skip
-    print(json.dumps(schemas, indent=1))
+    return schemas
 
 
 def main(settings, positional):
@@ -1815,7 +1822,7 @@ def main(settings, positional):
     run = make_run(settings)
     records = read_all(units, readers, run.notes)
     if settings.tools_seen:
-        print_tools(records)
+        print(json.dumps(tools_seen(records), indent=1))
         return
     print(f"inputs: {len(units)} files")
     output.parent.mkdir(parents=True, exist_ok=True)
