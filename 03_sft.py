@@ -263,7 +263,7 @@ def check_values(args: SFTConfig) -> None:
     try:
         SFTTrainer.get_optimizer_cls_and_kwargs(args)
     except (ValueError, ImportError, RuntimeError) as error:
-        raise InputError(f"--optim {args.optim}: {error}") from None
+        raise InputError(f"--optim: {error}") from None
 
 
 def read_jsonl(path, append_only=False):
@@ -775,7 +775,7 @@ def make_schedule(args: SFTConfig, optimizer, steps: int, zero_first_update: boo
     try:
         schedule = get_scheduler(args.lr_scheduler_type, optimizer, warmup, steps + ahead, options)
     except (TypeError, ValueError) as error:
-        raise InputError(f"--lr_scheduler_type {args.lr_scheduler_type} with {options}: {error}") from None
+        raise InputError(f"--lr_scheduler_kwargs {options} of --lr_scheduler_type: {error}") from None
     if ahead:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch expects an update before the first step
@@ -1271,7 +1271,7 @@ def save_tokenizer(tok, folder) -> None:
         names = {"reasoning_content": "thinking"}  # vLLM's word
         fields = {names.get(name, name): rule for name, rule in fields.items()}
         tok.response_template = described | {"fields": fields}
-    for name, value in tok.template_kwargs.items():
+    for name, value in getattr(tok, "template_kwargs", {}).items():
         literal = json.dumps(value).replace("null", "none")
         switch = f"{{%- if {name} is not defined %}}{{%- set {name} = {literal} %}}{{%- endif %}}"
         tok.chat_template = switch + tok.chat_template

@@ -3,10 +3,11 @@
     python recipes/bench_sft.py --model_name_or_path Qwen/Qwen3-4B --lengths 8192 42000 125000
     python recipes/bench_sft.py --model_name_or_path outputs/demo/base --lengths 2000 --pairs 5   # on a CPU
 
-Plain TRL: SFTTrainer with assistant_only_loss, no cut at max_length, one sample a step, fp32 weights (bf16 compute on
-a GPU) as here, otherwise TRL's own settings. Only the model's config.json and tokenizer are needed. Every measurement
-is a process of its own, so one that runs out of memory says so and the table goes on. On a CPU the figure is user CPU
-seconds, which other programs on the machine change little; ours and theirs run in turn, --pairs times.
+Plain TRL: SFTTrainer with assistant_only_loss, no cut at max_length, one sample a step, fp32 weights (bf16
+compute on a GPU) as here, otherwise TRL's own settings. Only the model's config.json and tokenizer are needed.
+Every measurement is a process of its own, so one that runs out of memory says so and the table goes on. On a CPU
+the figure is user CPU seconds, which other programs on the machine change little; ours and theirs run in turn,
+--pairs times.
 """
 
 import argparse
@@ -22,9 +23,12 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
+
+import memory  # noqa: E402
+
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "B200": 2250e12, "A100": 312e12}  # dense bf16, data sheets
-SCHEMA = {"type": "function", "function": {"name": "read_file", "description": "Reads.", "parameters": {
-    "type": "object", "properties": {"absolute_path": {"type": "string"}}}}}
+PARAMETERS = {"type": "object", "properties": {"absolute_path": {"type": "string"}}}
+FUNCTION = {"name": "read_file", "description": "Reads a file.", "parameters": PARAMETERS}
 OURS = "03_sft.py"
 THEIRS = "plain TRL"
 
@@ -42,7 +46,8 @@ def make_row(tok, length: int) -> dict:
     size = len(tok(output + turn[0]["content"] + json.dumps(call))["input_ids"])
     messages = [{"role": "user", "content": "Repair it."}, *turn * max(1, length // size)]
     messages.append({"role": "assistant", "content": "Done."})
-    return {"query_id": str(length), "messages": messages, "tools": [SCHEMA]}
+    tools = [{"type": "function", "function": FUNCTION}]
+    return {"query_id": str(length), "messages": messages, "tools": tools}
 
 
 def random_model(sft, model: str, folder: Path) -> str:
@@ -51,7 +56,8 @@ def random_model(sft, model: str, folder: Path) -> str:
 
     sft.AutoTokenizer.from_pretrained(model).save_pretrained(folder)
     torch.manual_seed(0)
-    network = sft.AutoModelForCausalLM.from_config(sft.AutoConfig.from_pretrained(model), dtype=torch.bfloat16)
+    config = sft.AutoConfig.from_pretrained(model)
+    network = sft.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
     network.save_pretrained(folder)
     return str(folder)
 
@@ -64,11 +70,16 @@ class Clock:
         self.user = []
 
     def begin(self):
-        self.started = (time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_utime)
+        self.started = time.monotonic()
+        self.used = user_seconds()
 
     def end(self):
-        self.wall.append(time.monotonic() - self.started[0])
-        self.user.append(resource.getrusage(resource.RUSAGE_SELF).ru_utime - self.started[1])
+        self.wall.append(time.monotonic() - self.started)
+        self.user.append(user_seconds() - self.used)
+
+
+def user_seconds() -> float:
+    return resource.getrusage(resource.RUSAGE_SELF).ru_utime
 
 
 def clocked(sft, clock: Clock):
@@ -83,8 +94,9 @@ def clocked(sft, clock: Clock):
 
 
 def ours(sft, model: str, train_file: str, steps: int, folder: Path, clock: Clock) -> None:
-    flags = ["--model_name_or_path", model, "--train_file", train_file, "--output_dir", folder / "out"]
-    flags += ["--global_batch_size", 1, "--max_steps", steps, "--max_length", 10**6]
+    flags = ["--model_name_or_path", model, "--train_file", train_file]
+    flags += ["--output_dir", folder / "out", "--max_length", 10**6]
+    flags += ["--global_batch_size", 1, "--max_steps", steps]
     flags += ["--gradient_checkpointing", "true"]
     sft.export = lambda *_: None  # writing the random model is not what is measured
     start = sft.Trainer.start
@@ -104,8 +116,16 @@ def plain(sft, model: str, train_file: str, steps: int, folder: Path, clock: Clo
     for _, row in sft.read_jsonl(train_file):
         rows.append({"messages": row["messages"], "tools": row["tools"]})
     args = sft.SFTConfig(
-        output_dir=str(folder / "out"), assistant_only_loss=True, max_length=None, per_device_train_batch_size=1,
-        max_steps=steps, bf16=on_gpu, use_cpu=not on_gpu, save_strategy="no", report_to="none", logging_steps=1,
+        output_dir=str(folder / "out"),
+        assistant_only_loss=True,
+        max_length=None,
+        per_device_train_batch_size=1,
+        max_steps=steps,
+        bf16=on_gpu,
+        use_cpu=not on_gpu,
+        save_strategy="no",
+        report_to="none",
+        logging_steps=1,
     )
     dataset = sft.Dataset.from_list(rows, on_mixed_types="use_json")
     tok = sft.AutoTokenizer.from_pretrained(model)
@@ -117,10 +137,12 @@ def measure(which: str, model: str, train_file: str, steps: int) -> None:
     """One measurement, as JSON on the last line of stdout."""
     sft = importlib.import_module("03_sft")
     clock = Clock()
+    run = ours if which == OURS else plain
     with tempfile.TemporaryDirectory() as folder:
-        run = {OURS: ours, THEIRS: plain}[which]
         run(sft, model, train_file, steps, Path(folder), clock)
-    figures = {"wall": statistics.mean(clock.wall[1:]), "user": statistics.mean(clock.user[1:])}
+    figures = {}
+    figures["wall"] = statistics.mean(clock.wall[1:])
+    figures["user"] = statistics.mean(clock.user[1:])
     if sft.torch.cuda.is_available():
         figures["memory"] = sft.torch.cuda.max_memory_allocated() / 1e9
         figures["chip"] = sft.torch.cuda.get_device_name()
@@ -138,57 +160,72 @@ def sample_of(sft, model: str, train_file: Path) -> tuple[int, int]:
     return tokens // len(samples), (tokens - context) // len(samples)
 
 
-def print_row(sft, options, model: str, train_file: Path, name: str) -> None:
-    from memory import count_parameters, sample_flops
+def run_one(which: str, model: str, train_file: Path, steps: int) -> dict | str:
+    """Figures of a process of its own, or its last words."""
+    command = [sys.executable, __file__, "--one", which, "--steps", str(steps)]
+    command += ["--model_name_or_path", model, "--train_file", str(train_file)]
+    result = subprocess.run(command, capture_output=True, text=True)
+    if result.returncode:
+        return (result.stderr.strip().splitlines() or ["failed"])[-1][:80]
+    return json.loads(result.stdout.splitlines()[-1])
 
+
+def print_rows(sft, options, model: str, train_file: Path, name: str) -> None:
     tokens, trained = sample_of(sft, model, train_file)
     config = sft.AutoConfig.from_pretrained(model)
-    active = count_parameters(sft.model_without_weights(config))[1]
-    flops = sample_flops(config, active, tokens, trained)
+    active = memory.count_parameters(sft.model_without_weights(config))[1]
+    flops = memory.sample_flops(config, active, tokens, trained)
     user = {OURS: [], THEIRS: []}
     for _ in range(options.pairs):
-        for which, seconds in user.items():
-            command = [sys.executable, __file__, "--one", which, "--steps", str(options.steps)]
-            command += ["--model_name_or_path", model, "--train_file", str(train_file)]
-            result = subprocess.run(command, capture_output=True, text=True)
-            if result.returncode:
-                error = (result.stderr.strip().splitlines() or ["failed"])[-1]
-                print(f"{name:>10} {which:<10} {error[:80]}", flush=True)
+        for which in user:
+            figures = run_one(which, model, train_file, options.steps)
+            if isinstance(figures, str):
+                print(f"{name:>10} {which:<10} {figures}", flush=True)
                 continue
-            figures = json.loads(result.stdout.splitlines()[-1])
-            seconds.append(figures["user"])
-            peak = [peak for chip, peak in PEAK_FLOPS.items() if chip in figures.get("chip", "")]
-            mfu = f"{flops / figures['wall'] / peak[0]:.1%}" if peak else "-"
-            print(f"{name:>10} {which:<10} {tokens:8} {figures['wall']:8.3f} {figures['user']:8.3f} "
-                  f"{tokens / figures['wall']:9.0f} {mfu:>6} {figures['memory']:6.2f}", flush=True)
+            user[which].append(figures["user"])
+            print_figures(f"{name:>10} {which:<10}", tokens, flops, figures)
     if all(user.values()):
         ratios = [a / b for a, b in zip(user[OURS], user[THEIRS])]
-        print(f"{name:>10} user CPU seconds, ours : theirs, median of {len(ratios)} pairs: "
-              f"{statistics.median(ratios):.3f} ({min(ratios):.3f} to {max(ratios):.3f})", flush=True)
+        middle = statistics.median(ratios)
+        spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
+        print(f"{name:>10} user CPU seconds, ours : theirs, {len(ratios)} pairs: {middle:.3f} ({spread})")
+
+
+def print_figures(name: str, tokens: int, flops: float, figures: dict) -> None:
+    wall = figures["wall"]
+    peaks = [peak for chip, peak in PEAK_FLOPS.items() if chip in figures.get("chip", "")]
+    mfu = f"{flops / wall / peaks[0]:.1%}" if peaks else "-"
+    speed = f"{wall:8.3f} {figures['user']:8.3f} {tokens / wall:9.0f}"
+    print(f"{name} {tokens:8} {speed} {mfu:>6} {figures['memory']:6.2f}", flush=True)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model_name_or_path", required=True)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[8192, 42000, 125000])
-    parser.add_argument("--train_file", help="rows to measure on, instead of made ones of --lengths")
-    parser.add_argument("--steps", type=int, default=4)
-    parser.add_argument("--pairs", type=int, default=1, help="how often ours and theirs are run, in turn")
-    parser.add_argument("--one", choices=[OURS, THEIRS], help=argparse.SUPPRESS)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
+    add = parser.add_argument
+    add("--model_name_or_path", required=True)
+    add("--lengths", type=int, nargs="+", default=[8192, 42000, 125000])
+    add("--train_file", help="rows to measure on, instead of made ones of --lengths")
+    add("--steps", type=int, default=4)
+    add("--pairs", type=int, default=1, help="how often ours and theirs are run, in turn")
+    add("--one", choices=[OURS, THEIRS], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
         return measure(options.one, options.model_name_or_path, options.train_file, options.steps)
     sft = importlib.import_module("03_sft")
-    print(f"{'rows':>10} {'by':<10} {'tokens':>8} {'s/step':>8} {'user s':>8} {'tokens/s':>9} {'MFU':>6} {'GB':>6}")
+    heads = ("tokens", "s/step", "user s", "tokens/s", "MFU", "GB")
+    widths = (8, 8, 8, 9, 6, 6)
+    columns = [head.rjust(width) for head, width in zip(heads, widths)]
+    print(f"{'rows':>10} {'by':<10}", *columns)
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(sft, options.model_name_or_path, Path(folder, "model"))
         if options.train_file:
-            return print_row(sft, options, model, Path(options.train_file), Path(options.train_file).name)
+            return print_rows(sft, options, model, Path(options.train_file), Path(options.train_file).name)
         tok = sft.AutoTokenizer.from_pretrained(model)
         for length in options.lengths:
             path = Path(folder, f"{length}.jsonl")
             path.write_text((json.dumps(make_row(tok, length)) + "\n") * options.steps)
-            print_row(sft, options, model, path, str(length))
+            print_rows(sft, options, model, path, str(length))
 
 
 if __name__ == "__main__":

@@ -3,8 +3,8 @@
     python recipes/memory.py --config recipes/glm-4.5-air/sft.yaml --longest 125000
     python recipes/memory.py --model_name_or_path Qwen/Qwen3-4B --longest 42000 --bf16_master
 
-Reads the model's config.json, and --train_file's longest sample unless --longest says it. Prints GB a device for the
-usual layouts. Checked against the peak of real runs on a CPU by tests/test_03_memory.py.
+Reads the model's config.json, and --train_file's longest sample unless --longest says it. Prints GB a device
+for the usual layouts. Checked against the peak of real runs on a CPU by tests/test_03_memory.py.
 """
 
 import argparse
@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 CARD = 80  # GB of the device that the table is about
-USUAL = [(1, 1, False), (2, 1, True), (8, 1, True), (8, 8, True), (16, 8, True), (32, 8, True), (64, 8, True)]
+USUAL = [(1, 1, False), (2, 1, True), (8, 1, True)]  # devices, context parallel, FSDP2?
+USUAL += [(devices, 8, True) for devices in (8, 16, 32, 64)]
 
 
 @dataclass
@@ -34,12 +35,11 @@ class Run:
     bf16_master: bool = False
     bf16: bool = True  # the precision of the computation
     checkpointing: bool = True  # else every layer's activations are kept
-    gpu: bool = True  # its output layer scores trained tokens in tiles, a CPU's all of them
-    trained: int = 0  # tokens of that sample that carry loss
+    gpu: bool = True  # layers' inputs go to the host's memory
 
 
 def count_parameters(skeleton) -> tuple[int, float, int]:
-    """(all, those that work on one token without embedding and output layer, those of the largest layer)."""
+    """(all, those that work on one token but for embedding and output layer, those of the largest layer)."""
     experts = getattr(skeleton.config.get_text_config(), "num_experts_per_tok", None)
     layers = Counter()
     active = 0
@@ -53,31 +53,45 @@ def count_parameters(skeleton) -> tuple[int, float, int]:
 
 
 def attention_width(config, heads: int) -> int:
-    return heads * (getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
+    head = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return heads * head
 
 
 def sample_flops(config, active: float, tokens: int, trained: int) -> float:
-    """Of one sample, forward and backward, without what checkpointing computes twice: 6 per weight and token, causal
-    attention, the output layer for trained tokens only."""
+    """Of one sample, forward and backward, without what checkpointing computes twice: 6 per weight and token,
+    causal attention, the output layer for trained tokens only."""
+    config = config.get_text_config()
     attention = config.num_hidden_layers * attention_width(config, config.num_attention_heads) * tokens**2
     return 6 * (active * tokens + config.vocab_size * config.hidden_size * trained + attention)
 
 
+# Bytes that a layer keeps for its backward pass, per token and unit of (the model's width, queries + keys +
+# values, the MLP's width, a routed copy of the token): counted with saved_tensors_hooks on Qwen3 and GLM-4.5
+KEPT = {
+    "fp32": (24, 16, 16, 8),
+    "autocast": (26, 10, 8, 4),  # fp32 weights, bf16 products
+    "bf16": (16, 10, 8, 4),  # FSDP2's, or --bf16_master
+}
+
+
 def layer_activations(config, run: Run) -> float:
-    """Bytes a token of what one layer keeps for its backward pass while it is being recomputed."""
-    half = 2 if run.bf16 or run.bf16_master else 4  # bytes of a value that matrix products see
-    residual = (2 if run.fsdp or run.bf16_master else 4) if run.bf16 or run.bf16_master else 4
+    """Bytes a token of one layer while it is being recomputed, with the gradients at its widest place."""
+    hidden, attention, mlp, routed = KEPT[precision(run)]
     experts = getattr(config, "num_experts_per_tok", None) or 0
     width = config.intermediate_size
     if experts:
-        width = (experts + 1) * getattr(config, "moe_intermediate_size", config.intermediate_size)
+        width = (experts + 1) * getattr(config, "moe_intermediate_size", width)
     heads = attention_width(config, config.num_attention_heads + 2 * config.num_key_value_heads)
-    norms = 5 * residual * 2 * config.hidden_size / 2  # two norms' inputs and outputs, the stream, its gradient
-    norms *= 2
-    attention = 4 * half * heads / 2 * 2  # queries, keys, values, before and after the rotation, their gradients
-    mlp = 5 * half * width  # gate, up, their product, its gradient
-    routed = 2 * half * experts * config.hidden_size  # a token's copies for its experts, and what comes back
-    return norms + attention + mlp + routed
+    kept = hidden * config.hidden_size + attention * heads + mlp * width
+    kept += routed * experts * config.hidden_size
+    gradients = 4 * config.hidden_size + mlp / 2 * width
+    return kept + gradients
+
+
+def precision(run: Run) -> str:
+    if run.bf16_master or (run.fsdp and run.bf16):
+        return "bf16"
+    return "autocast" if run.bf16 else "fp32"
 
 
 def memory(skeleton, run: Run) -> dict[str, float]:
@@ -88,26 +102,26 @@ def memory(skeleton, run: Run) -> dict[str, float]:
     shards = run.devices if run.fsdp else 1
     trained = 4 * run.lora_parameters or size * total / shards
     tokens = run.longest / run.cp
-    residual = (2 if run.bf16 or run.bf16_master else 4) * config.hidden_size
+    residual = (2 if precision(run) == "bf16" else 4) * config.hidden_size
     kept = tokens * residual * config.num_hidden_layers
     activations = tokens * layer_activations(config, run)
     if not run.checkpointing:
         activations *= config.num_hidden_layers
-    activations += 6 * config.vocab_size * config.hidden_size  # output layer: weight in bf16, gradient in fp32
+    activations += 6 * config.vocab_size * config.hidden_size  # output layer: bf16 weight, fp32 gradient
     activations += gathered_weights(run, total, layer, size)
     host = 0.0
     if run.gpu:
         host = kept * run.checkpointing  # inputs of the layers, offloaded
     else:
         activations += kept * run.checkpointing
-    parts = dict(weights=size * total / shards, optimizer=2 * trained, gradients=trained, activations=activations)
-    parts["host"] = host
+    parts = {"weights": size * total / shards, "optimizer": 2 * trained, "gradients": trained}
+    parts |= {"activations": activations, "host": host}
     return {name: part / 1e9 for name, part in parts.items()}
 
 
 def gathered_weights(run: Run, total: int, layer: int, size: int) -> float:
-    """Bytes of weights that exist twice for a while: under FSDP2 two layers gathered in bf16 and one's gradient in
-    fp32, else autocast's copy in bf16 of one layer's fp32 weights; a layer of experts with their adapters added."""
+    """Bytes of weights that exist twice for a while: under FSDP2 two layers gathered in bf16 and one's gradient
+    in fp32, else autocast's copy in bf16 of one layer's fp32 weights; a layer of experts with their adapters."""
     if run.fsdp:
         return (8 if run.lora_experts or not run.lora_parameters else 4) * layer
     copy = 2 * layer if run.bf16 and size == 4 else 0
@@ -127,9 +141,17 @@ def print_table(skeleton, runs: list[Run]) -> None:
         print(f"{layout}: {needed:,.1f} of {CARD} ({listed}){verdict}")
 
 
+def adapter_parameters(sft, settings, config) -> int:
+    from peft import get_peft_model
+
+    model = get_peft_model(sft.model_without_weights(config), sft.lora_config(settings, config))
+    return sum(part.numel() for part in model.parameters() if part.requires_grad)
+
+
 def main() -> None:
     sft = importlib.import_module("03_sft")
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    as_written = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=as_written)
     parser.add_argument("--longest", type=int, help="tokens of the longest sample, instead of --train_file's")
     options, rest = parser.parse_known_args()
     settings, args = sft.read_settings(sft.make_parser(), rest)
@@ -140,12 +162,12 @@ def main() -> None:
     config = sft.load_config(settings.model_name_or_path, longest)
     skeleton = sft.model_without_weights(config)
     settings.lora |= settings.lora_experts
-    adapters = 0
-    if settings.lora:
-        adapters = sft.adapter_parameters(settings, config)
-    common = dict(longest=longest, lora_parameters=adapters, lora_experts=settings.lora_experts,
-                  bf16_master=settings.bf16_master)
-    print_table(skeleton, [Run(devices=devices, cp=cp, fsdp=fsdp, **common) for devices, cp, fsdp in USUAL])
+    adapters = adapter_parameters(sft, settings, config) if settings.lora else 0
+    runs = []
+    for devices, cp, fsdp in USUAL:
+        run = Run(longest, devices, cp, fsdp, adapters, settings.lora_experts, settings.bf16_master)
+        runs.append(run)
+    print_table(skeleton, runs)
 
 
 if __name__ == "__main__":
