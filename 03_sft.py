@@ -156,15 +156,17 @@ REFUSED = {
 
 # Settings that may change when a run goes on: they change no number of the training, or only its last digits
 # (processes, batch per device). Data and base are compared by their hashes, not by their paths
-HARMLESS = """output_dir train_file model_name_or_path dry_run max_refused eval_command eval_steps report_to
-    run_name project trackio_space_id trackio_bucket_id trackio_static_space_id logging_steps
-    logging_first_step log_level log_level_replica log_on_each_node logging_nan_inf_filter
-    include_num_input_tokens_seen disable_tqdm save_steps save_total_limit resume_from_checkpoint
-    per_device_train_batch_size gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs activation_offloading
+HARMLESS = """
+    output_dir train_file model_name_or_path dry_run max_refused eval_command eval_steps report_to run_name
+    project trackio_space_id trackio_bucket_id trackio_static_space_id logging_steps logging_first_step
+    log_level log_level_replica log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen
+    disable_tqdm save_steps save_total_limit resume_from_checkpoint per_device_train_batch_size
+    gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs activation_offloading
     torch_empty_cache_steps dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
     dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
-    ddp_timeout skip_memory_metrics debug use_cpu local_rank""".split()
+    ddp_timeout skip_memory_metrics debug use_cpu local_rank
+""".split()
 
 ROLES = ("system", "user", "assistant", "tool")
 MESSAGE_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "weight"}
@@ -332,7 +334,8 @@ def check_row(row: dict) -> None:
     for i, message in enumerate(messages):
         check_message(message, f"messages[{i}]")
     check_tools(row)
-    for name in sorted(FOREIGN_KEYS & row.keys()):
+    foreign = sorted(name for name in FOREIGN_KEYS & row.keys() if row[name])
+    for name in foreign:
         raise Refused(f"{name}: not read by 03; a row has messages and tools, a template's switches go to "
                       "--chat_template_kwargs")
     if not any(is_trained(message) for message in messages):
@@ -563,9 +566,10 @@ def leaves(value, name: str) -> list[tuple[str, object]]:
 
 def stands_in(value, text: str) -> bool:
     """Is it in the text, as it is, without the white space around it, in JSON, or in Python's notation?"""
-    spelled = [value.strip() if isinstance(value, str) else str(value)]
-    spelled += [json.dumps(value, ensure_ascii=only_ascii).strip('"') for only_ascii in (False, True)]
-    return any(form in text for form in spelled)
+    plain = value.strip() if isinstance(value, str) else str(value)
+    if plain in text:
+        return True
+    return any(json.dumps(value, ensure_ascii=ascii_only).strip('"') in text for ascii_only in (False, True))
 
 
 def check_kept(messages, tools, text: str, spans: dict[int, tuple[int, int]]) -> None:
@@ -1262,8 +1266,8 @@ def check_names(model, written: set[str], names: set[str] | None) -> None:
 
 
 def save_tokenizer(tok, folder) -> None:
-    """With --chat_template_kwargs as the template's defaults, so that whoever serves it renders what was trained,
-    and with TRL's description of the answers, where it has one for this template, for vLLM's parsers "hf"."""
+    """With --chat_template_kwargs as the template's defaults: whoever serves it renders what was trained. With
+    TRL's description of the answers, where it has one for this template: vLLM's parsers "hf" read it."""
     template = tok.chat_template
     with contextlib.suppress(ValueError):  # no description of this template
         described = add_response_schema(copy.copy(tok)).response_template

@@ -83,12 +83,12 @@ def random_base(family, make_model, texts, folder):
 
     tok = tokenizer(family, make_model, texts)
     stops = tok.convert_tokens_to_ids(STOPS[family])
-    config = make_model.make_config(tok)
     if family == "qwen":
         config = Qwen3Config(vocab_size=len(tok), hidden_size=128, intermediate_size=256, num_hidden_layers=2, head_dim=32,
                              num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=4096, dtype="bfloat16",
                              tie_word_embeddings=False, eos_token_id=stops, pad_token_id=tok.pad_token_id)
     else:
+        config = make_model.make_config(tok)
         config.update(dict(hidden_size=128, intermediate_size=256, moe_intermediate_size=64, num_hidden_layers=2))
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).to(torch.bfloat16)

@@ -392,7 +392,7 @@ def launch(config, script, *arguments, returncode=0):
     command += ["--config_file", config, "--num_processes", 2, "--mixed_precision", "no", script, *arguments]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_TORCH_DEVICE": "cpu"}
     command = [str(part) for part in command]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, cwd=ROOT)
+    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1800, cwd=ROOT)
     assert result.returncode == returncode, result.stderr
     return result
 
