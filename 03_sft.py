@@ -1266,7 +1266,7 @@ def check_names(model, written: set[str], names: set[str] | None) -> None:
 
 
 def save_tokenizer(tok, folder) -> None:
-    """With --chat_template_kwargs as the template's defaults: whoever serves it renders what was trained. With
+    """With --chat_template_kwargs as the template's defaults: whoever serves it renders what was trained; with
     TRL's description of the answers, where it has one for this template: vLLM's parsers "hf" read it."""
     template = tok.chat_template
     with contextlib.suppress(ValueError):  # no description of this template
