@@ -573,6 +573,7 @@ class Format:
     read: object
     kinds: dict[str, str] = field(default_factory=dict)
     left_out: dict[str, str] = field(default_factory=dict)
+    split: object = None  # split(record) -> records, where a record may hold several
 
 
 def as_list(value):
@@ -751,7 +752,8 @@ def load_readers(folder):
         module = importlib.util.module_from_spec(spec)
         try:
             spec.loader.exec_module(module)
-            formats.append(Format(path.stem, module.fits, module.read, module.KINDS, getattr(module, "LEFT_OUT", {})))
+            more = {"left_out": getattr(module, "LEFT_OUT", {}), "split": getattr(module, "split", None)}
+            formats.append(Format(path.stem, module.fits, module.read, module.KINDS, **more))
         except (AttributeError, ImportError, SyntaxError, *MALFORMED) as error:
             raise InputError(f"{path}: no reader of logs ({type(error).__name__}: {error})") from None
     return formats
@@ -1055,6 +1057,10 @@ def each(unit, numbered, readers):
     for number, value in numbered:
         source = f"{unit.label}:{number}" if number else unit.label
         reader = None if isinstance(value, Reject) else find_format(value, readers)
+        if reader and reader.split:
+            for part, record in enumerate(reader.split(value), 1):
+                yield f"{source}:{part}", reader, record
+            continue
         yield source, reader, value if reader or isinstance(value, Reject) else not_a_log(value)
 
 
