@@ -12,7 +12,7 @@ READERS = {path.stem: runpy.run_path(str(path)) for path in sorted(ROOT.glob("re
 
 
 def read(name, record):
-    """The loose row of a reader, which is the only one that takes the record for its own."""
+    """The loose row of the only reader that takes the record for its own; of several in it, the first."""
     fitting = []
     for other, reader in READERS.items():
         try:
@@ -20,7 +20,8 @@ def read(name, record):
         except (AttributeError, IndexError, KeyError, TypeError, ValueError):
             pass  # 02 takes that for a no, too
     assert fitting == [name]
-    return READERS[name]["read"](record)
+    split = READERS[name].get("split", lambda record: [record])
+    return READERS[name]["read"](split(record)[0])
 
 
 def rejected(name, record):
@@ -1276,8 +1277,10 @@ def test_inspect_takes_schemas_from_the_last_request_and_the_outcome_from_the_sc
     assert row["meta"] == {"id": 3, "epoch": 1, "target": "", "query_id": "3-1", "success": True}
     assert read("inspect_ai", sample | {"scores": {"m": {"value": "I"}}})["meta"]["success"] is False
     assert "success" not in read("inspect_ai", sample | {"scores": {"m": {"value": 0.4}}})["meta"]
-    two = {"version": 2, "eval": {}, "samples": [sample, sample]}
-    assert rejected("inspect_ai", two) == "not_supported: an Inspect log of 2 samples; give a file for each"
+    other = sample | {"id": 4}
+    log = {"version": 2, "eval": {}, "samples": [sample, other]}
+    assert READERS["inspect_ai"]["split"](log) == [sample, other]
+    assert said("inspect_ai", log) == said("inspect_ai", sample)
 
 
 def test_langsmith_runs_hold_messages_of_langchain_plain_or_serialised():
@@ -1380,9 +1383,8 @@ def test_tau2_kimi_aider_and_batches():
     results = {"tasks": [], "simulations": [simulation]}
     assert said("tau2", results) == [("assistant", "Hi!", "", [])]
     assert read("tau2", results)["meta"] == {"id": "s", "task_id": "1", "reward_info": {"reward": 1.0}}
-    assert rejected("tau2", {"tasks": [], "simulations": [simulation] * 2}).startswith(
-        "not_supported: tau2 results of 2 simulations"
-    )
+    two = {"tasks": [], "simulations": [simulation, simulation | {"id": "s2"}]}
+    assert [part["id"] for part in READERS["tau2"]["split"](two)] == ["s", "s2"]
     context = [
         {"role": "_system_prompt", "content": "S"},
         {"role": "_checkpoint", "id": 0},
@@ -1402,6 +1404,27 @@ def test_tau2_kimi_aider_and_batches():
         rejected("openai_batch", answered)
         == "not_supported: the output of an OpenAI batch, without the requests"
     )
+
+
+def test_stage_2_makes_a_row_of_each_part_of_a_log_that_holds_several(run_stage, tmp_path):
+    simulations = []
+    for number in (1, 2):
+        messages = [
+            {"role": "user", "content": f"What is {number} and {number}?"},
+            {"role": "assistant", "content": f"It is {2 * number}."},
+        ]
+        simulations.append({"id": f"s{number}", "messages": messages, "reward_info": {"reward": 1.0}})
+    (tmp_path / "results.json").write_text(json.dumps({"tasks": [], "simulations": simulations}))
+    done = run_stage(
+        "02_format_trajectories.py", tmp_path / "results.json", "--output_file", tmp_path / "rows.jsonl"
+    )
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(row) for row in (tmp_path / "rows.jsonl").read_text().splitlines()]
+    assert [(row["query_id"], row["meta"]["format"]) for row in rows] == [("s1", "tau2"), ("s2", "tau2")]
+    assert [row["meta"]["source"].rpartition("/")[2] for row in rows] == [
+        "results.json:1",
+        "results.json:2",
+    ]
 
 
 # The small logs and the real ones of a developer's checkout

@@ -53,6 +53,7 @@ def fits(record):
         return isinstance(record.get("trajectory"), str) and "task_category" in record
     ours = False
     for line in record:
+        line = line if isinstance(line, dict) else {}
         keys = line.keys() & {"sessionId", "session_id", "leafUuid", "messageId"}
         ours = ours or keys and str(line.get("type")) in KINDS
         if "parts" in (line.get("message") or ()):

@@ -1,4 +1,4 @@
-"""Inspect: one sample of a log (samples/*.json of an .eval file), or a JSON log that holds one sample."""
+"""Inspect: a log in JSON, each of its samples a row, or one sample (samples/*.json of an .eval file)."""
 import json
 import re
 
@@ -19,6 +19,10 @@ SCORES |= dict.fromkeys(("I", "0", "0.0", "False"), False)
 def fits(record):
     is_sample = {"id", "epoch", "input", "messages"} <= record.keys()
     return is_sample or {"eval", "samples"} <= record.keys()
+
+
+def split(record):
+    return record.get("samples", [record])
 
 
 def resolve(sample):
@@ -51,11 +55,7 @@ def success_of(sample):
     return found.pop() if len(found) == 1 else None
 
 
-def read(record):
-    samples = record.get("samples", [record])
-    if len(samples) != 1:
-        raise ValueError(f"not_supported: an Inspect log of {len(samples)} samples; give a file for each")
-    sample = samples[0]
+def read(sample):
     calls = [event for event in sample.get("events") or [] if event.get("event") == "model"]
     left = {"messages", "events", "attachments", "store", "input", "scores", "output"}
     meta = {key: sample[key] for key in sample.keys() - left}

@@ -1,7 +1,4 @@
-"""tau2-bench: the results file of a run, if it holds one simulation.
-
-Of many, each is a row by itself, after `jq -c '.simulations[]' results.json > simulations.jsonl`.
-"""
+"""tau2-bench: the results file of a run; each of its simulations is a row."""
 
 KINDS = {"system": "message", "user": "message", "assistant": "message", "tool": "result"}
 
@@ -10,11 +7,12 @@ def fits(record):
     return {"simulations", "tasks"} <= record.keys()
 
 
-def read(record):
-    simulations = record["simulations"]
-    if len(simulations) != 1:
-        raise ValueError(f"not_supported: tau2 results of {len(simulations)} simulations; one a line")
-    meta = dict(simulations[0])
+def split(record):
+    return record["simulations"]
+
+
+def read(simulation):
+    meta = dict(simulation)
     messages = meta.pop("messages")
     for message in messages:
         if message["role"] not in KINDS:
