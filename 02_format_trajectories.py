@@ -715,7 +715,8 @@ def read_sii(log):
     """{"events": [{"type": "api_request_full", "data": {"full_request"}}]}: the longest request with tools.
 
     The last request would be the wrong one: it may be a helper's (compression, next speaker), which has no tools.
-    Shorter requests hold the same again, or another agent's conversation; responses are in the next request.
+    Those that begin alike must be in the row too; what begins otherwise is another agent's and left out. Responses are
+    in the next request.
     """
     events = [event for event in log["events"] if event.get("type") == "api_request_full"]
     requests = [event["data"]["full_request"] for event in events]
@@ -725,16 +726,20 @@ def read_sii(log):
     if any(mark in json.dumps(request["messages"][:2]) for request in with_tools for mark in COMPACTION):
         raise Reject("compacted")
     request = max(with_tools, key=lambda request: len(request["messages"]))
+    tools = request["tools"]
     contents = request["messages"]
+    checked = [other["messages"] for other in with_tools if other["messages"][:1] == contents[:1]]
     for check in requests:  # the history that the next-speaker check sees is one answer longer
-        if NEXT_SPEAKER in json.dumps(check["messages"][-1]) and check["messages"][: len(contents)] == contents:
-            contents = check["messages"]
+        if NEXT_SPEAKER in json.dumps(check["messages"][-1]) and check["messages"][:1] == contents[:1]:
+            checked.append(check["messages"])
+            if check["messages"][: len(contents)] == contents:
+                contents = check["messages"]
     system = request.get("system_instruction")
-    system = {"role": "system", "parts" if isinstance(system, dict) else "content":
-              system["parts"] if isinstance(system, dict) else system}  # fmt: skip
+    key = "parts" if isinstance(system, dict) else "content"
+    told = {"role": "system", key: system["parts"] if isinstance(system, dict) else system}
     meta = {key: value for key, value in log.items() if key != "events"}
-    return {"messages": [system, *contents], "tools": request["tools"], "meta": meta,
-            "checked": {"messages": contents, "system": request.get("system_instruction")}}  # fmt: skip
+    request = {key: value for key, value in request.items() if key != "tools"}
+    return {"messages": [told, *contents], "tools": tools, "meta": meta, "checked": [request, checked]}
 
 
 BUILT_IN = [
