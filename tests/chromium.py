@@ -11,7 +11,7 @@ from pathlib import Path
 
 FLAGS = """--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking
     --disable-component-update --disable-sync --disable-dev-shm-usage --hide-scrollbars --remote-debugging-port=0"""
-PATIENCE = 60  # seconds; a busy machine starts a browser slowly
+PATIENCE = 120  # seconds; a busy machine starts a browser slowly
 
 
 def find_chromium():
