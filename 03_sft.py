@@ -241,6 +241,8 @@ def check_flags(settings: Settings, args: SFTConfig) -> None:
     for name in ("lora_r", "lora_target_modules"):
         if not settings.lora and getattr(settings, name) != getattr(Settings(), name):
             raise InputError(f"--{name} needs --lora")
+    if "lm_head" in settings.lora_target_modules:
+        raise InputError("--lora_target_modules lm_head: TRL's fused output layer would not train its adapter")
     if args.eval_steps and not settings.eval_command:
         raise InputError("--eval_steps needs --eval_command")
     if settings.bf16_master and args.optim != defaults.optim:
@@ -1151,8 +1153,10 @@ def watched_attention(kernels: set):
 
     def watched(*tensors, **options):
         if not kernels:
-            kernels.add(SDPBackend(torch._fused_sdp_choice(*tensors, **options)).name)
-            say(f"attention: {min(kernels)}")
+            kernel = SDPBackend(torch._fused_sdp_choice(*tensors, **options)).name
+            kernels.add(kernel)
+            slow = torch.cuda.is_available() and kernel not in ("CUDNN_ATTENTION", "FLASH_ATTENTION")
+            say(f"attention: {kernel}{', slow: is this the torch of requirements.txt?' if slow else ''}")
         return attention(*tensors, **options)
 
     if not kernels:
@@ -1266,8 +1270,8 @@ def check_names(model, written: set[str], names: set[str] | None) -> None:
 
 
 def save_tokenizer(tok, folder) -> None:
-    """With --chat_template_kwargs as the template's defaults: whoever serves it renders what was trained; with
-    TRL's description of the answers, where it has one for this template: vLLM's parsers "hf" read it."""
+    """With --chat_template_kwargs as the template's defaults: whoever serves it renders what was trained.
+    With TRL's description of the answers, where it has one for this template: vLLM's parsers "hf" read it."""
     template = tok.chat_template
     with contextlib.suppress(ValueError):  # no description of this template
         described = add_response_schema(copy.copy(tok)).response_template

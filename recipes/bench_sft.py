@@ -4,10 +4,10 @@
     python recipes/bench_sft.py --model_name_or_path outputs/demo/base --lengths 2000 --pairs 5   # on a CPU
 
 Plain TRL: SFTTrainer with assistant_only_loss, no cut at max_length, one sample a step, fp32 weights (bf16
-compute on a GPU) as here, otherwise TRL's own settings. Only the model's config.json and tokenizer are needed.
-Every measurement is a process of its own, so one that runs out of memory says so and the table goes on. On a CPU
-the figure is user CPU seconds, which other programs on the machine change little; ours and theirs run in turn,
---pairs times.
+compute on a GPU) as here, otherwise TRL's own settings. Only the model's config.json and tokenizer are
+needed. Every measurement is a process of its own, so one that runs out of memory says so and the table goes
+on. On a CPU the figure is user CPU seconds, which other programs on the machine change little; ours and
+theirs run in turn, --pairs times.
 """
 
 import argparse
@@ -22,7 +22,8 @@ import time
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "recipes")]
+sys.path.insert(0, str(ROOT))
+sys.path.insert(0, str(ROOT / "recipes"))
 
 import memory  # noqa: E402
 
@@ -43,8 +44,10 @@ def make_row(tok, length: int) -> dict:
         {"role": "assistant", "content": "I read the file before I change it. " * 4, "tool_calls": [call]},
         {"role": "tool", "content": output, "tool_call_id": "call"},
     ]
-    size = len(tok(output + turn[0]["content"] + json.dumps(call))["input_ids"])
-    messages = [{"role": "user", "content": "Repair it."}, *turn * max(1, length // size)]
+    text = output + turn[0]["content"] + json.dumps(call)
+    turns = max(1, length // len(tok(text)["input_ids"]))
+    messages = [{"role": "user", "content": "Repair it."}]
+    messages += turn * turns
     messages.append({"role": "assistant", "content": "Done."})
     tools = [{"type": "function", "function": FUNCTION}]
     return {"query_id": str(length), "messages": messages, "tools": tools}
@@ -93,10 +96,11 @@ def clocked(sft, clock: Clock):
     return Timed()
 
 
-def ours(sft, model: str, train_file: str, steps: int, folder: Path, clock: Clock) -> None:
-    flags = ["--model_name_or_path", model, "--train_file", train_file]
+def ours(sft, options, folder: Path, clock: Clock) -> None:
+    flags = ["--model_name_or_path", options.model_name_or_path]
+    flags += ["--train_file", options.train_file]
     flags += ["--output_dir", folder / "out", "--max_length", 10**6]
-    flags += ["--global_batch_size", 1, "--max_steps", steps]
+    flags += ["--global_batch_size", 1, "--max_steps", options.steps]
     flags += ["--gradient_checkpointing", "true"]
     sft.export = lambda *_: None  # writing the random model is not what is measured
     start = sft.Trainer.start
@@ -106,21 +110,24 @@ def ours(sft, model: str, train_file: str, steps: int, folder: Path, clock: Cloc
         trainer.add_callback(clocked(sft, clock))
 
     sft.Trainer.start = start_clocked
-    sft.main(*sft.read_settings(sft.make_parser(), [str(flag) for flag in flags]))
+    flags = [str(flag) for flag in flags]
+    settings, args = sft.read_settings(sft.make_parser(), flags)
+    sft.main(settings, args)
 
 
-def plain(sft, model: str, train_file: str, steps: int, folder: Path, clock: Clock) -> None:
+def plain(sft, options, folder: Path, clock: Clock) -> None:
     on_gpu = sft.torch.cuda.is_available()
+    model = options.model_name_or_path
     network = sft.AutoModelForCausalLM.from_pretrained(model, dtype=sft.torch.float32)
     rows = []
-    for _, row in sft.read_jsonl(train_file):
+    for _, row in sft.read_jsonl(options.train_file):
         rows.append({"messages": row["messages"], "tools": row["tools"]})
     args = sft.SFTConfig(
         output_dir=str(folder / "out"),
         assistant_only_loss=True,
         max_length=None,
         per_device_train_batch_size=1,
-        max_steps=steps,
+        max_steps=options.steps,
         bf16=on_gpu,
         use_cpu=not on_gpu,
         save_strategy="no",
@@ -128,18 +135,23 @@ def plain(sft, model: str, train_file: str, steps: int, folder: Path, clock: Clo
         logging_steps=1,
     )
     dataset = sft.Dataset.from_list(rows, on_mixed_types="use_json")
-    tok = sft.AutoTokenizer.from_pretrained(model)
-    callbacks = [clocked(sft, clock)]
-    sft.SFTTrainer(network, args, train_dataset=dataset, processing_class=tok, callbacks=callbacks).train()
+    trainer = sft.SFTTrainer(
+        network,
+        args,
+        train_dataset=dataset,
+        processing_class=sft.AutoTokenizer.from_pretrained(model),
+        callbacks=[clocked(sft, clock)],
+    )
+    trainer.train()
 
 
-def measure(which: str, model: str, train_file: str, steps: int) -> None:
+def measure(options) -> None:
     """One measurement, as JSON on the last line of stdout."""
     sft = importlib.import_module("03_sft")
     clock = Clock()
-    run = ours if which == OURS else plain
+    run = ours if options.one == OURS else plain
     with tempfile.TemporaryDirectory() as folder:
-        run(sft, model, train_file, steps, Path(folder), clock)
+        run(sft, options, Path(folder), clock)
     figures = {}
     figures["wall"] = statistics.mean(clock.wall[1:])
     figures["user"] = statistics.mean(clock.user[1:])
@@ -151,41 +163,45 @@ def measure(which: str, model: str, train_file: str, steps: int) -> None:
     print(json.dumps(figures))
 
 
-def sample_of(sft, model: str, train_file: Path) -> tuple[int, int]:
+def sample_of(sft, options) -> tuple[int, int]:
     """(tokens, trained tokens) of the file's samples, on average."""
-    rows, _ = sft.read_rows(str(train_file))
-    samples, _, _ = sft.tokenize(sft.load_tokenizer(model), rows, 10**7)
+    rows, _ = sft.read_rows(options.train_file)
+    tok = sft.load_tokenizer(options.model_name_or_path)
+    samples, _, _ = sft.tokenize(tok, rows, 10**7)
     tokens = sum(len(sample["labels"]) for sample in samples)
     context = sum(sample["labels"].count(-100) for sample in samples)
     return tokens // len(samples), (tokens - context) // len(samples)
 
 
-def run_one(which: str, model: str, train_file: Path, steps: int) -> dict | str:
+def run_one(which: str, options) -> dict | str:
     """Figures of a process of its own, or its last words."""
-    command = [sys.executable, __file__, "--one", which, "--steps", str(steps)]
-    command += ["--model_name_or_path", model, "--train_file", str(train_file)]
+    command = [sys.executable, __file__, "--one", which, "--steps", str(options.steps)]
+    command += ["--model_name_or_path", options.model_name_or_path]
+    command += ["--train_file", options.train_file]
     result = subprocess.run(command, capture_output=True, text=True)
     if result.returncode:
-        return (result.stderr.strip().splitlines() or ["failed"])[-1][:80]
+        last_words = ["failed", *result.stderr.strip().splitlines()]
+        return last_words[-1][:80]
     return json.loads(result.stdout.splitlines()[-1])
 
 
-def print_rows(sft, options, model: str, train_file: Path, name: str) -> None:
-    tokens, trained = sample_of(sft, model, train_file)
-    config = sft.AutoConfig.from_pretrained(model)
+def print_rows(sft, options, name: str) -> None:
+    tokens, trained = sample_of(sft, options)
+    config = sft.AutoConfig.from_pretrained(options.model_name_or_path)
     active = memory.count_parameters(sft.model_without_weights(config))[1]
     flops = memory.sample_flops(config, active, tokens, trained)
     user = {OURS: [], THEIRS: []}
     for _ in range(options.pairs):
         for which in user:
-            figures = run_one(which, model, train_file, options.steps)
+            figures = run_one(which, options)
             if isinstance(figures, str):
                 print(f"{name:>10} {which:<10} {figures}", flush=True)
                 continue
             user[which].append(figures["user"])
             print_figures(f"{name:>10} {which:<10}", tokens, flops, figures)
     if all(user.values()):
-        ratios = [a / b for a, b in zip(user[OURS], user[THEIRS])]
+        pairs = zip(user[OURS], user[THEIRS])
+        ratios = [mine / theirs for mine, theirs in pairs]
         middle = statistics.median(ratios)
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
         print(f"{name:>10} user CPU seconds, ours : theirs, {len(ratios)} pairs: {middle:.3f} ({spread})")
@@ -193,8 +209,10 @@ def print_rows(sft, options, model: str, train_file: Path, name: str) -> None:
 
 def print_figures(name: str, tokens: int, flops: float, figures: dict) -> None:
     wall = figures["wall"]
-    peaks = [peak for chip, peak in PEAK_FLOPS.items() if chip in figures.get("chip", "")]
-    mfu = f"{flops / wall / peaks[0]:.1%}" if peaks else "-"
+    mfu = "-"
+    for chip, peak in PEAK_FLOPS.items():
+        if chip in figures.get("chip", ""):
+            mfu = f"{flops / wall / peak:.1%}"
     speed = f"{wall:8.3f} {figures['user']:8.3f} {tokens / wall:9.0f}"
     print(f"{name} {tokens:8} {speed} {mfu:>6} {figures['memory']:6.2f}", flush=True)
 
@@ -211,7 +229,7 @@ def main() -> None:
     add("--one", choices=[OURS, THEIRS], help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.one:
-        return measure(options.one, options.model_name_or_path, options.train_file, options.steps)
+        return measure(options)
     sft = importlib.import_module("03_sft")
     heads = ("tokens", "s/step", "user s", "tokens/s", "MFU", "GB")
     widths = (8, 8, 8, 9, 6, 6)
@@ -219,13 +237,16 @@ def main() -> None:
     print(f"{'rows':>10} {'by':<10}", *columns)
     with tempfile.TemporaryDirectory() as folder:
         model = random_model(sft, options.model_name_or_path, Path(folder, "model"))
+        options.model_name_or_path = model
         if options.train_file:
-            return print_rows(sft, options, model, Path(options.train_file), Path(options.train_file).name)
+            return print_rows(sft, options, Path(options.train_file).name)
         tok = sft.AutoTokenizer.from_pretrained(model)
         for length in options.lengths:
             path = Path(folder, f"{length}.jsonl")
-            path.write_text((json.dumps(make_row(tok, length)) + "\n") * options.steps)
-            print_rows(sft, options, model, path, str(length))
+            line = json.dumps(make_row(tok, length)) + "\n"
+            path.write_text(line * options.steps)
+            options.train_file = str(path)
+            print_rows(sft, options, str(length))
 
 
 if __name__ == "__main__":

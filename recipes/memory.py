@@ -120,8 +120,8 @@ def memory(skeleton, run: Run) -> dict[str, float]:
 
 
 def gathered_weights(run: Run, total: int, layer: int, size: int) -> float:
-    """Bytes of weights that exist twice for a while: under FSDP2 two layers gathered in bf16 and one's gradient
-    in fp32, else autocast's copy in bf16 of one layer's fp32 weights; a layer of experts with their adapters."""
+    """Bytes of weights that exist twice for a while: under FSDP2 two layers gathered in bf16 and one's
+    gradient in fp32, else autocast's bf16 copy of one layer; a layer of experts with their adapters."""
     if run.fsdp:
         return (8 if run.lora_experts or not run.lora_parameters else 4) * layer
     copy = 2 * layer if run.bf16 and size == 4 else 0
