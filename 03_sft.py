@@ -241,8 +241,6 @@ def check_flags(settings: Settings, args: SFTConfig) -> None:
     for name in ("lora_r", "lora_target_modules"):
         if not settings.lora and getattr(settings, name) != getattr(Settings(), name):
             raise InputError(f"--{name} needs --lora")
-    if "lm_head" in settings.lora_target_modules:
-        raise InputError("--lora_target_modules lm_head: TRL's fused output layer would not train its adapter")
     if args.eval_steps and not settings.eval_command:
         raise InputError("--eval_steps needs --eval_command")
     if settings.bf16_master and args.optim != defaults.optim:
@@ -891,6 +889,8 @@ def lora_config(settings: Settings, config):
     would skip without a word, such as the linear layers that an MoE has fused."""
     from peft import LoraConfig, get_peft_model
 
+    if "lm_head" in settings.lora_target_modules:
+        raise InputError("--lora_target_modules lm_head: TRL's fused output layer would not train it")
     experts = ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"] if settings.lora_experts else []
     targets = dict(target_modules=settings.lora_target_modules, target_parameters=experts)
     lora = LoraConfig(r=settings.lora_r, lora_alpha=2 * settings.lora_r, **targets)
