@@ -1086,8 +1086,8 @@ class Trainer(SFTTrainer):
             problem = error
         if on_any_process(problem is not None, self.args):
             shutil.rmtree(folder, ignore_errors=True)
-            remedy = "the same command goes on from the one before"
-            raise OSError(f"{folder}: no space for it; {remedy}. {problem or ''}")
+            told = " ".join(str(problem or "").split())[:300]
+            raise OSError(f"{folder}: no space for it; the same command goes on from the one before. {told}")
         if self.args.process_index == 0:  # what a later run takes for whole
             write_whole(folder / "complete.json", json.dumps(file_sizes(folder)))
 
