@@ -1879,13 +1879,17 @@ def write_settings(settings):
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def main(settings):
+def check_settings(settings):
     if not (settings.real or settings.repos or settings.papers):
-        raise InputError(
-            "nothing to read: give --real FILE_OR_DIR, --repos CLONE..., --papers DIR, or several"
-        )
+        raise InputError("nothing to read: give --real FILE_OR_DIR, --repos CLONE..., --papers DIR, or several")
     if min(settings.concurrency, settings.timeout, settings.call_seconds) < 1:
         raise InputError("--concurrency, --timeout and --call_seconds must be 1 or more")
+    if settings.test_command and "{report}" not in settings.test_command:
+        raise InputError("--test_command must write JUnit XML to {report}: pytest --junitxml={report} {files}")
+
+
+def main(settings):
+    check_settings(settings)
     work = Path(settings.output_file).with_name("work")
     work.mkdir(parents=True, exist_ok=True)
     rows, before = None, None

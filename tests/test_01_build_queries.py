@@ -335,6 +335,7 @@ def test_bad_repositories(tmp_path, small_repo, demo_clone):
     assert "both called pr_repo" in refused(*flags, demo_clone, demo_clone)
     assert "nothing to read" in refused()
     assert "must be 1 or more" in refused(*flags, demo_clone, "--concurrency", 0)
+    assert "must write JUnit XML to {report}" in refused(*flags, demo_clone, "--test_command", "pytest -q")
     commit({"a.py": "x = 2\n"}, "No tests (#1)")
     line = refused(*flags, repo)
     assert "no query is left" in line and line.endswith(
@@ -527,7 +528,7 @@ def test_tests_that_do_not_end_are_ended(small_repo, tmp_path):
     repo, commit = small_repo
     commit({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)")
     settings = stage.Settings(
-        repos=[str(repo)], setup_command="true", test_command="sleep 60", timeout=2, verify_runs=1
+        repos=[str(repo)], setup_command="true", test_command="sleep 60 > {report}", timeout=2, verify_runs=1
     )
     [row] = stage.verify(settings, tmp_path, stage.mine(settings, None, []))
     assert row["reasons"] == ["its tests run longer than 2 s"]
