@@ -214,8 +214,7 @@ def digest(*parts):
 
 def by_key(path):
     """Rows of an append-only file by their key, the last one counts; {} where there is no file yet."""
-    rows = read_jsonl(path, append_only=True) if Path(path).exists() else ()
-    return {row.get("key"): row for _, row in rows}
+    return {row.get("key"): row for row in rows_if_there(Path(path))}
 
 
 def step_rows(work, name):
@@ -731,14 +730,21 @@ def print_counts(reasons):
 
 # ---- verify: an environment a repository, then 04 says what a solution and what doing nothing is worth ----
 
+def setup_variables(clone, base):
+    """What is installed is other people's code: it sees no key. The tree has no history: its version is told."""
+    tag = re.search(r"\d+(\.\d+)+", git(clone, "tag", "--merged", base, "--sort=-creatordate").decode())
+    variables = {"SETUPTOOLS_SCM_PRETEND_VERSION": tag[0] if tag else "0.0.0"}
+    for key, value in os.environ.items():
+        if not re.search("KEY|TOKEN|SECRET|PASSW", key):
+            variables[key] = value
+    return variables
+
+
 def build_environment(settings, language, clone, base, folder):
     """Make folder/venv and folder/made by languages/environment.py; returns {"runner", "problem"}."""
     shutil.rmtree(folder, ignore_errors=True)
     checkout(clone, base, folder / "tree")
-    tag = re.search(r"\d+(\.\d+)+", git(clone, "tag", "--merged", base, "--sort=-creatordate").decode())
-    env = os.environ | {
-        "SETUPTOOLS_SCM_PRETEND_VERSION": tag[0] if tag else "0.0.0"
-    }  # the tree has no history
+    env = setup_variables(clone, base)
     argv = [sys.executable, Path(settings.languages) / "environment.py", folder / "tree", folder, language,
             settings.setup_command or ""]
     with open(folder / "setup.log", "w+") as log:
@@ -747,13 +753,9 @@ def build_environment(settings, language, clone, base, folder):
         said = [line for line in log.read().splitlines() if line.strip()] or [""]
     shutil.rmtree(folder / "tree")
     if status:
-        errors = [line for line in said if re.search(r"(?i)\berror\b|not found|no matching", line)] or said[
-            -1:
-        ]
-        return {
-            "runner": None,
-            "problem": f"cannot be built: {errors[0][:200]} (all of it: {folder}/setup.log)",
-        }
+        errors = [line for line in said if re.search(r"(?i)\berror\b|not found|no matching", line)]
+        told = (errors or said[-1:])[0][:200]
+        return {"runner": None, "problem": f"cannot be built: {told} (all of it: {folder}/setup.log)"}
     runner = RUNNERS[language]
     if said[-1].startswith("runner: "):
         runner = said[-1].removeprefix("runner: ")
@@ -766,20 +768,16 @@ def environment_of(settings, language, rows, work):
     folder = work / "environments" / f"{name.replace('/', '__')}-{language}"
     if not shutil.which(TOOLCHAINS[language]):
         return {"folder": folder, "problem": f"{TOOLCHAINS[language]} is not installed"}
-    setup = [
-        (path.name, path.read_text()) for path in sorted(Path(settings.languages).iterdir()) if path.is_file()
-    ]
+    files = sorted(path for path in Path(settings.languages).iterdir() if path.is_file())
+    setup = [(path.name, path.read_text()) for path in files]
     known_of = {"folder": folder, "program": (Path(settings.languages) / "check.py").read_text()}
     made_by = digest(settings.setup_command, settings.test_command, sys.version, setup)
     done = folder / "environment.json"
     if done.exists() and (known := json.loads(done.read_text()))["made_by"] == made_by:
         return known | known_of
     print(f"environment of {name} ({language}) ...", flush=True)
-    for row in (
-        rows[0],
-        rows[len(rows) // 2],
-        rows[-1],
-    ):  # what the newest declares may be gone from the registry
+    # What the newest declares may be gone from the registry: one in the middle and the oldest are tried too.
+    for row in (rows[0], rows[len(rows) // 2], rows[-1]):
         made = build_environment(settings, language, row["pr"]["clone"], row["meta"]["base"], folder)
         if not made["problem"]:
             break
@@ -841,9 +839,10 @@ def write_tar(folder, path):
 def plan_of(settings, row, environment):
     """What private/check.py has to do, before it is known which tests fail before and pass after."""
     code = row["pr"]["code"]
-    paths = set(
-        git(row["pr"]["clone"], "ls-tree", "-r", "--name-only", row["meta"]["base"]).decode().splitlines()
+    paths = git(row["pr"]["clone"], "ls-tree", "-r", "--name-only", row["meta"]["base"]).decode(
+        errors="replace"
     )
+    paths = set(paths.splitlines())
     packages = [package_of(path, paths) for path in code if path.endswith(".py")]
     plan = {
         "runner": environment["runner"],
@@ -860,44 +859,35 @@ def run_agents(folder, tasks, runs):
     """04's two agents on these tasks: {agent: {query_id: [episode]}}, {query_id: why it was not run}."""
     if not EVALUATE.exists():
         raise InputError(
-            f"verify runs {EVALUATE.name}, which is not beside this script (--verify_runs 0: no verify)"
+            f"verify runs {EVALUATE.name}, which is not beside this script"
         )
     write_jsonl(folder / "tasks.jsonl", tasks)
-    done, lost = {}, {}
-    for agent in ("nothing", "solution"):
-        output = folder / agent
-        argv = [
-            sys.executable,
-            EVALUATE,
-            "--tasks",
-            folder / "tasks.jsonl",
-            "--agent",
-            agent,
-            "--n_runs",
-            runs,
-            "--rounds",
-            1,
-            "--output_dir",
-            output,
-            "--concurrency",
-            os.cpu_count(),
-        ]
-        with open(folder / f"{agent}.log", "w") as log:
-            status = subprocess.run(list(map(str, argv)), stdout=log, stderr=log).returncode
-        if status and not (output / "summary.json").exists():
-            said = (folder / f"{agent}.log").read_text(errors="replace").strip().splitlines() or ["nothing"]
-            raise InputError(
-                f"{EVALUATE.name} --agent {agent} says: {said[-1]} (all of it: {folder}/{agent}.log)"
-            )
-        done[agent] = defaultdict(list)
-        for name in ("episodes", "not_run"):
-            path = output / f"{name}.jsonl"
-            for _, row in read_jsonl(path, append_only=True) if path.exists() else ():
-                if name == "episodes":
-                    done[agent][row["query_id"]].append(row)
-                else:
-                    lost[row["query_id"]] = f"{row['reason']}: {row.get('detail') or ''}".strip(": ")
+    done = {"nothing": defaultdict(list), "solution": defaultdict(list)}
+    lost = {}
+    for agent, episodes in done.items():
+        output = run_agent(folder, agent, runs)
+        for row in rows_if_there(output / "episodes.jsonl"):
+            episodes[row["query_id"]].append(row)
+        for row in rows_if_there(output / "not_run.jsonl"):
+            lost[row["query_id"]] = f"{row['reason']}: {row.get('detail') or ''}".strip(": ")
     return done, lost
+
+
+def run_agent(folder, agent, runs):
+    """Run 04 with an agent on folder/tasks.jsonl; returns its output folder. Raises InputError with what it says."""
+    output, log = folder / agent, folder / f"{agent}.log"
+    argv = f"--agent {agent} --n_runs {runs} --rounds 1 --concurrency {os.cpu_count()}".split()
+    argv += ["--tasks", str(folder / "tasks.jsonl"), "--output_dir", str(output)]
+    with open(log, "w") as file:
+        status = subprocess.run([sys.executable, str(EVALUATE), *argv], stdout=file, stderr=file).returncode
+    if status and not (output / "summary.json").exists():
+        said = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
+        raise InputError(f"{EVALUATE.name} --agent {agent} says: {said[-1]} (all of it: {log})")
+    return output
+
+
+def rows_if_there(path):
+    return [row for _, row in read_jsonl(path, append_only=True)] if path.exists() else []
 
 
 ENVIRONMENT_FAULTS = {
@@ -1654,8 +1644,7 @@ def text_of(row):
 def decisions(path):
     """{query_id: {reviewer: last decision}}, and the edits in the order in which they were made."""
     found, edits = defaultdict(dict), defaultdict(list)
-    rows = [row for _, row in read_jsonl(path, append_only=True)] if path.exists() else []
-    for row in sorted(rows, key=lambda row: str(row.get("at", ""))):
+    for row in sorted(rows_if_there(path), key=lambda row: str(row.get("at", ""))):
         if row.get("decision") in ("accept", "reject"):
             found[row["query_id"]][row["reviewer"]] = row
         if row.get("edit"):
@@ -1881,11 +1870,15 @@ def write_settings(settings):
 
 def check_settings(settings):
     if not (settings.real or settings.repos or settings.papers):
-        raise InputError("nothing to read: give --real FILE_OR_DIR, --repos CLONE..., --papers DIR, or several")
+        raise InputError(
+            "nothing to read: give --real FILE_OR_DIR, --repos CLONE..., --papers DIR, or several"
+        )
     if min(settings.concurrency, settings.timeout, settings.call_seconds) < 1:
         raise InputError("--concurrency, --timeout and --call_seconds must be 1 or more")
     if settings.test_command and "{report}" not in settings.test_command:
-        raise InputError("--test_command must write JUnit XML to {report}: pytest --junitxml={report} {files}")
+        raise InputError(
+            "--test_command must write JUnit XML to {report}: pytest --junitxml={report} {files}"
+        )
 
 
 def main(settings):

@@ -1,8 +1,8 @@
 """The check of a task mined by 01_build_queries.py: its private/check.py, run in the sandbox by `python3 -I`.
 
 Reads  /private/plan.json   {"runner", "files": tests to run, "packages": names that must come from the
-                             workspace, "seconds", "command"?, "fail_to_pass", "pass_to_pass": names of tests};
-                             while these are null every test is reported, with its message after a tab
+                             workspace, "seconds", "command"?, "fail_to_pass", "pass_to_pass": [name]}; while
+                             these are null every test is reported, with its message after a tab
        /private/tests/      the test files of the merged pull request, laid over the workspace
 Prints TAP, a line for each test that must pass now and one for each that was broken; exit 0: all pass.
 

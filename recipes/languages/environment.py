@@ -6,6 +6,7 @@ Runs LANGUAGE_setup.* (or the command) in TREE, a checkout without history, with
        which is FOLDER/venv.
 Writes FOLDER/venv   what every sandbox shows at /opt/venv; paths in it are those of the sandbox
        FOLDER/made   what the set-up left in the tree: generated sources, a link to node_modules
+A set-up runs other people's code on this machine, with network, as installing by hand does.
 Prints all that the set-up says; its last line is "runner: NAME", one of check.py's.
 """
 
