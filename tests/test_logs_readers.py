@@ -882,7 +882,7 @@ def test_openhands_v1_joins_the_actions_of_one_response():
         v1_observed("c1", observation={"kind": "TerminalObservation", "content": [text("a.py")]}),
         v1_action("c2", "r1"),
         v1_observed("c2", observation={"kind": "FileEditorObservation", "output": "OUT"}),
-        v1_action("c3", "r2", reasoning_content="R"),
+        v1_action("c3", "r2", responses_reasoning_item={"id": "rs", "summary": ["R"], "content": None}),
         {"id": "e", "source": "agent", "kind": "AgentErrorEvent", "tool_call_id": "c3", "error": "bad"},
         {
             "id": "s",
@@ -1225,7 +1225,8 @@ def test_goose_reads_exports_and_sessions():
     header = {"working_dir": "/w", "description": "d"}
     assert said("goose", [header, *messages]) == expected
     assert said("goose", {"id": "g", "working_dir": "/w", "conversation": messages}) == expected
-    assert read("goose", [header, *messages])["meta"] == header
+    row = read("goose", [header, *messages])
+    assert row["meta"] == header and row["left_out"] == for_both[:1]
     failed = {"type": "toolResponse", "id": "c1", "toolResult": {"status": "error", "error": "no"}}
     assert said("goose", [header, *messages[:2], {"role": "user", "content": [failed]}])[-1] == (
         "tool",

@@ -28,6 +28,8 @@ LEFT_OUT = {
     "encrypted_content": "of a reasoning, encrypted",
     "dynamic_tools": "not all schemas of the session: --tools has them",
     "git": "of the working folder",
+    "runtime_workspace_roots": "of the working folder",
+    "annotations": "of a text, for the screen",
 }
 # What the tool itself says in the user's name: it is no turn that could be rolled back
 CONTEXT = ("<environment_context>", "<user_instructions>", "# AGENTS.md", "<turn_aborted>", "<skill",

@@ -10,6 +10,7 @@ KINDS = {
 }  # fmt: skip
 LEFT_OUT = {
     "resultDisplay": "a result once more, for the screen",
+    "displayContent": "a prompt once more, for the screen",
     "toolCalls.description": "of the tool, for the screen",
     "toolCalls.displayName": "of the tool, for the screen",
 }

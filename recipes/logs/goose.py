@@ -17,17 +17,15 @@ def messages_of(record):
     return record["conversation"] if isinstance(record, dict) else record[1:]
 
 
-def content_of(answer):
-    """The parts of a result that are meant for the model, or its error."""
-    if "error" in answer:
-        return answer["error"]
+def parts_of(answer):
     value = answer["value"]
-    parts = value["content"] if isinstance(value, dict) else value
-    kept = []
-    for part in parts:
-        audience = (part.get("annotations") or {}).get("audience") or ["assistant"]
-        kept += [part] if "assistant" in audience else []
-    return kept
+    return value["content"] if isinstance(value, dict) else value
+
+
+def is_shown(part):
+    """Whether a part of a result is for the screen alone."""
+    audience = (part.get("annotations") or {}).get("audience")
+    return bool(audience) and "assistant" not in audience
 
 
 def block_of(block):
@@ -40,13 +38,14 @@ def block_of(block):
         arguments = call["value"].get("arguments") or {}
         return {"type": "tool_use", "id": block["id"], "name": call["value"]["name"], "input": arguments}
     if kind == "toolResponse":
-        content = content_of(block["toolResult"])
+        answer = block["toolResult"]
+        content = answer.get("error") or [part for part in parts_of(answer) if not is_shown(part)]
         return {"type": "tool_result", "tool_use_id": block["id"], "content": content}
     return block
 
 
 def read(record):
-    messages, checked = [], []
+    messages, checked, left_out = [], [], []
     for message in messages_of(record):
         if (message.get("metadata") or {}).get("agentVisible") is False:
             continue
@@ -56,8 +55,10 @@ def read(record):
                 raise ValueError(f"non_text_content: {block['type']}")
             if not KINDS[block["type"]].startswith("left out"):
                 blocks.append(block_of(block))
-        checked.append({"role": message["role"], "content": message["content"]})
+            if "value" in block.get("toolResult", ()):
+                left_out += filter(is_shown, parts_of(block["toolResult"]))
+        checked.append(message)
         messages.append({"role": message["role"], "content": blocks})
     header = record if isinstance(record, dict) else record[0]
     meta = {key: header[key] for key in header.keys() - {"conversation"}}
-    return {"messages": messages, "tools": None, "meta": meta, "checked": checked}
+    return {"messages": messages, "tools": None, "meta": meta, "checked": checked, "left_out": left_out}

@@ -56,12 +56,15 @@ def success_of(sample):
 
 
 def read(sample):
-    calls = [event for event in sample.get("events") or [] if event.get("event") == "model"]
+    events = sample.get("events") or []
+    calls = [event for event in events if event.get("event") == "model"]
     left = {"messages", "events", "attachments", "store", "input", "scores", "output"}
     meta = {key: sample[key] for key in sample.keys() - left}
     meta["query_id"] = f"{sample['id']}-{sample['epoch']}"
     if success_of(sample) is not None:
         meta["success"] = success_of(sample)
     messages = resolve(sample)
+    # the model saw the error in their place
+    unsent = [message["content"] for message in messages if message.get("error")]
     return {"messages": [message_of(message) for message in messages], "meta": meta, "checked": messages,
-            "tools": calls[-1].get("tools") if calls else None}  # fmt: skip
+            "tools": calls[-1].get("tools") if calls else None, "left_out": unsent}  # fmt: skip

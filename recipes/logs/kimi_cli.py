@@ -12,13 +12,13 @@ def fits(record):
 
 
 def read(record):
-    messages = []
+    messages, checked = [], []
     for line in record:
         role = line["role"]
         if role not in KINDS:
             raise ValueError(f"unknown_kind: {role}")
-        if role == "_system_prompt":
-            line = {"role": "system", "content": line["content"]}
-        if KINDS[role] != MARK:
-            messages.append(line)
-    return {"messages": messages, "tools": None, "meta": {}, "checked": messages}
+        if KINDS[role] == MARK:
+            continue
+        checked.append(line)
+        messages.append(line | {"role": role.replace("_system_prompt", "system")})
+    return {"messages": messages, "tools": None, "meta": {}, "checked": checked}

@@ -14,6 +14,7 @@ LEFT_OUT = {
     "info.summary": "for the screen",
     "info.path": "of the working folder",
     "info.error": "told in meta",
+    "parts.source": "where a prompt names a file",
 }
 TEXT_FILES = ("text/plain", "application/x-directory")  # their text is a part of its own
 

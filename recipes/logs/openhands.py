@@ -60,6 +60,8 @@ def message_of(event, place):
         return {"role": "user", "content": recalled(event["extras"])}
     if place == "error":
         return {"role": "user", "content": event["content"]}
+    if event["args"].get("image_urls"):
+        raise ValueError("non_text_content: image_urls")
     role = "assistant" if event["source"] == "agent" else "user"
     return {"role": "system" if place == "system" else role, "content": event["args"]["content"]}
 

@@ -10,7 +10,6 @@ KINDS |= dict.fromkeys(STATES.split(), "left out: state, not sent to the model")
 LEFT_OUT = {
     "tools": "read as schemas",
     "action": "the call once more, as the tool takes it",
-    "summary": "an argument of the call once more",
     "signature": "of a thinking, encrypted",
     "observation.command": "of the call",
     "observation.metadata": "of the shell",
@@ -23,12 +22,20 @@ def fits(record):
     return all({"kind", "source", "id"} <= event.keys() for event in record)
 
 
+def reasoning_of(holder):
+    """The reasoning of an event or message under each of its names."""
+    item = holder.get("responses_reasoning_item") or {}
+    summary = "\n".join([*(item.get("summary") or []), *(item.get("content") or [])])
+    thoughts = {"reasoning_content": holder.get("reasoning_content") or summary}
+    return thoughts | {"thinking_blocks": holder.get("thinking_blocks")}
+
+
 def answer_of(event):
     call = event["tool_call"]
     function = {"name": call["name"], "arguments": call["arguments"]}
-    answer = {key: event.get(key) for key in ("reasoning_content", "thinking_blocks")}
-    return answer | {"role": "assistant", "content": event["thought"],
-                     "tool_calls": [{"id": call["id"], "function": function}]}  # fmt: skip
+    answer = {"role": "assistant", "content": event["thought"]}
+    answer["tool_calls"] = [{"id": call["id"], "function": function}]
+    return answer | reasoning_of(event)
 
 
 def result_of(event):
@@ -44,7 +51,7 @@ def message_of(event):
         parts = [event["system_prompt"], event.get("dynamic_context")]
         return {"role": "system", "content": list(filter(None, parts))}
     if event["kind"] == "MessageEvent":
-        message = dict(event["llm_message"])
+        message = event["llm_message"] | reasoning_of(event["llm_message"])
         message["content"] = [*message["content"], *(event.get("extended_content") or [])]
         return message
     return answer_of(event) if event["kind"] == "ActionEvent" else result_of(event)
@@ -52,6 +59,7 @@ def message_of(event):
 
 def read(events):
     messages, answers, tools = [], {}, None
+    summaries = [event.get("summary") for event in events]  # of a call, in its arguments or made up by the tool
     for event in events:
         kind = event["kind"]
         if kind.startswith("Condensation") and kind != "CondensationRequest":
@@ -70,4 +78,4 @@ def read(events):
         if kind == "ActionEvent" and event.get("llm_response_id"):
             answers[event["llm_response_id"]] = message
         messages.append(message)
-    return {"messages": messages, "tools": tools, "meta": {}, "checked": events}
+    return {"messages": messages, "tools": tools, "meta": {}, "checked": events, "left_out": summaries}

@@ -7,7 +7,7 @@ KINDS = {
     "text": "message", "thought": "reasoning", "functionCall": "call", "functionResponse": "result",
     "system": "left out: telemetry, commands, titles; a rewind shows in the tree",
 }  # fmt: skip
-LEFT_OUT = {"toolCallResult": "a result once more, for the screen"}
+LEFT_OUT = {"toolCallResult": "a result once more, for the screen", "cwd": "of the working folder"}
 
 
 def fits(record):
@@ -19,7 +19,8 @@ def branch_of(lines):
     """The lines that led to the last message; a parent that was never written is a gap: the line before."""
     places = {line["uuid"]: place for place, line in enumerate(lines)}
     spoken = [place for place, line in enumerate(lines) if line["type"] != "system"]
-    branch, place = [], max(spoken)
+    branch = []
+    place = max(spoken)
     while place is not None and place not in branch:
         branch.append(place)
         parent = lines[place].get("parentUuid")
