@@ -996,7 +996,7 @@ class Sandbox:
             return ["env", "-C", self.root, f"HOME={self.root}", python], None
         options = bwrap_options(self.workspace, self.mounts, self.venv, self.settings.network, self.root)
         command, descriptor = bwrap_command(options, self.slot)
-        return [*command, python_home(self.venv)[0], "-I"], descriptor
+        return [*command, python_home(self.venv)[0]], descriptor
 
     async def start(self):
         self.name = f"limi-{uuid.uuid4().hex}"
@@ -2901,8 +2901,8 @@ def check_values(settings):
 
 
 MISTAKES = [  # (what is set, none of these is, what is said)
-    ({"no_tools", "solution"}, set(), "--no_tools does nothing with --agent solution"),
-    ({"no_tools", "nothing"}, set(), "--no_tools does nothing with --agent nothing"),
+    ({"no_tools", "agent solution"}, set(), "--no_tools does nothing with --agent solution"),
+    ({"no_tools", "agent nothing"}, set(), "--no_tools does nothing with --agent nothing"),
     ({"tools", "no_tools"}, set(), "--tools does nothing with --no_tools"),
     ({"paper"}, {"compare"}, "--paper does nothing without --compare"),
     ({"judge_model"}, {"judge"}, "--judge_model does nothing without --feedback judge"),
@@ -2923,8 +2923,8 @@ def check_settings(settings):
     nothing."""
     check_values(settings)
     given = {name for name, value in asdict(settings).items() if value}
-    given |= {settings.agent, settings.feedback}
-    if given & {"compare", "regrade", "solution", "nothing"} and "serve" not in given:
+    given |= {f"agent {settings.agent}", settings.feedback}
+    if given & {"compare", "regrade", "agent solution", "agent nothing"} and "serve" not in given:
         given.add("no model needed")
     for wrong, missing, text in MISTAKES:
         if wrong <= given and not missing & given:

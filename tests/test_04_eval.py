@@ -50,7 +50,7 @@ def test_an_episode_of_two_turns_with_feedback(m, endpoint, evaluate):
     )
     write = {"id": "c0", "type": "function", "function": {
         "name": "write_file", "arguments": {"file_path": "/workspace/a.txt", "content": "no\n"}}}  # fmt: skip
-    command = {"id": "c0", "type": "function", "function": {
+    command = {"id": "call_1", "type": "function", "function": {  # "c0" stands there already
         "name": "run_shell_command", "arguments": {"command": "echo hi > a.txt"}}}  # fmt: skip
     wrote = "Successfully created and wrote to new file: /workspace/a.txt."
     assert episode["messages"] == [
@@ -61,7 +61,7 @@ def test_an_episode_of_two_turns_with_feedback(m, endpoint, evaluate):
         {"role": "assistant", "content": "done"},
         {"role": "user", "content": feedback + "ok - a.txt is there"},
         {"role": "assistant", "content": "", "tool_calls": [command]},
-        {"role": "tool", "tool_call_id": "c0", "content": shell + "Signal: (none)"},
+        {"role": "tool", "tool_call_id": "call_1", "content": shell + "Signal: (none)"},
         {"role": "assistant", "content": "now"},
         {"role": "user", "content": "make b"},
         {"role": "assistant", "content": "b is not needed"},
@@ -890,13 +890,10 @@ def test_recipes_are_settings(m, name):
     assert settings.rounds == (1 if name == "demo" else 3)
 
 
-def test_help_is_quick(run_stage):
-    started = time.monotonic()
+def test_help_imports_nothing_heavy(run_stage):
+    """Two seconds on a quiet machine."""
     result = run_stage("04_eval.py", "--help")
     assert result.returncode == 0 and "--base_url" in result.stdout and "default: 3" in result.stdout
-    assert (
-        time.monotonic() - started < 20
-    )  # under two seconds on a quiet machine; here only: nothing heavy is imported
     heavy = "{'torch', 'vllm', 'openai', 'transformers'} & set(sys.modules)"
     heavy = f"import importlib, sys; importlib.import_module('04_eval'); print({heavy})"
     assert subprocess.run([sys.executable, "-c", heavy], capture_output=True, text=True, cwd=ROOT).stdout == "set()\n"
