@@ -7,6 +7,7 @@ KINDS = {
 STATES = """ConversationStateUpdateEvent ConversationErrorEvent PauseEvent TokenEvent LLMCompletionLogEvent
     CondensationRequest HookExecutionEvent StreamingDeltaEvent"""
 KINDS |= dict.fromkeys(STATES.split(), "left out: state, not sent to the model")
+COMPACTED = ("Condensation", "CondensationSummaryEvent")
 LEFT_OUT = {
     "tools": "read as schemas",
     "action": "the call once more, as the tool takes it",
@@ -59,13 +60,12 @@ def message_of(event):
 
 def read(events):
     messages, answers, tools = [], {}, None
-    summaries = [event.get("summary") for event in events]  # of a call, in its arguments or made up by the tool
+    # of a call: in its arguments, or made up by the tool
+    summaries = [event.get("summary") for event in events]
     for event in events:
         kind = event["kind"]
-        if kind.startswith("Condensation") and kind != "CondensationRequest":
-            raise ValueError("compacted")
         if kind not in KINDS:
-            raise ValueError(f"unknown_kind: {kind}")
+            raise ValueError("compacted" if kind in COMPACTED else f"unknown_kind: {kind}")
         if KINDS[kind].startswith("left out"):
             continue
         message = message_of(event)
