@@ -107,7 +107,7 @@ def Bash(command, timeout=120_000, description="", run_in_background=False, dang
     STATE["folder"] = moved or folder
     output = "\n".join(filter(None, [stdout, stderr]))
     if code is None:
-        raise ValueError(f"Command timed out after {timeout:g} ms\n{output}")
+        raise ValueError(f"Command timed out\n{output}")
     if code:
         raise ValueError(f"Exit code {code}\n{output}")
     return output or "(no output)"
