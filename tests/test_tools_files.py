@@ -160,7 +160,7 @@ def test_claude_keeps_the_folder_from_command_to_command_but_no_variables(tools,
     assert call("Bash", command="cd sub; X=1") == "(no output)"
     assert call("Bash", command='pwd; echo "[$X]"') == f"{tmp_path}/sub\n[]"
     assert call("Bash", command="echo no >&2; exit 2") == "Error: ValueError: Exit code 2\nno"
-    assert "Error: ValueError: Command timed out\n" == call("Bash", command="sleep 5", timeout=200)
+    assert call("Bash", command="sleep 5", timeout=200) == "Error: ValueError: Command timed out\n"
 
 
 def test_claude_runs_a_command_in_the_background_reads_and_stops_it(tools):
