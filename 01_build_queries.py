@@ -731,7 +731,7 @@ def print_counts(reasons):
 # ---- verify: an environment a repository, then 04 says what a solution and what doing nothing is worth ----
 
 def setup_variables(clone, base):
-    """What is installed is other people's code: it sees no key. The tree has no history: its version is told."""
+    """What is installed is other people's code: it sees no key. A tree without history knows no version."""
     tag = re.search(r"\d+(\.\d+)+", git(clone, "tag", "--merged", base, "--sort=-creatordate").decode())
     variables = {"SETUPTOOLS_SCM_PRETEND_VERSION": tag[0] if tag else "0.0.0"}
     for key, value in os.environ.items():
@@ -874,7 +874,7 @@ def run_agents(folder, tasks, runs):
 
 
 def run_agent(folder, agent, runs):
-    """Run 04 with an agent on folder/tasks.jsonl; returns its output folder. Raises InputError with what it says."""
+    """Run 04 with an agent on folder/tasks.jsonl; returns its output folder."""
     output, log = folder / agent, folder / f"{agent}.log"
     argv = f"--agent {agent} --n_runs {runs} --rounds 1 --concurrency {os.cpu_count()}".split()
     argv += ["--tasks", str(folder / "tasks.jsonl"), "--output_dir", str(output)]
