@@ -202,6 +202,24 @@ def test_claude_bridges_a_parent_that_was_never_written_and_lines_that_are_no_tu
     ]
 
 
+def test_claude_a_stale_parent_cuts_nothing_and_a_rewind_to_a_line_of_the_screen_does():
+    log = [
+        line("user", "1", None, "task"),
+        line("assistant", "2", "1", [call("t1", "Task", prompt="p")]),
+        line("progress", "p1", "2", data={"type": "agent_progress"}),
+        line("user", "3", "2", [result("t1", "sub result")]),
+        line("assistant", "4", "3", [text("integrated")]),
+        line("system", "s1", "4", subtype="turn_duration"),
+        line("user", "5", "p1", "again"),  # hangs on a line of the other agent's progress
+        line("assistant", "6", "5", [text("done")]),
+    ]
+    texts = [turn[1] for turn in said("claude_code", log)]
+    assert texts == ["task", "", "t1", "integrated", "again", "done"]
+    rewound = [*log, line("user", "7", "s1", "instead"), line("assistant", "8", "7", [text("other")])]
+    texts = [turn[1] for turn in said("claude_code", rewound)]
+    assert texts == ["task", "", "t1", "integrated", "instead", "other"]
+
+
 def test_claude_leaves_out_rewound_branches_other_agents_and_what_follows_a_compaction():
     log = [
         line("user", "1", None, "task"),

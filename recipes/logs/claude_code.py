@@ -122,18 +122,23 @@ def session_of(log):
 def parents_of(lines):
     """({id of a line: the turn that it hangs on, None at the start}, the last turn).
 
-    A parent that was never written is a gap of the log, one that is no turn is bridged: the turn before it
-    in the file. A prompt that hangs on nothing is the first one, perhaps written anew.
+    A parent that was never written is a gap of the log, one that is no turn is bridged: by the turn before
+    the line in the file, or, if a prompt goes back over other prompts to it, by the turn before that parent.
+    A prompt that hangs on nothing is the first one, perhaps written anew.
     """
     linked = any(line.get("parentUuid") for line in lines)
-    parents, turn_of, turn = {}, {}, None
+    parents, turn, prompts = {}, None, 0
+    places = {}  # uuid -> (the turn that it stands for, the prompts before it; None: it is a turn)
     for line in lines:
-        parents[id(line)] = turn_of.get(line.get("parentUuid"), turn)
-        if is_turn(line):
-            if linked and not line.get("parentUuid") and not ids_of(line, "tool_use_id"):
-                parents[id(line)] = None
-            turn = line
-        turn_of.setdefault(line.get("uuid"), turn)
+        stands, asked = places.get(line.get("parentUuid"), (turn, prompts))
+        is_prompt = line["type"] == "user" and not ids_of(line, "tool_use_id")
+        exact = asked is None or is_prompt and asked < prompts
+        parents[id(line)] = stands if exact else turn
+        if is_prompt and linked and not line.get("parentUuid"):
+            parents[id(line)] = None
+        prompts += is_prompt
+        turn = line if is_turn(line) else turn
+        places.setdefault(line.get("uuid"), (turn, None if is_turn(line) else prompts))
     return parents, turn
 
 
