@@ -248,13 +248,11 @@ def shared(lists):
 
 
 def read_summaries(folders):
-    """04's summary.json of each results folder. Raises InputError."""
-    summaries = []
-    for folder in folders:
-        path = Path(folder, "summary.json")
-        if not path.exists():
-            raise InputError(f"{path}: no such file; 04_eval.py --output_dir {folder} writes it")
-        summaries.append(read_json(path))
+    """04's summary.json of each folder, as if all had had the fewest rounds of them. Raises InputError."""
+    summaries = [evaluation.load_run(folder) for folder in folders]
+    rounds = min(summary["settings"]["rounds"] for summary in summaries)
+    for folder, summary in zip(folders, summaries):
+        summary["by_task"] = evaluation.scores_within(folder, summary, rounds)
     return summaries
 
 
@@ -291,6 +289,9 @@ def read_comparison(folders):
     tasks = shared([list(summary["by_task"]) for summary in summaries])
     if not tasks:
         raise InputError(f"{' and '.join(map(str, folders))}: no task was scored in all of them")
+    for task in tasks:
+        if len({summary["task_sha256"].get(task) for summary in summaries}) > 1:
+            raise InputError(f"{folders[-1]}: the task {task} differs between the runs: text, check or folders")
     return {
         "names": run_names(folders),
         "summaries": summaries,

@@ -157,6 +157,7 @@ def make_results(folder, episodes, by_task, **more):
         "model": str(folder / "model"),
         "settings": {"rounds": 3, "temperature": 0.0, "max_round_tokens": None},
         "fingerprints": {"tasks_sha256": "ab" * 32},
+        "task_sha256": dict.fromkeys(by_task, "cd" * 32),
         "metrics": metrics | {"seconds": 3725.0, "prompt_tokens": 123456},
         "by_task": {task: dict(zip(keys, values)) for task, values in by_task.items()},
     }
@@ -343,6 +344,26 @@ def test_intervals_are_those_of_the_evaluation(view, plot, stage):
     low, high = stage("04_eval").bootstrap([0.5, 0.25, 0.5, 0.5, 0])
     assert name == "FTFC" and published == [] and means == [stage("04_eval").percent(run) for run in values]
     assert difference.startswith(f"+35.0% [{low:+.1%}, {high:+.1%}], p = ") and 0 <= low < high <= 0.5
+
+
+def test_runs_with_other_rounds_are_compared_over_the_fewest(view, tmp_path):
+    tasks = {"a": (0.5, 1, 2 / 3)}
+    long = make_results(tmp_path / "long", [episode("a", 0, [0.5, 1])], tasks)
+    short = make_results(tmp_path / "short", [episode("a", 0, [1])], {"a": (1, 1, 1)}, settings={"rounds": 1})
+    summary = json.loads(short.joinpath("summary.json").read_text())
+    summary["by_task"] = {"a": {"FTFC": 1, "SR@1": 1, "RC@1": 1}}
+    short.joinpath("summary.json").write_text(json.dumps(summary))
+    rows = Page(view.view([long, short], tmp_path / "out", 500)).rows
+    assert next(row for row in rows if "SR@1" in row[0])[1].startswith("0.0%")  # solved in round 2 only
+
+
+def test_other_tasks_of_the_same_name_are_not_compared(view, tmp_path):
+    pair = make_pair(tmp_path)
+    summary = json.loads(pair[1].joinpath("summary.json").read_text())
+    summary["task_sha256"]["b"] = "ef" * 32
+    pair[1].joinpath("summary.json").write_text(json.dumps(summary))
+    with pytest.raises(view.InputError, match="task b differs"):
+        view.view(pair, None, 500)
 
 
 def test_published_numbers_have_a_column_of_their_own(view, tmp_path):
