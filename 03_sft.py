@@ -280,7 +280,9 @@ def read_jsonl(path, append_only=False):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise InputError(f"{path}:{number}: not valid JSON ({error}); one JSON object a line") from None
+                raise InputError(
+                    f"{path}:{number}: not valid JSON ({error}); one JSON object a line"
+                ) from None
             if not isinstance(row, dict):
                 raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
             yield f"{path}:{number}", row
