@@ -165,7 +165,8 @@ HARMLESS = """
     torch_empty_cache_steps dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
     dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
     ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
-    ddp_timeout skip_memory_metrics debug use_cpu local_rank
+    ddp_timeout skip_memory_metrics debug use_cpu local_rank fsdp fsdp_config parallelism_config
+    accelerator_config deepspeed
 """.split()
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -1347,6 +1348,7 @@ def record_of_run(settings: Settings, args: SFTConfig, facts: dict) -> dict:
     commit = ["git", "-C", str(script.parent), "describe", "--always", "--dirty", "--abbrev=40"]
     packages = ("torch", "transformers", "trl", "accelerate", "datasets")
     run = {name: value for name, value in everything.items() if name not in HARMLESS}
+    run["sharded"] = os.environ.get("ACCELERATE_USE_FSDP") == "true"  # so are its checkpoints
     run["train_file_sha256"] = data = sha256(Path(settings.train_file))
     run["script_sha256"] = sha256(script)
     run["base_sha256"] = base_sha256(settings.model_name_or_path)
