@@ -20,6 +20,7 @@ process, several, FSDP2, context parallel. With --save_steps N the same command 
 checkpoint; SIGTERM saves one and stops.
 """
 
+import argparse
 import contextlib
 import copy
 import difflib
@@ -207,6 +208,10 @@ def make_parser() -> TrlParser:
     parser.allow_abbrev = False
     parser.error = mistake
     everything = {action.dest: action for action in parser._optionals._group_actions}
+    everything["max_length"].help = "Longer samples are left out, not cut. (default: %(default)s)"
+    refused = " ".join(REFUSED.values()).split()
+    for action in parser._actions:
+        action.help = argparse.SUPPRESS if action.dest in refused else action.help
     first = parser.add_argument_group("used first")
     first._group_actions = [everything.pop(name) for name in FIRST]
     parser._optionals._group_actions = list(everything.values())
