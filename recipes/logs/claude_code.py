@@ -142,25 +142,33 @@ def parents_of(lines):
     return parents, turn
 
 
+def turns_before(turn, parents):
+    """The turn and those that it hangs on, the last one first."""
+    found = {}
+    while turn and id(turn) not in found:
+        found[id(turn)] = turn
+        turn = parents[id(turn)]
+    return found.values()
+
+
 def branch_of(lines):
     """The lines that the last turn saw, in file order; results of parallel calls may lie beside it."""
-    parents, turn = parents_of(lines)
-    branch, answers, called, beside = set(), set(), set(), set()
-    while turn and id(turn) not in branch:
-        branch.add(id(turn))
-        answers.add(answer_id(turn))
-        turn = parents[id(turn)]
+    parents, last = parents_of(lines)
+    turns = turns_before(last, parents)
+    branch = {None, *map(id, turns)}
+    answers = set(map(answer_id, turns))
+    called, beside, kept = set(), set(), []
     for line in lines:
-        parent = parents[id(line)]
+        parent = parents[id(line)] and id(parents[id(line)])
+        seen = parent in beside or parent in branch and not is_turn(line)
         if line["type"] == "assistant":
             seen = answer_id(line) in answers
             called |= ids_of(line, "id") if seen else set()
-        elif line["type"] == "user":
-            seen = id(parent) in beside or ids_of(line, "tool_use_id") & called
-        else:
-            seen = parent is None or id(parent) in branch | beside
-        beside |= {id(line)} - branch if seen else set()
-    return [line for line in lines if id(line) in branch | beside]
+        seen = seen or ids_of(line, "tool_use_id") & called
+        if id(line) not in branch and seen:
+            beside.add(id(line))
+        kept += [line] if id(line) in branch or seen else []
+    return kept
 
 
 def sent(lines):

@@ -21,9 +21,10 @@ def fits(record):
 def branch_of(entries):
     """The entries that led to the last one; a parent that was never written is a gap: the entry before it."""
     places = {entry["id"]: place for place, entry in enumerate(entries) if "id" in entry}
-    branch, place = [], len(entries) - 1
+    branch = {}  # in the order of the walk
+    place = len(entries) - 1
     while place is not None and place not in branch:
-        branch.append(place)
+        branch[place] = True
         before = place - 1 if place else None
         is_root = entries[place].get("parentId", "") is None
         place = None if is_root else places.get(entries[place].get("parentId"), before)

@@ -19,10 +19,10 @@ def branch_of(lines):
     """The lines that led to the last message; a parent that was never written is a gap: the line before."""
     places = {line["uuid"]: place for place, line in enumerate(lines)}
     spoken = [place for place, line in enumerate(lines) if line["type"] != "system"]
-    branch = []
+    branch = {}  # in the order of the walk
     place = max(spoken)
     while place is not None and place not in branch:
-        branch.append(place)
+        branch[place] = True
         parent = lines[place].get("parentUuid")
         gap = place - 1 if place else None
         place = places.get(parent, gap) if parent else None
