@@ -483,3 +483,13 @@ def test_other_peoples_servers(mode, m, tmp_path):
     ended |= {row["query_id"]: row["reason"] for row in map(json.loads, lines)}
     bad, good = MODES[mode]
     assert ended == {"bad-1": bad, "good-1": good, "good-2": good, "good-3": good}
+
+
+@pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/endpoints/*.yaml")), ids=lambda path: path.stem)
+def test_a_provider_is_five_lines_of_yaml(m, path, monkeypatch):
+    from trl import TrlParser
+
+    (settings,) = TrlParser(m.Settings).parse_args_and_config(["--config", str(path), "--model", "x"])
+    m.check_settings(settings)
+    client = m.Endpoint(settings, settings.base_url[0], [settings.api_key_env])
+    assert client.body([], [], 0)["model"] == "x"
