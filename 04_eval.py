@@ -160,8 +160,7 @@ verify your work by running it, and when the task is done answer briefly without
 
 
 class InputError(ValueError):
-    """A mistake in the user's input, told in one line that names file, line, field and remedy; exit code
-    2."""
+    """A mistake in the user's input, told in one line that names file, line, field and remedy; exit code 2."""
 
 
 class NotRun(Exception):

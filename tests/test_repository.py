@@ -10,7 +10,7 @@ import pytest
 from conftest import ROOT
 
 STAGES = ["01_build_queries", "02_format_trajectories", "03_sft", "04_eval"]
-SHARED = ["InputError", "parse_settings", "read_jsonl", "write_jsonl", "open_append"]
+SHARED = ["InputError", "parse_settings", "read_jsonl"]
 
 
 @pytest.mark.parametrize("name", SHARED)
