@@ -156,13 +156,13 @@ def branch_of(lines):
     parents, last = parents_of(lines)
     turns = turns_before(last, parents)
     branch = {None, *map(id, turns)}
-    answers = set(map(answer_id, turns))
+    answers = set(map(answer_id, turns)) - {None}
     called, beside, kept = set(), set(), []
     for line in lines:
         parent = parents[id(line)] and id(parents[id(line)])
         seen = parent in beside or parent in branch and not is_turn(line)
         if line["type"] == "assistant":
-            seen = answer_id(line) in answers
+            seen = id(line) in branch or answer_id(line) in answers
             called |= ids_of(line, "id") if seen else set()
         seen = seen or ids_of(line, "tool_use_id") & called
         if id(line) not in branch and seen:
