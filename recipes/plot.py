@@ -291,7 +291,8 @@ def read_comparison(folders):
         raise InputError(f"{' and '.join(map(str, folders))}: no task was scored in all of them")
     for task in tasks:
         if len({summary["task_sha256"].get(task) for summary in summaries}) > 1:
-            raise InputError(f"{folders[-1]}: the task {task} differs between the runs: text, check or folders")
+            told = f"the task {task} differs between the runs: text, check or folders"
+            raise InputError(f"{folders[-1]}: {told}")
     return {
         "names": run_names(folders),
         "summaries": summaries,
