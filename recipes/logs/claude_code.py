@@ -159,15 +159,17 @@ def branch_of(lines):
     answers = set(map(answer_id, turns)) - {None}
     called, beside, kept = set(), set(), []
     for line in lines:
+        on_branch = id(line) in branch
         parent = parents[id(line)] and id(parents[id(line)])
-        seen = parent in beside or parent in branch and not is_turn(line)
+        seen = on_branch or parent in beside or parent in branch and not is_turn(line)
         if line["type"] == "assistant":
-            seen = id(line) in branch or answer_id(line) in answers
+            seen = on_branch or answer_id(line) in answers
             called |= ids_of(line, "id") if seen else set()
-        seen = seen or ids_of(line, "tool_use_id") & called
-        if id(line) not in branch and seen:
-            beside.add(id(line))
-        kept += [line] if id(line) in branch or seen else []
+        elif ids_of(line, "tool_use_id") & called:
+            seen = True
+        if seen:
+            kept.append(line)
+            beside |= set() if on_branch else {id(line)}
     return kept
 
 
