@@ -1505,7 +1505,7 @@ def text_reasons(row):
     for turn in row["turns"]:
         reasons += bounds(turn)
     if is_mined(row):
-        reasons += secret_reasons(row)
+        reasons += secret_reasons(row) if "material" in row else []
         reasons += [f"mentions {name}" for name, rule in TEXT_RULES.items() if re.search(rule, text_of(row))]
     return list(dict.fromkeys(reasons))
 
@@ -1660,7 +1660,7 @@ def apply_edits(row, edits):
             turn["query"] = query or turn["query"]
         if "rubric" in edit:
             row["turns"][0]["rubric"] = edit["rubric"]
-    if edits and "material" in row:
+    if edits and (is_mined(row) or "material" in row):
         row["reasons"] += text_reasons(row)
 
 
@@ -1676,10 +1676,14 @@ def apply_reviews(rows, path, reject):
             row["reasons"] += [
                 f"rejected by a reviewer: {one.get('reason') or 'no reason'}" for one in against
             ]
-    print_agreement([list(given.values()) for given in found.values() if given])
+    print_agreement(found)
 
 
-def print_agreement(units):
+def print_agreement(found):
+    units = []
+    for given in found.values():
+        if given:
+            units.append([one["decision"] for one in given.values()])
     if units:
         alpha, n = agreement(units)
         print(f"review: {len(units)} tasks decided, {n} by two or more; Krippendorff's alpha {alpha:.2f}")
@@ -1695,7 +1699,7 @@ def agreement(units):
     for unit in units:
         if len(unit) < 2:
             continue
-        own = Counter(one["decision"] for one in unit)
+        own = Counter(unit)
         observed += different_pairs(own) / (len(unit) - 1)
         counts += own
         n += 1

@@ -854,8 +854,8 @@ def test_a_paper_becomes_a_research_query_with_a_rubric(endpoint, tmp_path):
 # ---- check ----
 
 GOOD = (
-    "When the loader meets a file that it cannot read it stops the whole run, and nobody can see which it was. "
-    "It should go on with the others and say the name of the file and the reason in one line at the end of it."
+    "When the loader meets a file that it cannot read it stops the whole run, and nobody sees which it was. "
+    "It should go on with the others and say the name of the file and the reason in a line at the end of it."
 )
 
 
@@ -869,10 +869,13 @@ GOOD = (
         ({"query": "it is the word " * 5000, "check": "true"}, "longer than 600 words"),
         ({"query": GOOD}, "neither a check nor a rubric"),
         ({"query": GOOD, "rubric": ["", " "]}, "an empty requirement in its rubric"),
-        ({"query": GOOD, "rubric": ["x" * 501]}, "a rubric of more than ten requirements or 500 characters"),
+        (
+            {"query": GOOD, "rubric": ["x" * 501]},
+            "a rubric of more than ten requirements, or of more than 500 characters each",
+        ),
         (
             {
-                "query": "Quand le lecteur rencontre un fichier illisible il arrête tout, personne ne le voit. "
+                "query": "Quand le lecteur rencontre un fichier illisible il arrête tout et on ne voit rien. "
                 * 4,
                 "check": "true",
             },

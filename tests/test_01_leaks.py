@@ -1,4 +1,4 @@
-"""What a query gives away, on eight small pull requests in the manner of real ones and 56 texts about them."""
+"""What a query gives away, on eight small pull requests in the manner of real ones: 56 texts."""
 
 import difflib
 import importlib
@@ -522,7 +522,7 @@ TEXTS = [
 
 
 def test_leak_table_precision_and_recall(capsys):
-    """The rules refuse nearly every leaky text and no clean one; what is only an idea is left to the judge."""
+    """The rules refuse nearly every leaky text and no clean one; mere ideas are left to the judge."""
     caught, missed, wrong = [], [], []
     for name, leak, text in TEXTS:
         found = list(PULLS[name].leaks(text))
