@@ -23,12 +23,12 @@ def test_a_launcher_gets_its_folders_environment_and_image(stage, recipe):
     assert words[0] == recipe.stem and words[-1] == "an-image"  # 04 appends python3 and its arguments
     assert not [word for word in words if "{" in word]
     option = "--bind=" if recipe.stem == "apptainer" else "--volume="
-    assert [word.removeprefix(option) for word in words if word.startswith(option)] == [
+    assert {word.removeprefix(option) for word in words if word.startswith(option)} == {
         "/host/ws:/workspace:rw",
         "/host/private:/private:ro",
         "/host/states:/states:rw",
         "/host/venv:/opt/venv:ro",
-    ]
+    }
     assert "--env=HOME=/home/agent" in words and "--env=PATH=/opt/venv/bin:/usr/local/bin:/usr/bin:/bin" in words
     assert "--network=none" in words
     assert settings.sandbox_stop in (None, [recipe.stem, "kill", "{name}"])
