@@ -1825,6 +1825,8 @@ def finished(row):
 
 def what_to_do(rows):
     """The commonest reason and its remedy."""
+    if not rows:
+        return "no merged pull request was found: does the clone have a history with their numbers?"
     (reason, count), = Counter(row["reasons"][0] for row in rows).most_common(1)
     remedies = [remedy for start, remedy in REMEDIES.items() if reason.startswith(start)]
     return (

@@ -336,6 +336,7 @@ def test_bad_repositories(tmp_path, small_repo, demo_clone):
     assert "nothing to read" in refused()
     assert "must be 1 or more" in refused(*flags, demo_clone, "--concurrency", 0)
     assert "must write JUnit XML to {report}" in refused(*flags, demo_clone, "--test_command", "pytest -q")
+    assert "no merged pull request was found" in refused(*flags, repo)
     commit({"a.py": "x = 2\n"}, "No tests (#1)")
     line = refused(*flags, repo)
     assert "no query is left" in line and line.endswith(
