@@ -181,7 +181,7 @@ def test_what_is_no_task_is_named(read_in, harbor_task, run_stage, one_line_erro
     one_line_error(run_stage(HARBOR, "out", tmp_path / "nowhere.jsonl", empty), "nowhere.jsonl")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # Out, and in again
 
 
@@ -255,7 +255,7 @@ def test_harbors_own_loader_reads_ours(run_stage, own_tasks, tmp_path):
     assert test == str(tmp_path / "out/one/tests/test.sh")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# ----------------------------------------------------------------------------------------------------------
 # ATIF
 
 EPISODE = {
@@ -339,8 +339,6 @@ def test_an_episode_as_atif(run_stage, tmp_path):
 def test_stage_2_reads_back_what_was_exported(run_stage, tmp_path):
     assert export(run_stage, tmp_path, EPISODE).returncode == 0
     out = tmp_path / "back.jsonl"
-    if "--readers" not in run_stage("02_format_trajectories.py", "--help").stdout:
-        pytest.skip("needs a stage 2 with --readers")
     result = run_stage("02_format_trajectories.py", tmp_path / "atif", "--output_file", out)
     assert result.returncode == 0, result.stderr
     [row] = map(json.loads, out.read_text().splitlines())

@@ -1,0 +1,425 @@
+"""AgencyBench v2: a small grader of our own that speaks the SDK's protocol."""
+
+import importlib
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from scripted import call, say
+
+pytestmark = pytest.mark.skipif(not shutil.which("bwrap"), reason="needs bubblewrap")
+ROOT = Path(__file__).resolve().parents[1]
+NAME = "agencybench-v2-MCP-scenario2"
+
+# As the real ones: asks through `node $SII_BRIDGE_PATH` in JSON lines, follows links when it copies, retries
+# once with feedback, gives up after a failed subtask. A subtask is solved when a.txt holds its number.
+GRADER = r"""
+import argparse, json, os, shutil, socket, subprocess, threading, time
+from pathlib import Path
+parser = argparse.ArgumentParser()
+parser.add_argument("--env")
+parser.add_argument("--description", default="/description.json")
+args = parser.parse_args()
+here = Path(__file__).resolve().parent
+description = json.loads((here / args.description).read_text())
+env = dict(line.split("=", 1) for line in (here / args.env).read_text().splitlines() if "=" in line)
+model, mode = here / env["SII_TARGET_MODEL"], description["mode"]
+if mode == "crash":
+    raise SystemExit("no such grader")
+if mode == "judge":
+    import urllib.request
+    url, body = env["EVAL_TEXT_API_BASE_URL"] + "/chat/completions", {"model": env["EVAL_TEXT_MODEL"]}
+    body["messages"] = [{"role": "user", "content": "Answer in JSON: a score."}]
+    def ask():
+        request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+        with urllib.request.urlopen(request, timeout=60) as reply:
+            text = json.load(reply)["choices"][0]["message"]["content"]
+        try:
+            return json.loads(text)["score"]
+        except ValueError:
+            return 0  # as the real ones do
+if mode == "hasty":
+    def leave():
+        while not list(model.rglob("begun")):
+            time.sleep(0.1)
+        os._exit(3)
+    threading.Thread(target=leave).start()
+events, meta, session = [], {"subtasks": []}, {}
+
+def send(prompt, cwd):
+    bridge = subprocess.Popen(["node", os.environ["SII_BRIDGE_PATH"]], stdin=-1, stdout=-1, text=True)
+    options = {"cwd": str(cwd), "system_prompt": "Be brief.", "max_turns": 4, "yolo": True}
+    params = {"prompt": prompt, "options": options, "history": [{"role": "user", "content": "..."}]} | session
+    bridge.stdin.write(json.dumps({"request_id": "r", "method": "query", "params": params}) + "\n")
+    bridge.stdin.flush()
+    for line in bridge.stdout:
+        events.append(json.loads(line))
+        if events[-1]["type"] in ("completed", "error"):
+            break
+    session.update(events[-1].get("metadata", {}))
+    bridge.stdin.close()
+    assert bridge.wait() == 0
+
+previous = None
+for n in range(1, description["subtask_count"] + 1):
+    attempts, feedback = [], ""
+    for k in range(1, 3):
+        workspace = model / f"subtask{n}" / "workspace" / f"attempt_{k:02d}"
+        workspace.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copytree(previous, workspace) if previous else workspace.mkdir()
+        places = {"outside": here, "dots": model / ".." / "subtask1", "link": model / "link"}
+        cwd = places.get(mode, workspace)
+        if mode == "link":
+            (model / "link").symlink_to("/etc")
+        if mode != "silent":
+            send(description[f"subtask{n}"] + feedback, cwd)
+        previous, answer = workspace, workspace / "a.txt"
+        solved = mode == "silent" or answer.exists() and answer.read_text() == str(n)
+        if mode == "copies":
+            shutil.copytree(workspace, model / "evalspace" / f"{n}.{k}", symlinks=False)
+        if mode == "runs":
+            subprocess.run(["bash", "run.sh"], cwd=workspace)
+        score = 10 if solved else 5
+        if mode == "judge":
+            try:
+                score = ask()
+            except OSError:
+                score = 0  # as the real ones do
+        attempts.append({"attempt_index": k, "score": score, "feedback": "a.txt"})
+        if solved:
+            break
+        feedback = " Focus on a.txt."
+    meta["subtasks"].append({"name": f"subtask{n}", "attempts": attempts})
+    if not solved:
+        break
+try:
+    socket.create_connection(("127.0.0.1", description["port"]), 1)
+    reached = True
+except OSError:
+    reached = False
+keys = [key for key in os.environ if "KEY" in key]
+(model / "meta_eval.json").write_text(json.dumps(meta | {"events": events, "reached": reached, "keys": keys}))
+"""
+
+
+
+@pytest.fixture
+def v2(stage):
+    sys.path.insert(0, str(ROOT / "recipes/benchmarks"))
+    four = stage("04_eval")
+    kept = four.Episode, four.turn_scores
+    yield importlib.import_module("agencybench_v2")
+    four.Episode, four.turn_scores = kept
+
+
+@pytest.fixture
+def run(v2, endpoint, tmp_path, monkeypatch):
+    """run(mode) -> (episodes, summary, what the grader wrote, exit code) of our grader, in this process."""
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+
+    def run(mode="fair", subtasks=3, **settings):
+        folder = tmp_path / "clone" / "AgencyBench-v2" / "MCP" / "scenario2"
+        folder.mkdir(parents=True, exist_ok=True)
+        folder.joinpath("eval_task.py").write_text(GRADER)
+        folder.joinpath(".env").write_text("SII_TARGET_MODEL=your_model\nSII_MAX_TURNS=1000\n")
+        port = int(endpoint.url.split(":")[2].split("/")[0])
+        tasks = {f"subtask{n}": f"write {n}" for n in range(1, subtasks + 1)}
+        text = json.dumps(tasks | {"subtask_count": subtasks, "mode": mode, "port": port})
+        folder.joinpath("description.json").write_text(text)
+        out = tmp_path / "out"
+        handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        settings = {"model": "x", "base_url": [endpoint.url], "patience": 0} | settings
+        settings |= {"output_dir": str(out)}
+        settings |= {"clone": str(tmp_path / "clone"), "venv": sys.prefix, "scenarios": ["MCP/*"]}
+        try:
+            code = v2.main(v2.Settings(**settings))
+        finally:
+            for number, handler in handlers.items():
+                signal.signal(number, handler)
+        rows = [json.loads(line) for line in out.joinpath("episodes.jsonl").read_text().splitlines()]
+        meta = out / "workspaces" / f"{NAME}-0" / "meta_eval.json"
+        made = json.loads(meta.read_text()) if meta.exists() else None
+        return rows, json.loads(out.joinpath("summary.json").read_text()), made, code
+
+    return run
+
+
+def shell(command):
+    return call("run_shell_command", command=command)
+
+
+def test_a_grader_and_its_agent(v2, endpoint, run, capsys):
+    pairs = [(1, 1), (1, 2), (2, 1)]
+    places = [f"/workspace/scenario2/agent/subtask{n}/workspace/attempt_{k:02d}" for n, k in pairs]
+    look = "cat ../../../../description.json ../../../../.env; ls -A /workspace /workspace/scenario2 .."
+    look += "; ls /bridge"
+    endpoint.script["write 1"] = [
+        shell(look),
+        say("done"),
+        call("write_file", file_path=f"{places[1]}/a.txt", content="1") | {"content": "Again."},
+        shell("ls"),
+        say("now it is"),
+        *[shell("true")] * 4,  # max_turns
+        say("I cannot"),
+    ]
+    rows, summary, meta, code = run(network=True)  # for the agent, never for the grader
+    (episode,) = rows
+    users = [message["content"] for message in episode["messages"] if message["role"] == "user"]
+    assert users == [
+        "write 1",
+        f"You work in the directory {places[1]} now.\n\nwrite 1 Focus on a.txt.",
+        f"You work in the directory {places[2]} now.\n\nwrite 2",
+        "You work in the directory /workspace/scenario2/agent/subtask2/workspace/attempt_02 now.\n\n"
+        "write 2 Focus on a.txt.",
+    ]
+    system = v2.stage.SYSTEM_PROMPT.replace("/workspace", places[0]) + "\n\nBe brief."
+    assert episode["messages"][0] == {"role": "system", "content": system}
+    rounds = [(r["turn"], r["round"], r["stop"], r["score"]) for r in episode["rounds"]]
+    assert rounds == [
+        (0, 1, "answer", 0.5),
+        (0, 2, "answer", 1.0),
+        (1, 1, "max_steps", 0.5),
+        (1, 2, "answer", 0.5),
+        (2, 1, "skipped", 0),
+    ]
+    # by hand: S_avg (1 + 0.5 + 0) / 3; the first subtask passes at its second attempt
+    expected = {"S_avg": 0.5, "Pass@1": 0.0, "Pass@2": 1 / 3}
+    assert summary["by_task"][NAME] == pytest.approx(expected)
+    assert episode["meta"]["solved"] is False and episode["meta"]["tool_calls"] == 7
+    assert summary["faults"][NAME].startswith("a subtask counts as passed or failed")
+    printed = capsys.readouterr().out
+    assert f"beware: {NAME}: a subtask counts" in printed and "S_avg over 1 of 32 scenarios: 0.5\n" in printed
+    # the agent saw its folder and no other
+    outputs = [message["content"] for message in episode["messages"] if message["role"] == "tool"]
+    assert outputs[0].count("No such file or directory") == 3 and "subtask_count" not in outputs[0]
+    assert "Stdout: ..:\nattempt_01\n\n/workspace:\nscenario2\n\n/workspace/scenario2:\nagent\n" in outputs[0]
+    # what the grader was told, to the letter, and what it could reach
+    types = [event["type"] for event in meta["events"][:3]]
+    assert types == ["tool_call", "tool_result", "assistant_message"]
+    args = {"file_path": f"{places[1]}/a.txt", "content": "1"}
+    wrote = f"Successfully created and wrote to new file: {places[1]}/a.txt."
+    assert meta["events"][3:7] == [
+        {"type": "completed", "metadata": {"session_id": f"{NAME}-0"}},
+        {"type": "assistant_message", "content": [{"type": "text", "text": "Again."}]},
+        {"type": "tool_call", "tool_call_id": "call_1", "tool_name": "write_file", "args": args},
+        {"type": "tool_result", "tool_use_id": "call_1", "content": wrote},
+    ]
+    assert meta["reached"] is False and meta["keys"] == []
+    # a finished scenario is not run again
+    before = len(endpoint.requests)
+    assert run(network=True)[0] == rows and len(endpoint.requests) == before
+
+
+@pytest.mark.parametrize(
+    "mode, text",
+    [
+        ("crash", "the agent was asked 0 times, no such grader"),
+        ("silent", "the agent was asked 0 times, 3 attempts scored"),
+        ("outside", "the agent was asked 0 times, 2 attempts scored"),
+        ("dots", "the agent was asked 0 times, 2 attempts scored"),
+        ("link", "the agent was asked 0 times, "),
+    ],
+)
+def test_a_grader_that_asks_nobody_is_no_score(endpoint, run, tmp_path, mode, text):
+    rows, summary, _, code = run(mode)
+    assert rows == [] and summary["not_run"] == {"check_not_started": 1} and code == 1
+    [entry] = map(json.loads, tmp_path.joinpath("out/not_run.jsonl").read_text().splitlines())
+    assert entry["detail"].startswith(text) and len(endpoint.requests) == 1  # the probe
+
+
+def test_an_endpoint_that_fails_is_no_score(endpoint, run):
+    endpoint.script["write 1"] = lambda body: (500, {}, "broken")
+    rows, summary, _, code = run()
+    assert rows == [] and summary["not_run"] == {"endpoint_error": 1} and code == 1
+    endpoint.script["write 1"] = lambda body: say("no")  # it is up again: the same command goes on
+    (episode,), _, _, _ = run()
+    assert [record["score"] for record in episode["rounds"]] == [0.5, 0.5, 0, 0]
+
+
+def once(*replies):
+    """A script that answers so, one prompt after the other, and then always the last."""
+    left = list(replies)
+    return lambda body: left.pop(0) if len(left) > 1 else left[0]
+
+
+def test_what_the_model_left_cannot_take_a_scenario_out_of_the_mean(endpoint, run, capsys):
+    """A grader that ends early, twice, is a 0 and not a scenario less: it was the agent's doing."""
+
+    def begin(body):
+        return shell("touch begun; sleep 2") if len(body["messages"]) == 2 else say("x")
+
+    endpoint.script["write 1"] = begin
+    rows, summary, _, _ = run("hasty")
+    (episode,) = rows
+    rounds = [(r["turn"], r["stop"], r["score"]) for r in episode["rounds"]]
+    assert rounds == [(turn, "grader crashed", 0) for turn in range(3)]
+    assert summary["rounds_ended_by"] == {"grader crashed": 3} and summary["metrics"]["S_avg"] == 0
+    assert capsys.readouterr().out.count(f"{NAME}-0: grader crashed: ") == 2
+
+
+PLANTS = {
+    "socket": "import socket; socket.socket(socket.AF_UNIX).bind('left')",
+    "fifo": "import os; os.mkfifo('left')",
+    "fifo below": "import os; os.makedirs('a/b'); os.mkfifo('a/b/left')",
+}
+
+
+@pytest.mark.parametrize("plant", PLANTS.values(), ids=PLANTS)
+def test_what_is_no_file_is_gone_before_the_grader_copies(endpoint, run, plant):
+    endpoint.script["write 1"] = once(shell(f'echo -n 1 > a.txt; python3 -c "{plant}"; ls -R'), say("done"))
+    (episode,), summary, _, _ = run("copies", subtasks=1)
+    [output] = [message["content"] for message in episode["messages"] if message["role"] == "tool"]
+    assert "left" in output and summary["metrics"]["S_avg"] == 1
+
+
+LINKS = {
+    "through /proc": "touch description.json; ln -s /proc/self/cwd/description.json a",
+    "through another process": "touch description.json; ln -s /proc/2/cwd/description.json a",
+    "a link to a link": "touch description.json; ln -s /proc/self/cwd b; ln -s b/description.json a",
+    "a folder": "ln -s /proc/self/cwd a",
+    "absolute": "ln -s /workspace/scenario2/description.json a",
+    "relative": "ln -s ../../../../description.json a",
+    "nowhere yet": "ln -s ../../description.json a",
+    "in a locked folder": "mkdir d; ln -s /proc/self/cwd/description.json d/a; chmod 000 d",
+}
+
+
+@pytest.mark.parametrize("links", LINKS.values(), ids=LINKS)
+def test_no_link_leads_the_grader_to_its_answers(endpoint, run, tmp_path, links):
+    command = f"echo -n 1 > a.txt; ln -s a.txt kept; {links}; ls -la"
+    endpoint.script["write 1"] = once(shell(command), say("done"))
+    (episode,), summary, _, _ = run("copies", subtasks=1)
+    assert summary["metrics"]["S_avg"] == 1
+    copied = tmp_path / "out/workspaces" / f"{NAME}-0/evalspace/1.1"
+    texts = [path.read_bytes() for path in copied.rglob("*") if path.is_file()]
+    assert b"1" in texts and not any(b"subtask_count" in text for text in texts)
+    assert copied.joinpath("kept").read_text() == "1"  # an honest link
+
+
+def test_a_program_of_the_model_changes_no_module_of_the_grader(endpoint, run, tmp_path):
+    """json.py beside the grader, written by what the grader runs: it cannot be written there."""
+    script = "for p in ../../../.. ../../.. ../.. ..; do echo 'raise SystemExit(0)' > $p/json.py; done"
+    script += "; echo hacked > /workspace/scenario2/eval_task.py; echo 'print(1)' > /bridge/scores.py"
+    place = "/workspace/scenario2/agent/subtask1/workspace/attempt_01"
+    reply = call("write_file", file_path=f"{place}/run.sh", content=script)
+    endpoint.script["write 1"] = once(reply, say("done"))
+    (episode,), summary, _, _ = run("runs", subtasks=1)
+    assert [record["score"] for record in episode["rounds"]] == [0.5, 0.5]
+    home = tmp_path / "out/workspaces"
+    assert (home / f"{NAME}-0/json.py").exists()  # beside meta_eval.json: the program did run
+    assert not (home / f"{NAME}-0.grader/json.py").exists()
+    assert "hacked" not in (home / f"{NAME}-0.grader/eval_task.py").read_text()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The judges
+
+
+@pytest.fixture
+def judged(run, v2, make_endpoint, monkeypatch):
+    """judged(answer) -> as run, with a judge whose answers are answer(body); its requests."""
+    server = make_endpoint()
+    known = {"scenarios": {"MCP/scenario2": {"judge": True}}, "refused": {}}
+    monkeypatch.setattr(v2, "KNOWN", known)
+
+    def judged(answer, **settings):
+        class Script(dict):
+            def get(self, first):
+                return answer if "Answer in JSON" in first else None
+
+        server.script = Script()
+        judge = {"judge_model": "J", "judge_base_url": server.url}
+        found = run("judge", subtasks=1, **judge | settings)
+        return found, [body for body in server.requests if "Answer in JSON" in str(body["messages"])]
+
+    return judged
+
+
+def test_a_judge_stands_behind_a_relay(judged, capsys):
+    (rows, summary, meta, _), requests = judged(lambda body: say('{"score": 7}'))
+    assert [record["score"] for record in rows[0]["rounds"]] == [0.7, 0.7]
+    assert [body["model"] for body in requests] == ["J", "J"] and meta["reached"] is False
+    assert "scenarios: 0.7; judge J in the place of the authors'" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "answer, reason, asked",
+    [
+        (lambda body: (500, {}, "broken"), "endpoint_error", 1),
+        (lambda body: say("It is fine."), "judge_undecided", 3),
+        (lambda body: say(""), "judge_undecided", 3),
+        (lambda body: say('{"score": '), "judge_undecided", 3),
+    ],
+)
+def test_a_judge_that_does_not_decide_is_no_score(judged, answer, reason, asked):
+    (rows, summary, _, code), requests = judged(answer)
+    assert rows == [] and summary["not_run"] == {reason: 1} and code == 1
+    assert len(requests) == asked
+
+
+def test_a_scenario_with_a_judge_is_left_out_without_one(v2, tmp_path):
+    folder = tmp_path / "AgencyBench-v2/Code/scenario2"
+    folder.mkdir(parents=True)
+    folder.joinpath("eval_task.py").write_text("")
+    folder.joinpath("description.json").write_text('{"subtask_count": 1, "subtask1": "q"}')
+    settings = {"clone": str(tmp_path), "venv": "venv"}
+    tasks, left_out = v2.read_scenarios(v2.Settings(**settings))
+    assert tasks == [] and left_out == {"agencybench-v2-Code-scenario2": "needs --judge_model"}
+    tasks, left_out = v2.read_scenarios(v2.Settings(judge_model="J", **settings))
+    assert [task["query_id"] for task in tasks] == ["agencybench-v2-Code-scenario2"] and left_out == {}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Scores, and which scenarios
+
+
+def test_scores_as_the_graders_write_them(stage):
+    sys.path.insert(0, str(ROOT / "recipes/benchmarks/agencybench_v2"))
+    attempt_scores = stage("scores").attempt_scores
+    skipped = {"attempt_index": 0, "success": False, "loss": None}
+
+    def meta(*subtasks, **more):
+        return {"subtasks": [{"attempts": list(attempts)} for attempts in subtasks]} | more
+
+    backend = meta([{"attempt_index": 1, "score": 3}, {"attempt_index": 2, "score": 9.9}], [])
+    assert attempt_scores(backend) == [[3, 9.9], []]
+    research = meta([{"attempt_index": 1, "rubric": {"score": 8.33}}])
+    assert attempt_scores(research) == [[8.33]]
+    losses = [{"attempt_index": k, "success": False, "loss": loss} for k, loss in ((1, 0.1), (2, 1e-5))]
+    assert attempt_scores(meta(losses, [skipped], best_loss=1e-5, final_score=6)) == [[0, 6], []]
+    none = meta([{"attempt_index": 1, "success": False, "loss": None}], best_loss=None, final_score=0)
+    assert attempt_scores(none) == [[0]]
+    page = {"attempt_index": 1, "text_result": {"score": 8.0}, "vision_result": {"score": 5.0}}
+    assert attempt_scores({"subtasks": {"subtask1": {"attempts": [page]}}}) == [[5.0]]
+    assert attempt_scores(meta([{"attempt_index": 1, "judge_score": 0.5}])) == [[5]]
+    files = [{"attempt_index": 1, "score": 10}]
+    assert attempt_scores(meta(files, files, rubric_recall=0.4, final_score=8)) == [[10], [8]]
+    mcp = meta([{"attempt_index": 1, "success": False}, {"attempt_index": 2, "success": True}], [])
+    assert attempt_scores(mcp) == [[0, 10], []]
+
+
+def test_which_scenarios_run(v2, tmp_path, run_stage, one_line_error):
+    for name in ("Backend/scenario1", "Backend/scenario2", "MCP/scenario1", "Research/scenario3"):
+        folder = tmp_path / "AgencyBench-v2" / name
+        folder.mkdir(parents=True)
+        folder.joinpath("eval_task.py").write_text("")
+        folder.joinpath("description.json").write_text('{"subtask_count": 1, "subtask1": "q"}')
+    tasks, left_out = v2.read_scenarios(v2.Settings(clone=str(tmp_path), venv="/venv"))
+    assert [(t["query_id"], t["domain"], len(t["turns"]), str(t["venv"]), t["needs"]) for t in tasks] == [
+        ("agencybench-v2-Backend-scenario1", "vibe_coding", 1, "/venv", ["make", "g++"]),
+        ("agencybench-v2-Backend-scenario2", "vibe_coding", 1, "/venv", ["javac", "java"]),
+        ("agencybench-v2-Research-scenario3", "research", 1, "/venv", []),
+    ]
+    assert left_out == {"agencybench-v2-MCP-scenario1": "needs a GitHub account"}
+    script = "recipes/benchmarks/agencybench_v2.py"
+    flags = ["--model", "x", "--base_url", "http://localhost:1/v1", "--output_dir", tmp_path / "out"]
+    one_line_error(run_stage(script, *flags), "--clone DIR and --venv DIR are needed")
+    flags += ["--clone", tmp_path, "--venv", tmp_path, "--scenarios"]
+    result = run_stage(script, *flags, "Code/*")
+    one_line_error(result, "--scenarios Code/*: not in", "Backend/scenario1, Backend/scenario2")
+    one_line_error(run_stage(script, *flags, "MCP/*"), "no scenario is left to run")
