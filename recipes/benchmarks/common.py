@@ -24,8 +24,8 @@ def fail(text):
 
 
 def options(description, *data, venv=True):
-    """Paths `data`, --output, --no_tools and, if the check needs packages, --venv. Exits with one line if one of
-    the paths is not there. Of the result, `check` starts the check, `place` is "answer" or "file".
+    """Paths `data`, --output, --no_tools and, for a check with packages, --venv; fails without them.
+    Of the result, `check` starts the check, `place` is "answer" or "file".
     """
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=description, formatter_class=shape)

@@ -78,7 +78,7 @@ def check(task_id, place):
         code = sanitize(code, problem["entry_point"])
     not_none = MBPP_OUTPUT_NOT_NONE_TASKS if dataset == "mbpp" else []
     with contextlib.redirect_stdout(sys.stderr):
-        expected = get_groundtruth({task_id: problem}, "expected", not_none)[task_id]
+        expected = get_groundtruth({task_id: problem}, task_id.replace("/", "-"), not_none)[task_id]
     common.confine()
 
     def grade(code):

@@ -5,7 +5,7 @@
         sympy==1.14.0 matplotlib==3.9.4
     venvs/scicode/bin/python recipes/benchmarks/scicode.py SciCode problems_test.jsonl test_data.h5 \\
         --venv venvs/scicode --output data/scicode
-    python 04_eval.py --tasks data/scicode/tasks.jsonl --rounds 1 --temperature 0 --check_timeout 2000 ...
+    python 04_eval.py --tasks data/scicode/tasks.jsonl --rounds 1 --temperature 0 --check_seconds 2000 ...
 
 SciCode is a clone of github.com/scicode-bench/SciCode at 588b4069; the problems are the Hub's
 SciCode1/SciCode (in the clone: git show a7221968:eval/data/problems_all.jsonl); the targets, 1 GB, are on
