@@ -71,9 +71,21 @@ python 04_eval.py --config recipes/demo/eval.yaml --tasks "$data/queries.jsonl" 
     --base_url "$(cat "$data/teacher.url")" --concurrency 1 --output_dir "$results/teacher" | grep ^SR@1:
 kill $teacher
 
+make_base() {
+    [ -f "$outputs/base/config.json" ] || python recipes/demo/make_model.py --model "$model" \
+        --train_file "$data/train.jsonl" --output_dir "$outputs/base"
+}
+count=()
+if [ "$model" != tiny ]; then
+    step "the base: $model"
+    make_base
+    count=(--tokenizer "$outputs/base")
+fi
+
 step "02 rows: the teacher's episodes, and sessions of four other tools"
-python 02_format_trajectories.py "$results/teacher/episodes.jsonl" recipes/demo/logs \
+python 02_format_trajectories.py "$results/teacher/episodes.jsonl" recipes/demo/logs "${count[@]}" \
     --queries "$data/queries.jsonl" --tools codex=recipes/demo/codex_tools.json --output_file "$data/train.jsonl"
+[ "$model" != tiny ] || make_base  # its tokenizer is trained on the rows
 
 step "03 training: $model, all parameters"
 rows=$(sha256sum < "$data/train.jsonl" | cut -d' ' -f1)
@@ -81,8 +93,6 @@ if grep -qs "$rows" "$outputs/$tuned/recipe.json"; then
     echo "$outputs/$tuned was trained on exactly these rows"
 else
     rm -rf "${outputs:?}/$tuned" "${results:?}/$tuned"
-    [ -f "$outputs/base/config.json" ] || python recipes/demo/make_model.py --model "$model" \
-        --train_file "$data/train.jsonl" --output_dir "$outputs/base"
     # A CPU with matrix units for bf16 is twice as fast with them
     if grep -qs amx_bf16 /proc/cpuinfo; then export ACCELERATE_MIXED_PRECISION=bf16; fi
     python 03_sft.py --config recipes/demo/sft.yaml --model_name_or_path "$outputs/base" \
@@ -96,8 +106,9 @@ for one in base "$tuned"; do
 done
 
 step "base against tuned"
-python 04_eval.py --compare "$results/base" "$results/$tuned"
+python 04_eval.py --compare "$results/base" "$results/$tuned" | grep -v ^test-
 python recipes/demo/families.py "$results/base" "$results/$tuned"
+python recipes/plot.py "$results/base" "$results/$tuned"
 python recipes/view.py "$results/base" "$results/$tuned"
 python recipes/view.py "$outputs/$tuned"
 echo "done in $SECONDS s"
