@@ -93,6 +93,8 @@ if grep -qs "$rows" "$outputs/$tuned/recipe.json"; then
     echo "$outputs/$tuned was trained on exactly these rows"
 else
     rm -rf "${outputs:?}/$tuned" "${results:?}/$tuned"
+    # Freed memory is kept: a sixth of the time went into asking the system for the same pages again
+    export MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000
     # A CPU with matrix units for bf16 is twice as fast with them
     if grep -qs amx_bf16 /proc/cpuinfo; then export ACCELERATE_MIXED_PRECISION=bf16; fi
     python 03_sft.py --config recipes/demo/sft.yaml --model_name_or_path "$outputs/base" \
