@@ -22,7 +22,7 @@ import pytest
 
 stage = importlib.import_module("01_build_queries")
 ROOT = Path(__file__).resolve().parents[1]
-DEMO = ROOT / "recipes" / "demo"
+FIXTURES = ROOT / "tests" / "fixtures"
 needs_bwrap = pytest.mark.skipif(not shutil.which("bwrap"), reason="verify needs bubblewrap")
 # A test's environment is made without network: pytest and what it needs are copied out of this one.
 SITE = Path(site.getsitepackages()[0])
@@ -95,7 +95,7 @@ def git(folder, *args, stdin=None, author="Ada"):
 def demo_clone(tmp_path):
     clone = tmp_path / "pr_repo.git"
     subprocess.run(["git", "init", "-q", "--bare", "-b", "main", str(clone)], check=True)
-    with open(DEMO / "pr_repo.fastexport") as file:
+    with open(FIXTURES / "pr_repo.fastexport") as file:
         git(clone, "fast-import", "--quiet", stdin=file)
     return clone
 
