@@ -370,7 +370,10 @@ def test_a_scenario_with_a_judge_is_left_out_without_one(v2, tmp_path):
     settings = {"clone": str(tmp_path), "venv": "venv"}
     tasks, left_out = v2.read_scenarios(v2.Settings(**settings))
     assert tasks == [] and left_out == {"agencybench-v2-Code-scenario2": "needs --judge_model"}
-    tasks, left_out = v2.read_scenarios(v2.Settings(judge_model="J", **settings))
+    _, left_out = v2.read_scenarios(v2.Settings(judge_model="J", **settings))
+    assert left_out == {"agencybench-v2-Code-scenario2": "needs --repository"}
+    settings |= {"judge_model": "J", "repository": "autogen"}
+    tasks, left_out = v2.read_scenarios(v2.Settings(**settings))
     assert [task["query_id"] for task in tasks] == ["agencybench-v2-Code-scenario2"] and left_out == {}
 
 

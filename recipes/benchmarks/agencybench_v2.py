@@ -47,6 +47,7 @@ class Settings(stage.Settings):
     clone: str | None = stage.setting(None, "A clone of GAIR-NLP/AgencyBench.")
     scenarios: list[str] | None = stage.setting(None, "Which, e.g. 'Code/*'; left out, all.")
     venv: str | None = stage.setting(None, "A Python environment with agencybench_v2/requirements.txt.")
+    repository: str | None = stage.setting(None, "Code/scenario2: a clone of github.com/microsoft/autogen.")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -84,6 +85,8 @@ def why_not(name, settings):
     facts = facts_of(name)
     if facts.get("judge") and not settings.judge_model:
         return "needs --judge_model"
+    if facts.get("repository") and not settings.repository:
+        return "needs --repository"
     return None
 
 
@@ -209,6 +212,8 @@ class Scenario(stage.Episode):
             shutil.copy(HERE / "ffmpeg", folder / "ffmpeg-linux")
         settings = with_changes(self.settings, network=False)
         mounts = {self.home: copy, "/bridge": bridge}
+        if self.settings.repository:
+            mounts["/repository"] = self.settings.repository
         task = {"venv": self.task["venv"]}
         grader = stage.Sandbox(settings, self.bench.program, self.folder, self.bench.slot, task, mounts)
         grader.root = f"{self.home}/agent"

@@ -31,6 +31,7 @@ BASES |= {"gcc": "g++", "ghcr.io/laude-institute/t-bench/ubuntu": "python3"}
 # Debian packages taken to be there: libraries (Python's wheels bring theirs), Python, a session's recorder
 TAKEN = ("lib", "python3", "ca-certificates", "tmux", "asciinema", "procps")
 KNOWN = ("/logs", "/tests", "/solution", "/tmp", "/workspace")  # folders that are here too
+SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"  # what the sandbox shows of this machine
 SANDBOX = """bwrap --unshare-all --die-with-parent --new-session --clearenv --ro-bind /usr /usr
     --ro-bind-try /etc/alternatives /etc/alternatives --symlink usr/bin /bin --symlink usr/lib /lib
     --symlink usr/lib64 /lib64 --proc /proc --dev /dev --tmpfs /tmp"""
@@ -102,7 +103,7 @@ class Environment:
         name = [word for word in rest.split() if not word.startswith("--")][0]
         base = [start for start in BASES if name.startswith(start)]
         program = BASES[base[0]] if base else None
-        if not base or program and not shutil.which(program):
+        if not base or program and not shutil.which(program, path=SYSTEM_PATH):
             self.reasons.append(f"image {name}")
 
     def read_copy(self, rest):
@@ -194,7 +195,7 @@ def absent(packages, venv):
     for name in tools:
         command = ["dpkg-query", "-W", "-f", "${db:Status-Abbrev}", name]
         installed = subprocess.run(command, capture_output=True, text=True).stdout.startswith("ii")
-        if not installed and not shutil.which(name):
+        if not installed and not shutil.which(name, path=SYSTEM_PATH):
             missing.append(f"apt {name}")
     return missing
 
