@@ -111,6 +111,7 @@ def test_the_peak_of_a_run_is_what_was_calculated(stage, memory, make_model, tmp
     skeleton = sft.model_without_weights(sft.AutoConfig.from_pretrained(tmp_path / "base"))
     run = memory.Run(longest=tokens, bf16_master=bool(flags), bf16=False, gpu=False)
     calculated = 1e9 * sum(memory.memory(skeleton, run).values())
+    calculated += (tmp_path / "base/model.safetensors").stat().st_size  # its pages stay mapped
     print(f"{name}: {peak - before:,} measured, {calculated:,.0f} calculated, libraries {before:,}")
     assert before + calculated == pytest.approx(peak, rel=0.1)
     assert calculated == pytest.approx(peak - before, rel=0.25)
