@@ -1,20 +1,21 @@
-"""Stage 2: turn agent logs into chat rows that 03_sft.py trains on; every log is kept, or rejected with a reason.
+"""Stage 2: turn agent logs into chat rows that 03_sft.py trains on; each is kept, or rejected with a reason.
 
-    python 02_format_trajectories.py logs/ results/teacher/episodes.jsonl     # files and folders, formats may be mixed
-    python 02_format_trajectories.py GAIR/LIMI --tokenizer zai-org/GLM-4.5-Air    # a data set of the Hub
-    python 02_format_trajectories.py ~/.claude/projects --redact              # a tool's own logs, by recipes/logs/
+    python 02_format_trajectories.py logs/ results/teacher/episodes.jsonl      # files, folders, formats mixed
+    python 02_format_trajectories.py GAIR/LIMI --tokenizer zai-org/GLM-4.5-Air # a data set of the Hub
+    python 02_format_trajectories.py ~/.claude/projects --redact               # a tool's own logs
 
-Reads  rows of any chat shape, logs of SII CLI, dumps of requests and responses; every other tool's log by a reader:
-       a file of --readers with KINDS, fits(record) and read(record) (recipes/logs/README.md). Told apart by structure.
+Reads  rows of any chat shape, logs of SII CLI, dumps of requests and responses, told apart by structure; any
+       other tool's log by a reader of --readers: KINDS, fits(record), read(record) (recipes/logs/README.md)
 Writes data/train.jsonl           {"query_id", "messages", "tools", "meta": {"source", "format", ...}} a line
        data/train.rejected.jsonl  {"source", "format", "reasons": [str]} a line
        data/train.settings.json   settings, versions, sha256 of the inputs, counts
 
-The rule: every text of a log stands in its row, or in the reader's own list of what it leaves out, or the log is
-rejected (lost_content). Nothing is written before all of it is done; a run that is killed leaves nothing behind.
+The rule: every text of a log stands in its row, or in its reader's own list of what it leaves out, or the log
+is rejected (lost_content). Nothing is written before all is done; a run that is killed leaves nothing behind.
 """
 import contextlib
 import fcntl
+import fnmatch
 import functools
 import gzip
 import hashlib
@@ -52,26 +53,26 @@ def option(default, text):
 class Settings:
     output_file: str = option("data/train.jsonl", "Rows; rejects and settings go beside it.")
     readers: str = option(str(HERE / "recipes/logs"), "Folder of readers of other tools' logs.")
-    tools: list[str] | None = option(None, "Tool schemas of logs that hold none: FILE, or FORMAT=FILE for one format;"
-                                           " a JSON list or a tools file (.py). recipes/tools/FORMAT.py is found.")
-    tools_seen: bool = option(False, "Only print the tools and argument names that the logs call, as schemas.")
-    queries: str | None = option(None, "Tasks (stage 1): a row takes id, domain and source of the task it answers.")
-    tokenizer: str | None = option(None, "Tokenizer to count tokens with, by its chat template: a path or Hub id.")
+    tools: list[str] | None = option(None, "Schemas for logs without: FILE, or FORMAT=FILE; a JSON list or a"
+                                           " tools file (.py). recipes/tools/FORMAT.py is found by itself.")
+    tools_seen: bool = option(False, "Only print the called tools and argument names, as schemas.")
+    queries: str | None = option(None, "Tasks (stage 1): a row takes its task's id, domain and source.")
+    tokenizer: str | None = option(None, "Path or Hub id: counts tokens by its chat template.")
     # LIMI run_pipeline.sh --max_tokens: a longer trajectory is dropped, never cut
     max_length: int = option(125_000, "Reject rows with more tokens; needs --tokenizer.")
     benchmark: list[str] | None = option(None, "AgencyBench clone or files; 13 words in common reject a row.")
-    redact: bool = option(False, "Replace secrets, e-mails and home paths; without it a secret rejects the row.")
+    redact: bool = option(False, "Replace secrets, e-mails, home paths; without it a secret rejects a row.")
     near_duplicate: float = option(0.9, "Reject rows with this share of a longer row's lines; above 1: none.")
     keep_failed: bool = option(False, "Keep rows whose log says that the task was not solved.")
     reject_unfinished: bool = option(False, "Reject rows without a last answer; else what follows it is cut.")
     weight_bad_calls: int = option(1, "0: a turn whose call failed is context and carries no loss.")
-    where: list[str] | None = option(None, "Only rows with KEY=VALUE, KEY!=VALUE, KEY<N or KEY>N; any column.")
-    max_samples: int | None = option(None, "At most N rows, stratified by domain; a smaller N gives a subset.")
+    where: list[str] | None = option(None, "Only rows with KEY=VALUE, KEY!=VALUE, KEY<N, KEY>N.")
+    max_samples: int | None = option(None, "At most N rows, stratified by domain, nested.")
     seed: int = option(42, "Seed of the selection by --max_samples.")
 
 
 class InputError(ValueError):
-    """A mistake in the user's input, told in one line that names file, line, field and remedy; exit code 2."""
+    """A user's mistake, told in one line that names file, line, field and remedy; exit code 2."""
 
 
 class Reject(ValueError):
@@ -110,7 +111,7 @@ REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "reasoning_detai
 CALL_KEYS = ("tool_calls", "function_call", "function_calls")
 ARGUMENT_KEYS = ("arguments", "args", "input", "parameters")
 RESULT_IDS = ("tool_call_id", "tool_use_id", "call_id", "toolCallId")
-# Flags of other trainers on one turn: OpenAI weight, ms-swift loss, axolotl train and training, verl loss_mask
+# Flags on one turn: OpenAI's weight, ms-swift's loss, axolotl's train and training, verl's loss_mask
 WEIGHT_FLAGS = ("weight", "loss", "train", "training", "trainable", "loss_mask", "step_loss_mask")
 MASK_FLAGS = ("mask", "masked")  # true: no loss
 PART_FLAGS = ("train_detail", "train_details", "masks", "loss_masks", "weights")  # a part of a turn: not ours
@@ -151,23 +152,33 @@ def plain_text(content, joint="\n"):
     return joint.join(texts)
 
 
+CALL_PARTS = {"id", "call_id", "name", "type", "index", "function", "namespace", *ARGUMENT_KEYS}
+
+
 def read_call(call):
-    """A call of any shape -> {"id", "type", "function": {"name", "arguments": object}}."""
+    """A call of any shape, or its JSON -> {"id", "type", "function": {"name", "arguments": object}}."""
+    call = load_json(call, "calls_as_text: a call") if isinstance(call, str) else call
     function = call.get("function")
     body = function if isinstance(function, dict) else call
     name = function if isinstance(function, str) else body.get("name")
     if not isinstance(name, str) or not name:
         raise Reject("call_without_name")
+    arguments = read_arguments(body, name)
+    id = first_of(call, ("id", "call_id"))
+    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
+
+
+def read_arguments(body, name):
+    """The arguments of a call under any of their names, as an object."""
     arguments = first_of(body, ARGUMENT_KEYS)
-    strange = body.keys() - {"id", "call_id", "name", "type", "index", "function", "namespace", *ARGUMENT_KEYS}
-    if arguments is None and any(body[key] for key in strange):
-        raise Reject(f"call_without_arguments: {name} has {', '.join(sorted(strange))}")
+    strange = [key for key in body if key not in CALL_PARTS and body[key]]
+    if arguments is None and strange:
+        raise Reject(f"call_without_arguments: {name} has {', '.join(strange)}")
     if isinstance(arguments, str):
         arguments = load_json(arguments.strip() or "{}", f"arguments_not_json: {name}")
     if not isinstance(arguments or {}, dict):
         raise Reject(f"arguments_not_an_object: {name}")
-    id = first_of(call, ("id", "call_id", "toolCallId"))
-    return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments or {}}}
+    return arguments or {}
 
 
 def read_calls(value, key):
@@ -176,7 +187,7 @@ def read_calls(value, key):
     calls = [calls] if isinstance(calls, dict) else calls
     if not isinstance(calls, list):
         raise Reject(f"calls_as_text: {key}")
-    return [read_call(load_json(call, f"calls_as_text: {key}") if isinstance(call, str) else call) for call in calls]
+    return [read_call(call) for call in calls]
 
 
 class Parts:
@@ -214,21 +225,20 @@ class Parts:
 
 
 def weight_of(message, role):
-    """0, or None for full loss, from the flags of other trainers; a flag that we cannot follow is a reject."""
+    """0, or None for full loss, from the flags of other trainers; one that we cannot follow is a reject."""
     weights = set()
     for key in WEIGHT_FLAGS + MASK_FLAGS + PART_FLAGS:
         flag = message.get(key)
-        if flag is None or flag == []:
+        if flag in (None, []):
             continue
         if key in PART_FLAGS or flag not in (0, 1):
             raise Reject(f"unsupported_flag: {key}")
-        trained = not flag if key in MASK_FLAGS else bool(flag)
-        if role != "assistant" and trained and key not in MASK_FLAGS:
+        weights.add(bool(flag) != (key in MASK_FLAGS))
+        if role != "assistant" and flag and key in WEIGHT_FLAGS:
             raise Reject(f"unsupported_flag: {key} on a {role} message")
-        weights.add(trained)
     if len(weights) > 1:
         raise Reject("unsupported_flag: two flags of a turn disagree")
-    return 0 if role == "assistant" and False in weights else None
+    return 0 if role == "assistant" and weights == {False} else None
 
 
 def role_of(message):
@@ -240,19 +250,25 @@ def role_of(message):
     return ROLES[name]
 
 
+def text_keys(message, role):
+    """Where this message may hold its text."""
+    if message.get("type") == "reasoning":
+        return (*TEXT_KEYS, "summary")
+    return TEXT_KEYS + {"tool": ("output",), "system": ("system_prompt",)}.get(role, ())
+
+
 def read_parts(message, role):
     """The content of a message under any of its names, as Parts."""
-    keys = TEXT_KEYS + {"tool": ("output",), "system": ("system_prompt",)}.get(role, ())
-    is_item = role in ("assistant", "call") and message.get("type") in ITEMS
-    keys += ("summary",) if is_item else ()
+    keys = text_keys(message, role)
     if role != "assistant" and not any(key in message for key in keys):
         raise Reject(f"missing_text: a {message.get('role', role)} message without content")
     key = next((key for key in keys if message.get(key) not in (None, [])), keys[0])
     content = message.get(key)
     parts = Parts()
-    for block in content if isinstance(content, list) else [] if content is None else [content]:
+    blocks = content if isinstance(content, list) else [content]
+    for block in blocks if content is not None else []:
         parts.add(block)
-    if is_item and message["type"] == "reasoning":
+    if message.get("type") == "reasoning":
         parts.thoughts += parts.texts
         parts.texts = []
     joint = "" if key == "parts" else "\n"  # Gemini's parts are pieces of one text
@@ -305,19 +321,24 @@ def read_answer(message, parts, neutral):
     for key in CALL_KEYS:
         calls += read_calls(message[key], key) if message.get(key) else []
     if message.get("type") in ("function_call", "custom_tool_call") and not calls:
-        free = message["type"] == "custom_tool_call"  # its input is free text
-        arguments = {"input": message["input"]} if free else message.get("arguments")
-        calls.append(read_call({"id": message.get("call_id"), "name": message.get("name"), "arguments": arguments}))
-    thoughts = [text for text in parts.thoughts + read_reasoning(message) if text.strip()]
+        calls.append(read_item_call(message))
+    thoughts = parts.thoughts + read_reasoning(message)
     content = neutral["content"]
     while thought := THOUGHT.match(content):
-        thoughts += [thought[1].strip()] if thought[1].strip() else []
+        thoughts.append(thought[1].strip())
         content = content[thought.end():]
-    if not calls and (found := TEXT_CALL.findall(content)):
-        with contextlib.suppress(Reject, ValueError):  # a text that only looks like a call stays a text
-            calls += [read_call(json.loads(text)) for text in found]
-            content = TEXT_CALL.sub("", content).strip()
-    neutral |= {"content": content, "reasoning_content": "\n".join(dict.fromkeys(thoughts)), "calls": calls}
+    found = TEXT_CALL.findall(content) if not calls else []
+    with contextlib.suppress(Reject):  # a text that only looks like a call stays a text
+        calls += [read_call(text) for text in found]
+        content = TEXT_CALL.sub("", content).strip() if found else content
+    thoughts = [text for text in dict.fromkeys(thoughts) if text.strip()]
+    neutral |= {"content": content, "reasoning_content": "\n".join(thoughts), "calls": calls}
+
+
+def read_item_call(item):
+    """A call of the Responses API; the input of a custom tool is free text."""
+    arguments = {"input": item["input"]} if item["type"] == "custom_tool_call" else item.get("arguments")
+    return read_call({"id": item.get("call_id"), "name": item.get("name"), "arguments": arguments})
 
 
 def read_result(message, parts):
@@ -354,7 +375,7 @@ FINISH_TOOLS = {"finish", "submit", "exit", "complete", "mark_task_complete", "a
 def normalise(messages, notes: Counter):
     """Messages of any form -> (the row's messages, the texts that were left out: pseudo-turns, a cut end).
 
-    notes counts what was done: "cut", "merged", "greeting"; "unfinished" is the role that a cut conversation ended on.
+    notes says what was done or seen: "cut", "merged", "greeting", "unfinished".
     """
     turns: list[dict] = []  # each holds the results of its calls until the end; None: not there yet
     for message in itertools.chain.from_iterable(map(read_message, messages)):
@@ -393,24 +414,25 @@ def merge(last, message, notes):
 def take_result(turns, answer):
     """Put a result beside its call: by id; where the call or the result has none, by name and order.
 
-    Results end up in the order of the calls: GLM's and Qwen's templates print no ids, so the order is the pairing.
-    A user's word between a call and its result is no reason to lose the result.
+    Results end up in the order of the calls: GLM's and Qwen's templates print no ids, so the order is the
+    pairing. A user's word may stand between a call and its result.
     """
-    for turn in reversed(turns):
-        pending = [number for number, result in enumerate(turn["results"]) if result is None]
-        for number in pending:
-            if answer["id"] and turn["calls"][number]["id"] == answer["id"]:
-                turn["results"][number] = answer["content"]
-                return
-        if turn["role"] == "assistant":
-            break
-    for number in pending if turns and turns[-1] is turn else []:
-        call = turn["calls"][number]
-        named = answer["name"] in (None, call["function"]["name"])
-        if named and not (call["id"] and answer["id"]):
+    turn = next((turn for turn in reversed(turns) if turn["role"] == "assistant"), None)
+    pending = []
+    for number, call in enumerate(turn["calls"] if turn else []):
+        if turn["results"][number] is None:
+            pending.append((call["id"] != answer["id"] or not answer["id"], number, call))
+    pending.sort(key=lambda one: one[0])  # the call with its id first
+    for other, number, call in pending:
+        if not other or turn is turns[-1] and may_answer(answer, call):
             turn["results"][number] = answer["content"]
             return
     raise Reject("result_without_call")
+
+
+def may_answer(answer, call):
+    """Could a result be this call's, as far as names tell, where an id is missing?"""
+    return answer["name"] in (None, call["function"]["name"]) and not (call["id"] and answer["id"])
 
 
 def drop_pseudo_turns(turns):
@@ -430,20 +452,18 @@ def drop_pseudo_turns(turns):
 
 def cut_end(turns, notes):
     """Cut what follows the last assistant turn: results whose answer the log lost, a user's last word."""
-    answers = [number for number, turn in enumerate(turns) if turn["role"] == "assistant"]
-    if not answers:
+    after = []
+    while turns and turns[-1]["role"] != "assistant":
+        after.append(turns.pop()["content"])
+    if not turns:
         raise Reject("no_assistant_message")
-    last = turns[answers[-1]]
-    results = [result for result in last["results"] if result is not None]
-    after = [turn["content"] for turn in turns[answers[-1] + 1 :]]
+    last = turns[-1]
+    after += filter(None.__ne__, last["results"])
     names = {call["function"]["name"] for call in last["calls"]}
-    if after or (last["calls"] and not names & FINISH_TOOLS):
-        notes["unfinished"] = 1
-    if after or results:
-        notes["cut"] = 1
-    del turns[answers[-1] + 1 :]
+    notes["unfinished"] += bool(after if not names else not names & FINISH_TOOLS)
+    notes["cut"] += bool(after)
     last["results"] = [None] * len(last["calls"])
-    return results + after
+    return after
 
 
 def mark_greeting(turns, notes):
@@ -513,22 +533,22 @@ def lower_types(schema):
     return schema
 
 
+SCHEMA_KEYS = ("parametersJsonSchema", "input_schema", "inputSchema")
+
+
 def read_tool(tool):
     """One tool of OpenAI, Anthropic or Gemini, or a JSON string of it -> a list of OpenAI schemas."""
     tool = load_json(tool, "tools_are_no_schemas: a text") if isinstance(tool, str) else tool
     if not isinstance(tool, dict):
         raise Reject(f"tools_are_no_schemas: {type(tool).__name__}")
     if "functionDeclarations" in tool:
-        return [schema for function in tool["functionDeclarations"] for schema in read_tool(function)]
-    wrapped = isinstance(tool.get("function"), dict)
-    function = dict(tool["function"] if wrapped else tool)
-    if not wrapped:
-        function.pop("type", None)
+        return read_tools(tool["functionDeclarations"])
+    function = tool.get("function")
+    if not isinstance(function, dict):
+        function = {key: value for key, value in tool.items() if key != "type"}
     if not isinstance(function.get("name"), str):
         raise Reject(f"tools_are_no_schemas: {tool.get('type', 'no name')}")
-    for key in ("parametersJsonSchema", "input_schema", "inputSchema"):
-        if key in function:
-            function["parameters"] = function.pop(key)
+    function = {"parameters" if key in SCHEMA_KEYS else key: value for key, value in function.items()}
     parameters = function.get("parameters", {})
     if not isinstance(parameters, dict):
         raise Reject(f"tools_are_no_schemas: parameters of {function['name']}")
@@ -538,7 +558,7 @@ def read_tool(tool):
 
 
 def read_tools(tools):
-    """Tool schemas from a list, a JSON string, a list of JSON strings, or an object with "tools"; "" is none."""
+    """Tool schemas from a list, a JSON string, a list of JSON strings, an object with "tools"; "" is none."""
     if isinstance(tools, str):
         tools = load_json(tools, "tools_are_no_schemas: a text") if tools.strip() else []
     if isinstance(tools, dict):
@@ -557,7 +577,6 @@ TOOL_COLUMNS = ("tools", "tools_json", "functions", "tool_defs", "available_tool
 SYSTEM_COLUMNS = ("system", "system_prompt")
 ID_COLUMNS = ("query_id", "id", "instance_id", "task_id", "traj_id", "trajectory_id", "uuid", "custom_id",
               "session_id", "sessionId")  # fmt: skip
-SERVED = {"served": "ids of the tokens that 04's server took and gave; their text is in the messages"}
 # LIMI's converter writes the tools into the system prompt; the chat template writes them again
 TOOL_LIST = "\n\nYou have access to the following tools:\n\n"
 TOOL_LINE = re.compile(r"\s*$|\d+\. \*\*|\s+\S|Parameters\b|- ")
@@ -631,23 +650,28 @@ def take_tools(columns):
 def read_row(record):
     """Rows of this project, 04's episodes, GAIR/LIMI, public data sets; a bare list of messages."""
     columns = dict(record) if isinstance(record, dict) else {"messages": record}
-    for key in (*MASK_FLAGS, *PART_FLAGS, "loss_mask"):
-        if isinstance(columns.get(key), list):
-            raise Reject(f"unsupported_flag: {key}, a mask beside the messages")
+    masks = [key for key in (*MASK_FLAGS, *PART_FLAGS, "loss_mask") if isinstance(columns.get(key), list)]
+    if masks:
+        raise Reject(f"unsupported_flag: {masks[0]}, a mask beside the messages")
     messages = take_messages(columns)
     tools = take_tools(columns)
     system = [columns.pop(key) for key in SYSTEM_COLUMNS if columns.get(key)]
     checked = {"messages": messages, "system": system}
-    started = bool(messages) and isinstance(messages[0], dict) and messages[0].get("content") in system
-    messages = [{"role": "system", "content": text} for text in system if not started] + messages
-    columns.pop("served", None)
+    told = [message.get("content") for message in messages[:1] if isinstance(message, dict)]
+    system = [{"role": "system", "content": text} for text in system if text not in told]
+    columns.pop("served", None)  # ids of the tokens that 04's server took and gave; messages have their text
+    return {"messages": system + messages, "tools": tools, "meta": row_meta(columns), "checked": checked}
+
+
+def row_meta(columns):
+    """Every other column; what clashes with our own keys gets another name."""
     own = columns.pop("meta") if isinstance(columns.get("meta"), dict) else {}
     for key, name in (("source", "query_source"), ("format", "row_format")):
         if key in columns:
             columns[name] = columns.pop(key)
     if isinstance(columns.get("task"), dict) and "domain" in columns["task"]:
         columns.setdefault("domain", columns["task"]["domain"])
-    return {"messages": messages, "tools": tools, "meta": columns | own, "checked": checked}
+    return columns | own
 
 
 def fits_dump(record):
@@ -661,7 +685,7 @@ def body_of(side):
 
 
 def read_dump(dump):
-    """{"request", "response"}: one API call of the chat, Anthropic's or the Responses form; the session's last one."""
+    """{"request", "response"}: one API call of the chat, Anthropic's or the Responses form."""
     request = body_of(dump["request"])
     response = body_of(dump["response"])
     if not request.get("tools"):
@@ -711,35 +735,43 @@ def fits_sii(record):
     return isinstance(events, list) and any(isinstance(event, dict) and "type" in event for event in events)
 
 
+def sii_calls(log):
+    """(API calls with tools, the conversations that next-speaker checks saw), in order."""
+    calls = [event["data"] for event in log["events"] if event.get("type") == "api_request_full"]
+    conversations = [call["full_request"]["messages"] for call in calls]
+    checks = [messages for messages in conversations if NEXT_SPEAKER in json.dumps(messages[-1:])]
+    return [call for call in calls if call["full_request"].get("tools")], checks
+
+
 def read_sii(log):
     """{"events": [{"type": "api_request_full", "data": {"full_request"}}]}: the longest request with tools.
 
-    The last request would be the wrong one: it may be a helper's (compression, next speaker), which has no tools.
-    Those that begin alike must be in the row too; what begins otherwise is another agent's and left out. Responses are
-    in the next request.
+    The last request would be the wrong one: it may be a helper's (compression, next speaker), without tools.
+    Requests that begin alike must be in the row too; what begins otherwise is another agent's, and left out.
     """
-    events = [event for event in log["events"] if event.get("type") == "api_request_full"]
-    requests = [event["data"]["full_request"] for event in events]
-    with_tools = [request for request in requests if request.get("tools")]
-    if not with_tools:
+    calls, checks = sii_calls(log)
+    if not calls:
         raise Reject("request_without_tools: no request of the agent in the log")
-    if any(mark in json.dumps(request["messages"][:2]) for request in with_tools for mark in COMPACTION):
-        raise Reject("compacted")
-    request = max(with_tools, key=lambda request: len(request["messages"]))
-    tools = request["tools"]
+    longest = max(calls, key=lambda call: len(call["full_request"]["messages"]))
+    request = longest["full_request"]
     contents = request["messages"]
-    checked = [other["messages"] for other in with_tools if other["messages"][:1] == contents[:1]]
-    for check in requests:  # the history that the next-speaker check sees is one answer longer
-        if NEXT_SPEAKER in json.dumps(check["messages"][-1]) and check["messages"][:1] == contents[:1]:
-            checked.append(check["messages"])
-            if check["messages"][: len(contents)] == contents:
-                contents = check["messages"]
-    system = request.get("system_instruction")
-    key = "parts" if isinstance(system, dict) else "content"
-    told = {"role": "system", key: system["parts"] if isinstance(system, dict) else system}
+    conversations = [call["full_request"]["messages"] for call in calls] + checks
+    alike = [messages for messages in conversations if messages[:1] == contents[:1]]
+    for check in checks:  # the history that the next-speaker check sees is one answer longer
+        if check[: len(contents)] == contents:
+            contents = check
+    starts = json.dumps([messages[:2] for messages in alike])
+    if any(mark in starts for mark in COMPACTION):
+        raise Reject("compacted")
+    told = {"role": "system"} | system_of(request.get("system_instruction"))
     meta = {key: value for key, value in log.items() if key != "events"}
-    request = {key: value for key, value in request.items() if key != "tools"}
-    return {"messages": [told, *contents], "tools": tools, "meta": meta, "checked": [request, checked]}
+    messages = [told, *contents]
+    return {"messages": messages, "tools": request["tools"], "meta": meta, "checked": [longest, alike]}
+
+
+def system_of(instruction):
+    """A text, or Gemini's content with parts."""
+    return {"parts": instruction["parts"]} if isinstance(instruction, dict) else {"content": instruction}
 
 
 BUILT_IN = [
@@ -777,7 +809,8 @@ def find_format(record, formats):
 
 # 4. Conservation: every text and call of the record stands in the row, or in what was left out by name
 SHORTEST = 20  # characters; a shorter string is more often a key word than a text
-IDENTIFIER = re.compile(r"[\w.:+/=@#~,-]*", re.ASCII)  # a hash, a date, a path: no text, unless a text key holds it
+IDENTIFIER = re.compile(r"[\w.:+/=@#~,-]*", re.ASCII)  # a hash, a date, a path
+TEXT_ENDS = tuple("." + key for key in TEXT_KEYS)
 KIND_KEYS = ("type", "kind", "role", "subtype", "action", "observation", "source")
 CALL_NAMES = ("name", "function_name", "tool_name", "function")
 TAGS = re.compile(r"\n|</?\w+>")
@@ -839,31 +872,45 @@ def canonical(arguments):
 
 
 def lost_content(record, kept: Kept, kinds, left_out):
-    """The dotted path of the first text or call of the record that is not kept; None if all are.
+    """The dotted path of the first text or call of the record that is not kept; None if all are."""
+    for path, value in entries_of(record, kinds, left_out):
+        if isinstance(value, str):
+            if is_text(path, value) and not kept.has(value):
+                return path[1:]
+        elif call := lost_call(value, kept):
+            return f"{path[1:]} call {call}"
+    return None
 
-    kinds, left_out: the reader's tables; an entry of a kind "left out: ...", a kind or a dotted path (its end is
-    enough) in left_out is passed over.
+
+def entries_of(record, kinds, left_out):
+    """Yield (".path", value) of the strings and objects of a record, but for what its reader leaves out.
+
+    kinds, left_out: the reader's tables. Passed over is an entry whose kind is "left out: ..." in kinds or is
+    in left_out, and what lies under a dotted path of left_out (the end of a path is enough).
     """
     passed = {kind for kind, place in kinds.items() if place.startswith("left out")} | left_out.keys()
-    paths = [tuple(path.split(".")) for path in left_out]
-    stack = [((), record)]
+    ends = tuple("." + path for path in left_out)
+    stack = [("", record)]
     while stack:
         path, value = stack.pop()
-        if isinstance(value, str):
-            text_key = bool(path) and path[-1] in TEXT_KEYS
-            is_text = len(value) >= SHORTEST and (text_key or not IDENTIFIER.fullmatch(value))
-            if is_text and not kept.has(value):
-                return ".".join(path)
-        elif isinstance(value, list):
+        is_entry = isinstance(value, dict) and not passed & kinds_of(value)
+        if is_entry or isinstance(value, str):
+            yield path, value
+        if isinstance(value, list):
             stack += [(path, item) for item in value]
-        elif isinstance(value, dict) and not any(value.get(key) in passed for key in KIND_KEYS
-                                                 if isinstance(value.get(key), str)):  # fmt: skip
-            if call := lost_call(value, kept):
-                return f"{'.'.join(path)} call {call}"
-            inner = [((*path, key), item) for key, item in value.items() if isinstance(item, str | list | dict)]
-            stack += [(place, item) for place, item in inner
-                      if not any(place[-len(end):] == end for end in paths)]  # fmt: skip
-    return None
+        elif is_entry:
+            inner = [(f"{path}.{key}", item) for key, item in value.items()]
+            stack += [place for place in inner if not place[0].endswith(ends)] if ends else inner
+
+
+def is_text(path, value):
+    """Long enough for a text, and no identifier, unless a key for texts holds it."""
+    return len(value) >= SHORTEST and (path.endswith(TEXT_ENDS) or not IDENTIFIER.fullmatch(value))
+
+
+def kinds_of(entry):
+    """The names that tell what an entry is."""
+    return {entry[key] for key in KIND_KEYS if isinstance(entry.get(key), str)}
 
 
 def lost_call(value, kept):
@@ -888,34 +935,34 @@ class Unit:
     label: str
 
 
+def files_of(name):
+    """{file: label} of an input: a file, a folder, a Hub id."""
+    path = Path(name).expanduser()
+    if path.is_dir() or path.is_file():
+        return {file: str(file) for file in (walk(path) if path.is_dir() else [path])}
+    if HUB_NAME.fullmatch(name) and not path.parent.is_dir() and path.suffix not in LOG_SUFFIXES:
+        return hub_files(name)
+    raise InputError(f"{name}: no such file or folder; give files, folders or Hub ids (owner/name)")
+
+
 def find_units(inputs, own):
-    """The files of the inputs, each once; linked folders are followed, this run's own outputs left out."""
+    """The files of the inputs, each once; this run's own outputs are left out."""
     units = {}
     for name in inputs:
-        path = Path(name).expanduser()
-        if path.is_dir():
-            files = {file: str(file) for file in walk(path)}
-        elif path.is_file():
-            files = {path: str(path)}
-        elif not (hub := HUB_NAME.fullmatch(name)) or path.parent.is_dir() or path.suffix in LOG_SUFFIXES:
-            raise InputError(f"{name}: no such file or folder; give files, folders or Hub ids (owner/name)")
-        else:
-            folder = download(name, *hub.groups())
-            files = {file: f"{hub[1]}/{file.relative_to(folder)}" for file in walk(folder)}
-        for file, label in files.items():
+        for file, label in files_of(name).items():
             if file.resolve() in own:
-                own_output(file, path)
+                own_output(file, name)
                 continue
             is_event = file.parent.name == "events" and file.name.startswith("event-")
-            place = file.parent if is_event else file
-            units.setdefault(place.resolve(), Unit(place, str(Path(label).parent) if is_event else label))
+            unit = Unit(file.parent, os.path.dirname(label)) if is_event else Unit(file, label)
+            units.setdefault(unit.path.resolve(), unit)
     return list(units.values())
 
 
 def own_output(file, named):
-    """An input that this run would overwrite is an error; what an earlier run wrote into a folder is passed over."""
+    """An input that would be overwritten is an error; an earlier run's output in a folder is passed over."""
     settings = file.with_name(re.sub(r"(\.rejected|\.settings)?\.\w+$", "", file.name) + ".settings.json")
-    if file == named or not settings.exists():
+    if Path(named).is_file() or not settings.exists():
         raise InputError(f"{named}: the input {file} would be overwritten by this run's output; "
                          "give another --output_file")  # fmt: skip
     print(f"left out: {file}, this run's own output")
@@ -934,41 +981,58 @@ def walk(folder):
         yield from (path for name in sorted(files) if (path := Path(root, name)).is_file())
 
 
-def download(name, repository, config, split, revision):
-    """The data files of a Hub data set in a local folder, by our own reader: a loader would infer a schema."""
+def hub_files(name):
+    """{data file: label} of owner/name[:config][/split][@revision]; our own reader infers no schema."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
+    repository, config, split, revision = HUB_NAME.fullmatch(name).groups()
+
     def fetch(patterns):
-        return Path(snapshot_download(repository, repo_type="dataset", revision=revision, allow_patterns=patterns))
+        options = {"repo_type": "dataset", "revision": revision, "allow_patterns": patterns}
+        return Path(snapshot_download(repository, **options))
 
     try:
         card = fetch(["README.md"]) / "README.md"
         patterns = data_files(card.read_text() if card.exists() else "", name, config, split)
         folder = fetch(patterns)
+    except InputError:
+        raise
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
         raise InputError(f"{name}: no such file, and not readable as a Hub data set ({why})") from None
-    return folder
+    files = {file: str(file.relative_to(folder)) for file in walk(folder)}
+    for file, label in list(files.items()):
+        if not any(fnmatch.fnmatch(label, pattern) for pattern in patterns):
+            del files[file]
+    return {file: f"{repository}/{label}" for file, label in files.items()}
 
 
 def data_files(card, name, config, split):
     """Patterns of the files of a configuration and split, from the front matter of a data set's card."""
-    front = card.split("---")[1] if card.startswith("---") else ""
-    configs = {item["config_name"]: item.get("data_files") for item in (yaml.safe_load(front) or {}).get("configs", [])}
-    if config and config not in configs:
-        raise InputError(f"{name}: no configuration {config}; it has {', '.join(configs) or 'none'}")
-    chosen = configs.get(config or "default") or next(iter(configs.values()), None)
+    front = yaml.safe_load(card.split("---")[1]) if card.startswith("---") else {}
+    chosen = chosen_config(front.get("configs", []), name, config)
     if not chosen:
-        return [f"*{split}*"] if split else [f"*{suffix}*" for suffix in LOG_SUFFIXES]
+        return [f"*{split or ''}*{suffix}*" for suffix in LOG_SUFFIXES if suffix != ".md"]
+    chosen = [{"path": chosen, "split": "train"}] if isinstance(chosen, str) else chosen
     patterns = []
-    for item in [chosen] if isinstance(chosen, str) else chosen:
-        path = item["path"] if isinstance(item, dict) else item
-        if not split or isinstance(item, dict) and item.get("split") == split:
-            patterns += [path] if isinstance(path, str) else path
+    for item in chosen:
+        patterns += as_paths(item["path"]) if split in (None, item["split"]) else []
     if not patterns:
         raise InputError(f"{name}: no split {split} in its card")
     return patterns
+
+
+def chosen_config(configs, name, wanted):
+    """The data files of the configuration that is wanted, of "default", or of the first; None if there is none."""
+    configs = {item["config_name"]: item.get("data_files") for item in configs}
+    if wanted and wanted not in configs:
+        raise InputError(f"{name}: no configuration {wanted}; it has {', '.join(configs) or 'none'}")
+    return configs.get(wanted or "default") or next(iter(configs.values()), None)
+
+
+def as_paths(path):
+    return [path] if isinstance(path, str) else path
 
 
 def read_bytes(path):
@@ -1023,9 +1087,12 @@ def parquet_rows(path):
     import pyarrow
     import pyarrow.parquet
 
+    number = 0
     try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=100)
-        yield from enumerate((drop_nulls(row) for batch in batches for row in batch.to_pylist()), 1)
+        for batch in pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=100):
+            for row in batch.to_pylist():
+                number += 1
+                yield number, drop_nulls(row)
     except (pyarrow.ArrowException, OSError) as error:
         raise Reject(f"unreadable: {error}") from None
 
@@ -1070,22 +1137,29 @@ def each(unit, numbered, readers):
 
 
 def read_lines(unit, readers, notes):
-    """A JSONL file: one session, if its lines together fit a reader; else a record a line, not held in memory."""
+    """A JSONL file: one session, if its lines together fit a reader; else a record a line, one at a time."""
     lines = json_lines(unit.path, notes)
     first = next(lines, (1, Reject("unreadable: no line in it")))
-    is_row = isinstance(first[1], dict) and any(reader.fits(first[1]) for reader in BUILT_IN)
-    if is_row and not find_format([first[1]], readers):
+    if is_row_file(first[1], readers):
         yield from each(unit, itertools.chain([first], lines), readers)
         return
     numbered = [first, *lines]
-    values = [value for _, value in numbered if not isinstance(value, Reject)]
-    bad = next((value for _, value in numbered if isinstance(value, Reject)), None)
-    if reader := values and find_format(values, readers):
-        yield unit.label, None if bad else reader, bad or values
-    elif any(find_format(value, readers) for value in values):
+    values, bad = [], []
+    for _, value in numbered:
+        (bad if isinstance(value, Reject) else values).append(value)
+    reader = find_format(values, readers) if values else None
+    if reader is None and any(find_format(value, readers) for value in values):
         yield from each(unit, numbered, readers)
+    elif bad:  # a session without one of its lines is none
+        yield unit.label, None, bad[0]
     else:
-        yield unit.label, None, bad or not_a_log(values)
+        yield unit.label, reader, values if reader else not_a_log(values)
+
+
+def is_row_file(first, readers):
+    """Is a file's first line a record of this script's own, and no session's beginning?"""
+    is_own = isinstance(first, dict) and any(reader.fits(first) for reader in BUILT_IN)
+    return is_own and not find_format([first], readers)
 
 
 def not_a_log(record):
@@ -1098,32 +1172,41 @@ def not_a_log(record):
 def read_all(units, readers, notes):
     """Yield (source, format or None, record or Reject) for every session of all units.
 
-    Dumps hold one API call each: a call whose conversation continues in another dump is part of that one. Only hashes
-    of their conversations are kept until all files are read; then the files that hold a last dump are read again.
+    Dumps hold one API call each: a call whose conversation continues in another dump is part of that one.
+    Hashes of conversations are kept until all files are read; then the files with a last dump are read again.
     """
     dumps, continued = {}, set()
     for unit in tqdm(units, unit=" files", disable=None):
-        try:
-            for source, reader, record in read_unit(unit, readers, notes):
-                hashes = dump_hashes(record) if reader and reader.name == "openai_dump" else []
-                if hashes:
-                    continued.update(hashes[:-1])
-                    dumps[hashes[-1]] = (unit, source)
-                else:
-                    yield source, reader, record
-        except (Reject, OSError, *MALFORMED) as error:
-            yield unit.label, None, error if isinstance(error, Reject) else Reject(f"unreadable: {error}")
-    last = {source for key, (_, source) in dumps.items() if key not in continued}
-    for unit in dict.fromkeys(unit for unit, source in dumps.values() if source in last):
-        for source, reader, record in read_unit(unit, readers, Counter()):
-            if source in last:
+        for source, reader, record in read_safely(unit, readers, notes):
+            hashes = dump_hashes(record) if reader and reader.name == "openai_dump" else []
+            if hashes:
+                continued.update(hashes[:-1])
+                dumps[hashes[-1]] = (unit, source)
+            else:
                 yield source, reader, record
+    last = {place: None for key, place in dumps.items() if key not in continued}
+    for unit in dict.fromkeys(unit for unit, _ in last):
+        for source, reader, record in read_safely(unit, readers, Counter()):
+            if (unit, source) in last:
+                yield source, reader, record
+
+
+def read_safely(unit, readers, notes):
+    """read_unit(), where a file that cannot be read is one reject and no end of the run."""
+    try:
+        yield from read_unit(unit, readers, notes)
+    except Reject as reject:
+        yield unit.label, None, reject
+    except (OSError, *MALFORMED) as error:
+        yield unit.label, None, Reject(f"unreadable: {error}")
 
 
 # 6. One record -> one row
 FAILURES = ("resolved", "success", "solved", "target", "is_resolved", "passed")
-GOOD_ENDS = {"stop", "end_turn", "tool_calls", "tool_use", "function_call", "stop_sequence", "submitted", "submit", "completed",
-             "complete", "success", "successful", "ok", "done", "finished", "finish", "resolved", ""}  # fmt: skip
+GOOD_ENDS = {
+    "stop", "end_turn", "tool_calls", "tool_use", "function_call", "stop_sequence", "submitted", "submit",
+    "completed", "complete", "success", "successful", "ok", "done", "finished", "finish", "resolved", "",
+}  # fmt: skip
 BAD_RESULT = re.compile(r"(?i)\w*(?:error|exception|timeout|failed|failure|unresolved|cancelled)")
 COMPACTION = ("<state_snapshot>", "This session is being continued from a previous conversation")
 
@@ -1134,15 +1217,21 @@ def outcome(columns, depth=0):
         if isinstance(value, dict) and depth < 3:
             if found := outcome(value, depth + 1):
                 return f"{key}.{found}"
-        elif key in FAILURES and (value in (False, 0, -1) or str(value).lower() in ("false", "no", "failed")):
-            return f"{key}={value}"
-        elif key == "reward" and isinstance(value, int | float) and value <= 0:
-            return f"{key}={value}"
-        elif key in ("exit_status", "finish_reason") and isinstance(value, str) and value.lower() not in GOOD_ENDS:
-            return f"{key}={value}"
-        elif key == "result" and (value is False or isinstance(value, str) and BAD_RESULT.fullmatch(value)):
+        elif tells_failure(key, value):
             return f"{key}={value}"
     return None
+
+
+def tells_failure(key, value):
+    is_number = isinstance(value, int | float)
+    text = value.lower() if isinstance(value, str) else None
+    if key in FAILURES:
+        return is_number and value in (0, -1) or text in ("false", "no", "failed")
+    if key == "reward":
+        return is_number and value <= 0
+    if key in ("exit_status", "finish_reason"):
+        return text is not None and text not in GOOD_ENDS
+    return key == "result" and (value is False or bool(text and BAD_RESULT.fullmatch(text)))
 
 
 @dataclass
@@ -1182,7 +1271,7 @@ def make_row(source, reader: Format, record, run: Run):
 
 
 def cut_tool_list(row, tools):
-    """Take the list of tools out of the system message, which the chat template writes again; returns what was cut."""
+    """Take the tools out of the system message: the template writes them again. Returns what was cut."""
     system = row["messages"][0]
     if system["role"] != "system":
         return []
@@ -1252,25 +1341,30 @@ def load_tasks(path):
             task = json.loads(line)
             tasks[squeeze(task["turns"][0]["query"])] = tasks[task["query_id"]] = task
         except MALFORMED as error:
-            raise InputError(f"--queries {path}:{number}: no task ({type(error).__name__}: {error})") from None
+            why = f"{type(error).__name__}: {error}"
+            raise InputError(f"--queries {path}:{number}: no task ({why})") from None
     return tasks
 
 
-def tie_to_task(row, run):
-    """Give a row the id, domain and source of the task whose query one of its user messages is, or holds."""
-    if not run.tasks:
-        return
+def find_task(row, tasks):
+    """The task of a row: by its id, or by a user message that is the task's query or holds it; None."""
     users = [squeeze(message["content"]) for message in row["messages"] if message["role"] == "user"]
-    task = next((run.tasks[key] for key in (row["query_id"], *users) if key in run.tasks), None)
-    if not task:
-        held = (query for query in run.tasks if len(query) >= SHORTEST and any(query in text for text in users))
-        task = run.tasks.get(next(held, None))
-    if not task:
+    for key in (row["query_id"], *users):
+        if key in tasks:
+            return tasks[key]
+    said = "\n".join(users)
+    return next((task for query, task in tasks.items() if len(query) >= SHORTEST and query in said), None)
+
+
+def tie_to_task(row, run):
+    """Give a row the id, domain and source of its task."""
+    task = find_task(row, run.tasks)
+    if task:
+        row["query_id"] = task["query_id"]
+        names = {"domain": "domain", "subdomain": "subdomain", "source": "query_source"}
+        row["meta"] |= {name: task[key] for key, name in names.items() if key in task}
+    elif run.tasks:
         run.notes["no task of --queries fits the row"] += 1
-        return
-    row["query_id"] = task["query_id"]
-    names = {"domain": "domain", "subdomain": "subdomain", "source": "query_source"}
-    row["meta"] |= {name: task[key] for key, name in names.items() if key in task}
 
 
 def map_strings(value, change):
@@ -1284,13 +1378,16 @@ def map_strings(value, change):
 
 def repair(text):
     """JavaScript cuts strings between the halves of an emoji; tokenizers refuse the half that is left."""
-    return text if text.isascii() else text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
+    if text.isascii():
+        return text
+    return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
 # 7. Checks of one row: each gives reasons; a row without any goes on
 MAX_REPEATS = 3  # of the same failing call
 MAX_SAME = 10  # of the same call with the same result
-EXIT_CODE = re.compile(r"(?i)\b(?:exit(?:ed)?[ _]?(?:with )?(?:code|status)?|return_?code)\b[\W_]{1,4}(-?\d+)\b")
+EXIT_CODE = re.compile(
+    r"(?i)\b(?:exit(?:ed)?[ _]?(?:with )?(?:code|status)?|return_?code)\b[\W_]{1,4}(-?\d+)\b")
 FAILURE = re.compile(
     r"(?im)^\W*(?:error|fatal|failure|failed|invalid|unknown tool|killed|aborted|npm err|tool_use_error)\b"
     r"(?!:? \(?none)|^\W*traceback \(most recent|^[\w.]*(?:Error|Exception)\b(?::|$)"
@@ -1300,7 +1397,7 @@ FAILURE = re.compile(
 
 
 def failed(answer):
-    """Did a call fail? By the exit code, if the result tells one; else by words at the places where errors stand."""
+    """Did a call fail? By the exit code, if the result has one; else by words where errors stand."""
     if codes := EXIT_CODE.findall(answer):
         return int(codes[-1]) != 0
     return bool(FAILURE.search(answer))
@@ -1323,11 +1420,12 @@ def steps_of(messages, tools):
     for tool in tools:
         parameters = tool["function"].get("parameters", {})
         required[tool["function"]["name"]] = parameters.get("required", [])
-    answers = {message["tool_call_id"]: message["content"] for message in messages if message["role"] == "tool"}
+    answers = {message.get("tool_call_id"): message["content"] for message in messages}
     steps = []
     for message in messages:
         for call in message.get("tool_calls", []):
-            name, arguments = call["function"]["name"], call["function"]["arguments"]
+            name = call["function"]["name"]
+            arguments = call["function"]["arguments"]
             missing = [key for key in required.get(name, []) if key not in arguments]
             bad = f"missing_argument: {name} {', '.join(missing)}" if missing else None
             bad = bad if name in required else f"undeclared_tool: {name}"
@@ -1337,9 +1435,9 @@ def steps_of(messages, tools):
 
 
 def check_calls(messages, tools, settings):
-    """Bad calls and loops; with --weight_bad_calls 0 the turns of bad and failed calls lose their weight instead.
+    """Bad calls and loops; with --weight_bad_calls 0 turns of bad and failed calls lose their weight instead.
 
-    A bad call that the tool answered with an error and that a good call followed stays: the agent repaired it.
+    A bad call that the tool answered with an error and that a good call followed stays: it was repaired.
     """
     steps = steps_of(messages, tools)
     reasons = loops(steps)
@@ -1393,30 +1491,43 @@ WORD = re.compile(rf"[{CJK}]|[^\W_{CJK}]+")
 
 def words_of(text):
     """Words without case, marks, widths and what cannot be seen."""
-    text = unicodedata.normalize("NFKC", text).lower()
-    return WORD.findall("".join(c for c in text if unicodedata.category(c) != "Cf") if not text.isascii() else text)
+    if not text.isascii():
+        text = unicodedata.normalize("NFKC", text)
+        text = "".join(letter for letter in text if unicodedata.category(letter) != "Cf")
+    return WORD.findall(text.lower())
+
+
+def benchmark_files(paths):
+    """{file: label} of AgencyBench clones (v1 tasks and v2 descriptions) and of single files."""
+    found = {}
+    for name in paths or []:
+        path = Path(name)
+        files = [path] if path.is_file() else [*path.rglob("Task*.json"), *path.rglob("description.json")]
+        if not files:
+            raise InputError(f"--benchmark {name}: no such file, nor a folder with AgencyBench's task files")
+        found |= {file: file.name if file == path else str(file.relative_to(path)) for file in sorted(files)}
+    return found
+
+
+def texts_of(file):
+    """The texts of a JSON or JSONL file, or the text that a file is."""
+    text = file.read_text(errors="replace")
+    documents = text.splitlines() if file.suffix == ".jsonl" else [text]
+    try:
+        return strings_of([json.loads(document) for document in documents])
+    except (ValueError, RecursionError):
+        return [text]
 
 
 def load_benchmark(paths):
-    """{first 5 words: [(up to 13 words, task)]} of an AgencyBench clone (v1 tasks and v2 descriptions) or of files."""
+    """{first 5 words: {(up to 13 words, task)}}; a shorter text counts as a whole, under 5 words not."""
     index = defaultdict(set)
-    for name in paths or []:
-        path = Path(name)
-        files = [path] if path.is_file() else sorted([*path.rglob("Task*.json"), *path.rglob("description.json")])
-        if not files:
-            raise InputError(f"--benchmark {name}: no such file, nor a folder with AgencyBench's task files")
-        for file in files:
-            text = file.read_text(errors="replace")
-            texts = [text]
-            with contextlib.suppress(ValueError, RecursionError):
-                texts = strings_of([json.loads(line) for line in ([text] if file.suffix != ".jsonl" else text.splitlines())])
-            label = file.name if file == path else str(file.relative_to(path))
-            for words in map(words_of, texts):
-                for start in range(max(len(words) - NGRAM, 0) + 1):
-                    gram = tuple(words[start : start + NGRAM])
-                    if len(gram) >= 5:
-                        index[gram[:5]].add((gram, label))
-    return index
+    for file, label in benchmark_files(paths).items():
+        for words in map(words_of, texts_of(file)):
+            for start in range(max(len(words) - NGRAM, 0) + 1):
+                gram = tuple(words[start : start + NGRAM])
+                index[gram[:5]].add((gram, label))
+    return {start: grams for start, grams in index.items() if len(start) == 5}
 
 
 def overlap(messages, benchmark):
@@ -1478,10 +1589,10 @@ def check_where(row, conditions, columns):
 
 
 # 8. Secrets and private names
-EXAMPLES = ("EXAMPLE", "eyJzdWIiOiIxMjM0NTY3ODkw")  # AWS's documentation, jwt.io
+EXAMPLES = re.compile("EXAMPLE|eyJzdWIiOiIxMjM0NTY3ODkw")  # AWS's documentation, jwt.io
 OWN_SECRETS = {  # what pybetterleaks 0.6.2 does not find
     "aws-access-key-id": re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
-    "aws-secret-access-key": re.compile(r"(?i)(?<=secret_access_key)(?:[\"' ]{0,2}[:=][\"' ]{0,2})[a-z0-9/+=]{40}\b"),
+    "aws-secret-access-key": re.compile(r"(?i)(?<=secret_access_key)[\"' ]*[:=][\"' ]*[a-z0-9/+=]{40}\b"),
     "github-fine-grained-pat": re.compile(r"\bgithub_pat_\w{22,}"),
     "openai-api-key": re.compile(r"\bsk-(?!ant-|or-)(?:proj-|svcacct-)?(?=[A-Za-z_]*\d)[A-Za-z0-9_]{32,}"),
     "huggingface-token": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
@@ -1490,36 +1601,47 @@ OWN_SECRETS = {  # what pybetterleaks 0.6.2 does not find
     "password-in-url": re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@<>{}$*]{0,64}:[^\s/:@]{3,128}@"
                                   r"(?!localhost|127\.|10\.|192\.168\.|\[::1\]|0\.0\.0\.0)[\w.-]+"),
 }  # fmt: skip
-PUBLIC_PASSWORDS = re.compile(r"(?i):(?:guest|pass|password|postgres|root|user|admin|example|secret|test|xxx+|\*+|"
-                              r"[<{$].*|your[_-]?\w*|my[_-]?\w*)@")  # fmt: skip
+PUBLIC_PASSWORDS = re.compile(
+    r"(?i):(?:guest|pass|password|postgres|root|user|admin|example|secret|test|xxx+|\*+|[<{$].*"
+    r"|your[_-]?\w*|my[_-]?\w*)@")
 PRIVATE = (  # replaced by --redact; git@host is nobody's address, name@2x.png and lodash@4.17.js no mail
     (re.compile(r"((?:/home|/Users|\\Users)[/\\]+)[\w.-]+"), r"\1user"),
-    (re.compile(r"\b(?!git@)[\w.+-]{1,64}@(?!\d)(?:[\w-]{1,64}\.){1,8}(?!(?:png|jpe?g|gif|svg|webp|[cm]?[jt]sx?|py|md|"
-                r"json|css|html?)\b)[A-Za-z]{2,}\b"), "user@example.com"),
+    (re.compile(r"\b(?!git@)[\w.+-]{1,64}@(?!\d)(?:[\w-]{1,64}\.){1,8}"
+                r"(?!(?:png|jpe?g|gif|svg|webp|[cm]?[jt]sx?|py|md|json|css|html?)\b)[A-Za-z]{2,}\b"),
+     "user@example.com"),
 )  # fmt: skip
 APART = "\n\u2021\n"  # between two strings: no secret holds it
 SCAN_AT_ONCE = 2_000_000  # characters: a scan costs 10 ms before it begins
 
 
-def find_secrets(rows):
-    """[{secret: its kind}] for each row, by pybetterleaks and OWN_SECRETS; one scan for all."""
+def scan(text):
+    """{secret: its kind} of a text, by pybetterleaks."""
     try:
         from pybetterleaks import scan_text
     except ImportError:
         raise InputError("secrets are found by pybetterleaks: pip install pybetterleaks==0.6.2") from None
+    return {finding.secret: finding.rule_id for finding in scan_text(text, redact=False).findings}
+
+
+def own_secrets(text):
+    """{secret: its kind} of a text, by OWN_SECRETS."""
+    found = {}
+    for kind, pattern in OWN_SECRETS.items():
+        for match in pattern.finditer(text):
+            if kind != "password-in-url" or not PUBLIC_PASSWORDS.search(match[0]):
+                found[match[0].strip()] = kind
+    return found
+
+
+def find_secrets(rows):
+    """[{secret: its kind}] for each row; one scan for all."""
     texts = [APART.join(strings_of([row["messages"], row["tools"]])) for row in rows]
-    found = [{} for _ in rows]
-    for finding in scan_text(APART.join(texts), redact=False).findings:
-        for text, secrets in zip(texts, found):
-            if finding.secret in text:
-                secrets[finding.secret] = finding.rule_id
-    for text, secrets in zip(texts, found):
-        for kind, pattern in OWN_SECRETS.items():
-            for match in pattern.finditer(text):
-                if kind != "password-in-url" or not PUBLIC_PASSWORDS.search(match[0]):
-                    secrets[match[0].strip()] = kind
-    return [{secret: kind for secret, kind in secrets.items() if not any(mark in secret for mark in EXAMPLES)}
-            for secrets in found]  # fmt: skip
+    scanned = scan(APART.join(texts))
+    found = []
+    for text in texts:
+        secrets = own_secrets(text) | {secret: kind for secret, kind in scanned.items() if secret in text}
+        found.append({secret: kind for secret, kind in secrets.items() if not EXAMPLES.search(secret)})
+    return found
 
 
 def redact(row, secrets):
@@ -1551,7 +1673,8 @@ def load_tools(path):
             return read_tools(runpy.run_path(path)["TOOLS"])
         return read_tools(json.loads(Path(path).read_bytes()))
     except (ImportError, NameError, SyntaxError, *MALFORMED) as error:
-        raise InputError(f"--tools {path}: no list of tool schemas ({type(error).__name__}: {error})") from None
+        why = f"{type(error).__name__}: {error}"
+        raise InputError(f"--tools {path}: no list of tool schemas ({why})") from None
 
 
 def count_tokens(row, tokenizer):
@@ -1584,8 +1707,9 @@ def finish_row(row, notes, secrets, run):
 
 
 def format_all(records, run):
-    """Yield (source, format, row or None, reasons) for every record; secrets are searched in many rows at once."""
-    waiting, size = [], 0
+    """Yield (source, format, row or None, reasons) of every record; one search for the secrets of many."""
+    waiting = []
+    size = 0
     for source, reader, record in records:
         name = reader.name if reader else "none"
         try:
@@ -1599,7 +1723,8 @@ def format_all(records, run):
         size += sum(len(message["content"]) for message in row["messages"])
         if size > SCAN_AT_ONCE:
             yield from finish_all(waiting, run)
-            waiting, size = [], 0
+            waiting = []
+            size = 0
     yield from finish_all(waiting, run)
 
 
@@ -1643,13 +1768,16 @@ def line_hashes(messages):
 
 
 def make_card(source, name, row, place):
-    key = hashlib.sha256(json.dumps(row["messages"], sort_keys=True).encode()).hexdigest()
-    return Card(source, name, place, key, line_hashes(row["messages"]), str(row["meta"].get("domain", "unknown")),
-                len(row["messages"]), len(called_names(row["messages"])), row["meta"].get("n_tokens", 0))  # fmt: skip
+    messages = row["messages"]
+    key = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
+    domain = str(row["meta"].get("domain", "unknown"))
+    tokens = row["meta"].get("n_tokens", 0)
+    numbers = (len(messages), len(called_names(messages)), tokens)
+    return Card(source, name, place, key, line_hashes(messages), domain, *numbers)
 
 
 def compare_rows(cards, settings):
-    """{source: reason} of duplicates, and of what --max_samples leaves out. Of near-duplicates the longer one stays."""
+    """{place: reason} of the duplicates; of near-duplicates the longer one stays."""
     reasons, kept, first = {}, [], {}
     for card in cards:
         if first.setdefault(card.key, card) is card:
@@ -1672,7 +1800,7 @@ def compare_rows(cards, settings):
 
 
 def stratify(cards, seed):
-    """Cards in an order of which every prefix has the domains in proportion; the same for the same rows and seed."""
+    """Cards in an order of which every prefix has the domains in proportion; by rows and seed alone."""
     order = sorted(cards, key=lambda card: hashlib.sha256(f"{seed} {card.key}".encode()).digest())
     sizes = Counter(card.domain for card in cards)
     met, places = Counter(), {}
@@ -1690,12 +1818,13 @@ def only_run(output):
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            raise InputError(f"another run writes {output}; wait for it or give another --output_file") from None
+            told = f"another run writes {output}; wait for it or give another --output_file"
+            raise InputError(told) from None
         yield
 
 
 def publish(files):
-    """Write {path: lines} under temporary names, then rename all: a reader sees old files or whole new ones."""
+    """Write {path: lines} under temporary names, then rename all: nobody sees a half-written file."""
     partials = {path: path.with_name(path.name + ".partial") for path in files}
     try:
         for path, lines in files.items():
@@ -1717,7 +1846,7 @@ def strict_json(value):
 
 
 def spill_rows(entries, spill):
-    """Write the rows into the spill file; returns (a card per row, a reject per other record, records by format)."""
+    """Write rows into the spill file; returns (a card a row, a reject a record else, records by format)."""
     cards, rejects, formats = [], [], Counter()
     for source, name, row, reasons in entries:
         formats[name] += 1
@@ -1742,11 +1871,12 @@ def read_places(spill, places):
 
 
 def count_reasons(rejects):
-    counts = Counter()
+    """[(reason, rejects)]; kinds of entries that no reader knows are counted by name too."""
+    counts, kinds = Counter(), Counter()
     for reject in rejects:
         counts.update({reason.partition(":")[0] for reason in reject["reasons"]})
-    kinds = [reason for reject in rejects for reason in reject["reasons"] if reason.startswith("unknown_kind")]
-    return counts.most_common() + Counter(kinds).most_common()
+        kinds.update(reason for reason in reject["reasons"] if reason.startswith("unknown_kind"))
+    return counts.most_common() + kinds.most_common()
 
 
 def print_summary(rejects, cards, formats, notes):
@@ -1754,8 +1884,10 @@ def print_summary(rejects, cards, formats, notes):
     print(f"{'format':<18}{'records':>10}{'rows':>10}{'messages':>10}{'tool calls':>12}{'tokens':>12}")
     for name, count in sorted(formats.items()):
         rows = [card for card in cards if card.format == name]
-        sums = [sum(getattr(card, key) for card in rows) for key in ("messages", "calls", "tokens")]
-        print(f"{name:<18}{count:>10}{len(rows):>10}{sums[0]:>10}{sums[1]:>12}{sums[2]:>12}")
+        messages = sum(card.messages for card in rows)
+        calls = sum(card.calls for card in rows)
+        tokens = sum(card.tokens for card in rows)
+        print(f"{name:<18}{count:>10}{len(rows):>10}{messages:>10}{calls:>12}{tokens:>12}")
     for text, count in sorted(notes.items()):
         print(f"{count} rows: {text}")
     for reason, count in count_reasons(rejects):
@@ -1820,6 +1952,40 @@ def tools_seen(records):
     return schemas
 
 
+def select(cards, settings, rejects):
+    """The cards that stay after the comparison of rows and --max_samples; the others join the rejects."""
+    reasons = compare_rows(cards, settings)
+    left = [card for card in cards if card.place not in reasons]
+    if settings.max_samples:
+        over = stratify(left, settings.seed)[settings.max_samples :]
+        reasons |= {card.place: "not_selected: max_samples" for card in over}
+    for card in cards:
+        if card.place in reasons:
+            reject = {"source": card.source, "format": card.format, "reasons": [reasons[card.place]]}
+            rejects.append(reject)
+    return [card for card in cards if card.place not in reasons]
+
+
+def write_all(records, units, run, paths):
+    """Format, compare, write; returns (cards of the rows, rejects)."""
+    output, rejected, record = paths
+    output.parent.mkdir(parents=True, exist_ok=True)
+    with only_run(output), tempfile.TemporaryFile(dir=output.parent) as spill:
+        cards, rejects, formats = spill_rows(format_all(records, run), spill)
+        unknown = {name for name, _, _ in conditions_of(run.settings)} - run.columns
+        if unknown and formats:
+            raise InputError(f"--where {', '.join(sorted(unknown))}: no row has such a column")
+        cards = select(cards, run.settings, rejects)
+        print_summary(rejects, cards, formats, run.notes)
+        files = {rejected: map(strict_json, rejects)}
+        if cards:
+            counts = {"rows": len(cards), "rejected": dict(count_reasons(rejects)), "notes": run.notes}
+            files[record] = [settings_record(run.settings, units, counts)]
+            files[output] = read_places(spill, [card.place for card in cards])
+        publish(files)
+    return cards, rejects
+
+
 def main(settings, positional):
     inputs = [positional.inputs] if isinstance(positional.inputs, str) else positional.inputs
     if not inputs:
@@ -1827,44 +1993,27 @@ def main(settings, positional):
     check_settings(settings)
     output = Path(settings.output_file)
     rejected = output.with_name(f"{output.stem}.rejected.jsonl")
-    record = output.with_name(f"{output.stem}.settings.json")
-    units = find_units(inputs, {path.resolve() for path in (output, rejected, record)})
-    readers = load_readers(settings.readers)
+    paths = (output, rejected, output.with_name(f"{output.stem}.settings.json"))
+    units = find_units(inputs, {path.resolve() for path in paths})
     run = make_run(settings)
-    records = read_all(units, readers, run.notes)
+    records = read_all(units, load_readers(settings.readers), run.notes)
     if settings.tools_seen:
         print(json.dumps(tools_seen(records), indent=1))
         return
-    print(f"inputs: {len(units)} files")
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with only_run(output), tempfile.TemporaryFile(dir=output.parent) as spill:
-        cards, rejects, formats = spill_rows(format_all(records, run), spill)
-        if unknown := {name for name, _, _ in conditions_of(settings)} - run.columns:
-            raise InputError(f"--where {', '.join(sorted(unknown))}: no row has such a column")
-        reasons = compare_rows(cards, settings)
-        chosen = stratify([card for card in cards if card.place not in reasons], settings.seed)
-        reasons |= {card.place: "not_selected: max_samples" for card in chosen[settings.max_samples :]} if settings.max_samples else {}
-        for card in cards:
-            if card.place in reasons:
-                rejects.append({"source": card.source, "format": card.format, "reasons": [reasons[card.place]]})
-        cards = [card for card in cards if card.place not in reasons]
-        print_summary(rejects, cards, formats, run.notes)
-        files = {rejected: map(strict_json, rejects)}
-        counts = {"rows": len(cards), "rejected": dict(count_reasons(rejects)), "notes": run.notes}
-        if cards:
-            files[record] = [settings_record(settings, units, counts)]
-            files[output] = read_places(spill, [card.place for card in cards])
-        publish(files)
+    print(f"inputs: {len(units)} files", flush=True)
+    cards, rejects = write_all(records, units, run, paths)
     if not cards:
         names = ", ".join(reason for reason, _ in count_reasons(rejects))
-        raise InputError(f"no trajectory left of {len(rejects)} ({names}); see {rejected}; {output} was not written")
+        told = f"no trajectory left of {len(rejects)} ({names}); see {rejected}"
+        raise InputError(f"{told}; {output} was not written")
     print(f"rows: {len(cards)} -> {output}\nrejected: {len(rejects)} -> {rejected}")
 
 
 if __name__ == "__main__":
     try:
         parser = TrlParser(Settings)
-        parser.add_argument("inputs", nargs="*", help="Files, folders, Hub ids (owner/name[:config][/split][@revision]).")
+        kinds = "Files, folders, Hub ids: owner/name[:config][/split][@revision]."
+        parser.add_argument("inputs", nargs="*", help=kinds)
         main(*parse_settings(parser))
     except (InputError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
