@@ -893,14 +893,18 @@ def entries_of(record, kinds, left_out):
     stack = [("", record)]
     while stack:
         path, value = stack.pop()
-        is_entry = isinstance(value, dict) and not passed & kinds_of(value)
-        if is_entry or isinstance(value, str):
+        if isinstance(value, str):
             yield path, value
-        if isinstance(value, list):
+        elif isinstance(value, list):
             stack += [(path, item) for item in value]
-        elif is_entry:
-            inner = [(f"{path}.{key}", item) for key, item in value.items()]
-            stack += [place for place in inner if not place[0].endswith(ends)] if ends else inner
+        elif isinstance(value, dict) and not passed & kinds_of(value):
+            yield path, value
+            stack += inner_of(path, value, ends)
+
+
+def inner_of(path, entry, ends):
+    places = [(f"{path}.{key}", item) for key, item in entry.items()]
+    return [place for place in places if not place[0].endswith(ends)] if ends else places
 
 
 def is_text(path, value):
@@ -1024,7 +1028,7 @@ def data_files(card, name, config, split):
 
 
 def chosen_config(configs, name, wanted):
-    """The data files of the configuration that is wanted, of "default", or of the first; None if there is none."""
+    """The data files of the wanted configuration, else of "default", else of the first; None: no card."""
     configs = {item["config_name"]: item.get("data_files") for item in configs}
     if wanted and wanted not in configs:
         raise InputError(f"{name}: no configuration {wanted}; it has {', '.join(configs) or 'none'}")
@@ -1742,7 +1746,7 @@ def finish_all(waiting, run):
         yield source, name, row, reasons
 
 
-@dataclass
+@dataclass(eq=False)  # counted by identity
 class Card:
     """What the comparison of rows needs of one."""
 
@@ -1786,17 +1790,25 @@ def compare_rows(cards, settings):
             reasons[card.place] = f"duplicate: of {first[card.key].source}"
     owners = defaultdict(list)  # hash of a line: the kept rows that have it
     for card in sorted(kept, key=lambda card: -len(card.lines)):
-        lines = set(card.lines)
-        sample = card.lines[:64]  # the same ones for equal sets of lines
-        shared = Counter(itertools.chain.from_iterable(owners[line] for line in sample))
-        for number, _ in shared.most_common(3) if len(lines) >= 5 else []:
-            if len(lines.intersection(kept[number].lines)) >= settings.near_duplicate * len(lines):
-                reasons[card.place] = f"near_duplicate: of {kept[number].source}"
-                break
-        else:
-            for line in card.lines:
-                owners[line].append(kept.index(card))
+        near = nearest(card, owners, settings.near_duplicate)
+        if near:
+            reasons[card.place] = f"near_duplicate: of {near.source}"
+            continue
+        for line in card.lines:
+            owners[line].append(card)
     return reasons
+
+
+def nearest(card, owners, share):
+    """A longer row that has this share of a row's lines, among the three with most of 64 of them; None."""
+    lines = set(card.lines)
+    shared = Counter()
+    for line in card.lines[:64]:  # the same ones for equal sets of lines
+        shared.update(owners.get(line, ()))
+    for owner, _ in shared.most_common(3) if len(lines) >= 5 else []:
+        if len(lines.intersection(owner.lines)) >= share * len(lines):
+            return owner
+    return None
 
 
 def stratify(cards, seed):
