@@ -98,10 +98,11 @@ def outcome_of(log):
         reader = stage.find_format(log, READERS)
         if reader is None:
             return ["not_a_log"], ""
-        row, _ = stage.make_row("log", reader, log, run)
-        return [], "\n".join(stage.strings_of(row))
-    except stage.Reject as reject:
-        return [str(reject)], ""
+        parts = reader.split(log) if reader.split else [log]
+        rows = [stage.make_row("log", reader, part, run)[0] for part in parts]
+        return [], "\n".join(stage.strings_of(rows))
+    except (stage.Reject, *stage.MALFORMED) as reject:
+        return [str(reject) or "malformed"], ""
 
 
 def is_left_out(text, done, name):

@@ -693,7 +693,7 @@ def sii_request(messages, *functions):
     request = {
         "system_instruction": "You are an agent.",
         "messages": messages,
-        "tools": [{"functionDeclarations": functions}][: len(functions)],
+        "tools": [{"functionDeclarations": list(functions)}][: len(functions)],
     }
     return {"type": "api_request_full", "data": {"full_request": request}}
 
