@@ -147,3 +147,54 @@ def test_a_trained_trajectory_is_served_to_the_token(stage, make_model, rows, ev
         steps = steps_of(episode)
         assert all(any(ids[: len(step)] == step for ids in trained) for step in steps), row["query_id"]
         assert all(ids in steps for ids in trained), row["query_id"]
+
+
+# Families whose exported tokenizer describes its answers, so that vLLM needs no parser of its own for them
+DESCRIBED = ["GLM-4.5, 4.6", "Qwen2.5", "Qwen3", "Qwen3-2507 Instruct", "Qwen3.5, thinking", "Qwen3.5, not thinking",
+             "Qwen3.6"]
+
+
+def read_back(parser, tok, tools, given, written, stops):
+    """(thought, text, calls) that vLLM makes of what the model wrote."""
+    from vllm.entrypoints.openai.chat_completion.protocol import ChatCompletionRequest
+
+    for stop in stops:
+        written = written.removesuffix(stop)
+    question = [{"role": "user", "content": "U"}]
+    request = ChatCompletionRequest(model="m", messages=question, tools=tools)
+    reader = parser(tok, request.tools)
+    reader.set_prompt_token_ids(tok(given, add_special_tokens=False)["input_ids"])
+    thought, text, calls = reader.parse(written, request, enable_auto_tools=True)
+    calls = [(call.name, json.loads(call.arguments)) for call in calls or []]
+    return (thought or "").strip(), (text or "").strip(), calls
+
+
+@pytest.mark.vllm
+@pytest.mark.parametrize("family", DESCRIBED)
+def test_an_answer_is_read_back_as_it_was_trained(stage, tmp_path, family):
+    """vLLM's parsers "hf" on every turn that test_03_families.py trains: message in, message out."""
+    from test_03_families import CONVERSATIONS, FAMILIES, TOOLS, Oracle, template_of, tokenizer
+    from transformers import AutoTokenizer
+    from vllm.parser.parser_manager import ParserManager
+
+    name, stops, switches, _ = FAMILIES[family]
+    source = template_of(name)
+    stage("03_sft").save_tokenizer(tokenizer(source, stops, switches), tmp_path)
+    tok = AutoTokenizer.from_pretrained(tmp_path)
+    thinks = "hf" if "thinking" in tok.response_template["fields"] else None
+    parser = ParserManager.get_parser(tool_parser_name="hf", reasoning_parser_name=thinks, enable_auto_tools=True)
+    oracle = Oracle(source, stops, switches)
+    turns = 0
+    for title, messages in CONVERSATIONS.items():
+        tools = TOOLS if any("tool_calls" in message for message in messages) else None
+        right = oracle.verdict(messages, tools)
+        if isinstance(right, str):
+            continue
+        trained = [m for m in messages if m["role"] == "assistant" and m.get("weight", 1)]
+        for message, (given, written) in zip(trained, right, strict=True):
+            functions = [call["function"] for call in message.get("tool_calls", [])]
+            calls = [(function["name"], function["arguments"]) for function in functions]
+            expected = (message.get("reasoning_content", ""), message["content"].strip(), calls)
+            assert read_back(parser, tok, tools, given, written, stops) == expected, title
+            turns += 1
+    assert turns >= 65
