@@ -127,7 +127,8 @@ def bench_data(folder, limi):
     sft = importlib.import_module("03_sft")
     tok.stop_ids, tok.end_id = set(tok.convert_tokens_to_ids(make_model.STOPS)), tok.convert_tokens_to_ids("<|user|>")
     started = time.perf_counter()
-    samples = sft.tokenize(tok, sft.read_rows(folder / "train.jsonl"), 125_000)[0]
+    rows, _ = sft.read_rows(folder / "train.jsonl")
+    samples = sft.tokenize(tok, rows, 125_000)[0]
     mean = sum(len(sample["input_ids"]) for sample in samples) / len(samples)
     seconds, memory = time.perf_counter() - started, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
     yield f"03: ids and labels of {len(samples)} rows, mean {mean:,.0f} tokens", f"{seconds:.1f} s, {memory:.2f} GB"
