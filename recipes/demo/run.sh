@@ -37,7 +37,7 @@ fi
 if [ "$quick" ]; then
     name=$name-quick
     tasks_flags+=(--per_family 1)
-    train_flags+=(--max_steps 2)
+    train_flags+=(--max_steps 2 --warmup_steps 1)
     limit=(--limit 4)
 fi
 tuned=tuned
