@@ -278,7 +278,7 @@ def test_a_sandbox_that_does_not_start_is_no_score(endpoint, tmp_path, run_stage
 # Attacks, each with what must stand in the output; as root and as an ordinary user
 
 DEEP = """import os
-for _ in range(1500):
+for _ in range(1100):
     os.mkdir("d")
     os.chdir("d")
 """
@@ -445,13 +445,16 @@ def test_a_check_that_our_own_guard_ends_is_no_score(endpoint, evaluate, m, monk
     assert summary["not_run"] == {"killed": 2} and not summary["by_task"]
 
 
-def test_a_thousand_folders_in_each_other_end_nothing(endpoint, evaluate):
+def test_a_thousand_folders_in_each_other_end_nothing(endpoint, evaluate, m):
     deep = f"python3 -c {shlex.quote(DEEP)}; echo fine > a"
     endpoint.script["q"] = [call("run_shell_command", command=deep), say("done")]
-    for _ in range(2):  # once more in the same folder: it is removed and made anew
-        (endpoint.folder / "out/episodes.jsonl").unlink(missing_ok=True)
-        episodes, _ = evaluate(("t", [("q", "grep fine a")]))
-        assert episodes["t", 0]["meta"]["solved"]
+    try:
+        for _ in range(2):  # once more in the same folder: it is removed and made anew
+            (endpoint.folder / "out/episodes.jsonl").unlink(missing_ok=True)
+            episodes, _ = evaluate(("t", [("q", "grep fine a")]))
+            assert episodes["t", 0]["meta"]["solved"]
+    finally:
+        m.remove(endpoint.folder / "out")  # pytest's own way of removing folders goes down a thousand calls
 
 
 def test_the_venv_of_a_task_is_the_agents_and_the_checks_python(endpoint, evaluate, tmp_path):

@@ -1,0 +1,176 @@
+"""The label doctor finds each fault that it is shown, and none in right labels."""
+
+import copy
+import json
+
+import pytest
+from test_03_families import CONVERSATIONS, FAMILIES, TOOLS, template_of, tokenizer
+
+from recipes import label_doctor
+
+TALK = CONVERSATIONS["calls, two turns"]
+THOUGHTS = CONVERSATIONS["thoughts, two turns"]
+FAMILY = {"GLM-4.5": "GLM-4.5, 4.6", "Qwen3": "Qwen3", "Qwen2.5": "Qwen2.5"}
+
+
+@pytest.fixture(scope="module")
+def sft(stage):
+    return stage("03_sft")
+
+
+@pytest.fixture
+def clinic(sft):
+    """clinic(family) -> (tokenizer, samples(messages): what 03 trains, examine(messages, samples): kinds found)."""
+
+    def make(family):
+        name, stops, switches, _ = FAMILIES[FAMILY[family]]
+        tok = tokenizer(template_of(name), stops, switches)
+        tok.end_id = sft.token_after_an_answer(tok)
+
+        def row(messages):
+            return {"messages": messages, "tools": TOOLS}
+
+        def samples(messages):
+            pairs = sft.encode_conversation(tok, messages, TOOLS)
+            return [{"input_ids": list(ids), "labels": list(labels)} for ids, labels in pairs]
+
+        def examine(messages, given):
+            return [finding.kind for finding in label_doctor.examine_row(sft, tok, row(messages), given)]
+
+        return tok, samples, examine
+
+    return make
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_right_labels_are_exact(clinic, family):
+    _, samples, examine = clinic(family)
+    for title in ("plain", "a call", "two calls", "calls, two turns", "nested arguments", "other letters", "two turns"):
+        messages = CONVERSATIONS[title]
+        turns = sum(message["role"] == "assistant" for message in messages)
+        assert examine(messages, samples(messages)) == ["exact"] * turns, title
+
+
+def spans(sample):
+    """[(first, end)] of the runs of labels."""
+    trained = [label != -100 for label in sample["labels"]] + [False]
+    starts = [i for i, on in enumerate(trained) if on and not (i and trained[i - 1])]
+    return [(start, trained.index(False, start)) for start in starts]
+
+
+def silence(sample, places):
+    sample["labels"] = [-100 if i in places else label for i, label in enumerate(sample["labels"])]
+
+
+def no_stop(sample):
+    silence(sample, {end - 1 for _, end in spans(sample)})
+
+
+def cut_beginning(sample):
+    silence(sample, {spans(sample)[0][0], spans(sample)[0][0] + 1})
+
+
+def hole(sample):
+    silence(sample, {spans(sample)[0][0] + 3})
+
+
+def silent_turn(sample):
+    silence(sample, set(range(*spans(sample)[1])))
+
+
+def header_too(sample):
+    start = spans(sample)[0][0]
+    sample["labels"][start - 2 : start] = sample["input_ids"][start - 2 : start]
+
+
+def user_too(sample):
+    sample["labels"][:3] = sample["input_ids"][:3]
+
+
+def truncated(sample):
+    end = spans(sample)[-1][1] - 4
+    sample["input_ids"] = sample["input_ids"][:end]
+    sample["labels"] = sample["labels"][:end]
+
+
+def other_context(sample):
+    sample["input_ids"][2] += 1
+
+
+PLANTED = {
+    "stop token": no_stop,
+    "beginning": cut_beginning,
+    "hole": hole,
+    "not trained": silent_turn,
+    "extra": header_too,
+    "truncated": truncated,
+    "context": other_context,
+}
+
+
+@pytest.mark.parametrize("kind", PLANTED)
+@pytest.mark.parametrize("family", FAMILY)
+def test_a_planted_fault_is_named(clinic, family, kind):
+    _, samples, examine = clinic(family)
+    messages = TALK[:4]
+    given = samples(messages)
+    PLANTED[kind](given[0])
+    assert kind in examine(messages, given)
+    assert set(examine(messages, given)) <= {kind, "exact"}
+
+
+def test_loss_on_what_the_user_says_is_extra(clinic):
+    _, samples, examine = clinic("Qwen2.5")
+    given = samples(TALK)
+    user_too(given[0])
+    assert examine(TALK, given) == ["exact"] * 4 + ["extra"]
+
+
+@pytest.mark.parametrize("lost", ["call", "thought", "text"])
+def test_what_the_labels_lack_is_missing(clinic, lost):
+    """Samples of a row from which something was dropped, beside the row that has it."""
+    _, samples, examine = clinic("Qwen3")
+    messages = CONVERSATIONS["thoughts"]
+    less = copy.deepcopy(messages)
+    if lost == "call":
+        del less[1]["tool_calls"]
+        less[1]["content"] = "I look."
+        del less[2]
+    elif lost == "thought":
+        del less[1]["reasoning_content"]
+    else:
+        less[3]["content"] = "."
+    assert "missing" in examine(messages, samples(less))
+
+
+def test_a_thought_that_a_later_turn_removes_was_never_served_so(clinic, sft):
+    """One rendering of two turns, as most trainers make it: Qwen3's template drops the first thought."""
+    tok, _, examine = clinic("Qwen3")
+    text = sft.render(tok, THOUGHTS, TOOLS)
+    ids = tok(text, add_special_tokens=False)["input_ids"]
+    found = examine(THOUGHTS, [{"input_ids": ids, "labels": list(ids)}])
+    assert found[0] in ("missing", "written otherwise", "context never served")
+
+
+def test_a_row_that_the_template_cannot_show_is_refused(clinic):
+    _, _, examine = clinic("Qwen2.5")
+    assert examine(CONVERSATIONS["thoughts"], [{"input_ids": [1], "labels": [1]}]) == ["refused"]
+
+
+def test_from_the_shell(sft, monkeypatch, tmp_path, capsys, clinic):
+    tok, samples, _ = clinic("Qwen2.5")
+    monkeypatch.setattr(sft, "load_tokenizer", lambda *_: tok)
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text(json.dumps({"query_id": "a", "messages": TALK, "tools": TOOLS}) + "\n")
+    dump = tmp_path / "dump.jsonl"
+    (sample,) = samples(TALK)
+    flags = ["--tokenizer", "x", "--rows", str(rows), "--labels", str(dump)]
+    dump.write_text(json.dumps(sample) + "\n")
+    assert label_doctor.main(flags) == 0 and capsys.readouterr().out == "exact: 4\n"
+    no_stop(sample)
+    dump.write_text(json.dumps(sample | {"query_id": "a"}) + "\n")
+    assert label_doctor.main(flags) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith(f"{rows}:1: messages[1]: stop token: ") and lines[-1] == "stop token: 4"
+    dump.write_text(json.dumps(sample | {"query_id": "b"}) + "\n")
+    assert label_doctor.main(flags) == 2 and "dump.jsonl:1: belongs to no row" in capsys.readouterr().err
