@@ -426,3 +426,59 @@ def test_which_scenarios_run(v2, tmp_path, run_stage, one_line_error):
     result = run_stage(script, *flags, "Code/*")
     one_line_error(result, "--scenarios Code/*: not in", "Backend/scenario1, Backend/scenario2")
     one_line_error(run_stage(script, *flags, "MCP/*"), "no scenario is left to run")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The real graders, with a model that solves a part; by words of the prompt
+
+CHAT_APP = """mkdir -p src && printf 'task1:\\n\\tmkdir -p bin; g++ -o bin/chat_app src/main.cpp\\n' > Makefile
+printf '#include <cstdio>\\nint main() { puts("1.0.0"); }\\n' > src/main.cpp"""
+KINETICS = """mkdir docs logs && python3 evaluate_equation.py > logs/subtask1_evaluate.txt
+cp equation.py docs/subtask1_rationale.md"""
+OSCILLATOR = r"""cd workspace && cat > equation.py <<'P'
+import numpy as np
+def equation(x, t, v, p):
+    s, e = np.sin(t), np.exp(-t)
+    return (p[0] * x + p[1] * x * s + p[2] * v * s + p[3] * np.sin(2 * t) + p[4] * x ** 5 + p[5] * e + p[6] * x * e
+            + p[7] * x * x * v + p[8] * x * v * v + p[9] * abs(x))
+P
+printf '{"loss": %s, "equation": "", "comment": ""}' $(python3 evaluate_equation.py) > subtask1_result.json"""
+FOLDERS = """cd desktop_2 && mkdir -p workspace_v2/knowledge_base workspace_v2/dev_bundle/{tests,source} \
+workspace_v2/data_warehouse/{legacy_archives,active_datasets}"""
+PLANS = {"Build the baseline CLI": CHAT_APP, "baseline reaction-rate": KINETICS}
+PLANS |= {"(attempt 2/2). Target": OSCILLATOR, "Current focus: subtask1 (attempt 2": FOLDERS}
+
+# As the graders' own functions give them, called by hand on the files that such a run left
+SCORES = {
+    "Backend/scenario1": [3, 3, 0, 0, 0, 0, 0, 0, 0, 0],
+    "Code/scenario1": [10, 0, 0, 0, 0, 0, 0, 0, 0],
+    "Code/scenario6": [0, 2],
+    "MCP/scenario2": [0, 10, 0, 0],
+}
+
+
+@pytest.mark.skipif(
+    "AGENCYBENCH" not in os.environ or "AGENCYBENCH_VENV" not in os.environ,
+    reason="needs AGENCYBENCH=CLONE of GAIR-NLP/AgencyBench and AGENCYBENCH_VENV=ENVIRONMENT with its packages",
+)
+def test_the_real_graders(endpoint, tmp_path, run_stage):
+    def solve(body):
+        users = [message["content"] for message in body["messages"] if message["role"] == "user"]
+        commands = [command for words, command in PLANS.items() if words in users[-1]]
+        asked = body["messages"][-1]["role"] == "user"
+        return shell(commands[0]) if commands and asked else say("done")
+
+    class Script(dict):
+        def get(self, first):
+            return solve
+
+    endpoint.script = Script()
+    flags = ["--model", "x", "--base_url", endpoint.url, "--patience", 0, "--output_dir", tmp_path / "out"]
+    flags += ["--clone", os.environ["AGENCYBENCH"], "--venv", os.environ["AGENCYBENCH_VENV"], "--concurrency", 2]
+    result = run_stage("recipes/benchmarks/agencybench_v2.py", *flags, "--scenarios", *SCORES, timeout=1800)
+    assert result.returncode == 0, result.stderr
+    scores = {}
+    for episode in map(json.loads, tmp_path.joinpath("out/episodes.jsonl").read_text().splitlines()):
+        name = "/".join(episode["query_id"].removeprefix("agencybench-v2-").rsplit("-", 1))
+        scores[name] = [10 * r["score"] for r in episode["rounds"] if r["stop"] != "skipped"]
+    assert scores == SCORES
