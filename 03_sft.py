@@ -436,7 +436,7 @@ def token_after_an_answer(tok) -> int | None:
 def render(tok, messages: list[dict], tools: list[dict] | None, **kwargs) -> str:
     """The text of the model's own template. Raises Refused for a conversation that it does not take."""
     try:
-        options = tok.template_kwargs | kwargs
+        options = getattr(tok, "template_kwargs", {}) | kwargs
         return tok.apply_chat_template(messages, tools=tools or None, tokenize=False, **options)
     except (TemplateError, TypeError, ValueError, KeyError) as error:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
