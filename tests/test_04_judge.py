@@ -232,3 +232,36 @@ def test_the_judge_has_a_body_of_its_own(judged, endpoint):
     judged("true", [verdicts(("", False))], judge_request={"temperature": None, "top_p": None})
     mine = [body for body in endpoint.requests if body["model"] == "grader"]
     assert mine and not any(body.keys() & {"temperature", "top_p"} for body in mine)
+
+
+def test_agreement_with_a_person_is_measured(endpoint, capsys):
+    """A judge that reads the file for real, and passes all that holds no mistake it knows."""
+    from recipes import judge_agreement
+
+    def answer(body):
+        if len(body["messages"]) == 2:
+            return call("run_shell_command", command="cat *")
+        shown = body["messages"][3]["content"]
+        if "helo" in shown:
+            return verdicts(("", False))(body)
+        quote = shown.partition("Stdout: ")[2].split("\n")[0]
+        return verdicts((quote, True))(body) if len(quote) > 8 else say("I cannot tell")
+
+    endpoint.script.default_factory = lambda: answer
+    flags = ["--judge_model", "grader", "--judge_base_url", endpoint.url]
+    assert judge_agreement.main(flags) == 0
+    lines = capsys.readouterr().out.splitlines()
+    told = dict(line.split(": ", 1) for line in lines if line.startswith(("decided", "agreement", "kappa")))
+    decided = int(told["decided"].split()[0])
+    assert 10 <= decided < 20 and told["agreement"].endswith(f"of {decided}")
+    assert any(line.startswith("undecided: names.txt") for line in lines)
+    assert judge_agreement.main(["--judge_model", "grader"]) == 2
+
+
+def test_kappa_by_hand():
+    from recipes.judge_agreement import kappa
+
+    assert kappa([(True, True), (False, False)]) == 1 and kappa([(True, False), (False, True)]) == -1
+    # 3 of 4 agree; the judge passes 3/4, the person 2/4: chance 3/8 + 1/8 = 1/2
+    assert kappa([(True, True), (True, True), (True, False), (False, False)]) == 0.5
+    assert kappa([(True, True)]) is None
