@@ -23,6 +23,7 @@ while IFS=$'\t' read -r -u 3 run model rows updates seed; do
         [ -f "$model/recipe.json" ] || "${launch[@]}" 03_sft.py --config "recipes/$recipe/sft.yaml" \
             --train_file "$rows" --output_dir "$model" --max_steps "$updates" --seed "$seed"
     fi
-    python 04_eval.py --config "recipes/$recipe/eval.yaml" --model "$model" --output_dir "$results/$run"
+    # 1: 04 finds something odd, such as a base that never ends its answers; the table has it in a column
+    python 04_eval.py --config "recipes/$recipe/eval.yaml" --model "$model" --output_dir "$results/$run" || [ $? = 1 ]
 done 3< "$results/runs.tsv"
 python recipes/curve.py table "$recipe"
