@@ -286,7 +286,7 @@ def read_folders(options):
             print(f"left out: {file.parent}: {' '.join(str(error).split())[:120]}")
             continue
         rows.append(row)
-        here += not reasons
+        here += "image" not in row
         if reasons:
             print(f"needs a container: {row['query_id']}: {'; '.join(dict.fromkeys(reasons))[:150]}")
     write_rows(options.output_dir / "tasks.jsonl", rows)
