@@ -451,18 +451,22 @@ def drop_pseudo_turns(turns):
 
 
 def cut_end(turns, notes):
-    """Cut what follows the last assistant turn: results whose answer the log lost, a user's last word."""
+    """Cut what follows the last assistant turn: results whose answer the log lost, a user's last word.
+
+    A call that ends the episode needs no answer, and keeps its result.
+    """
     after = []
     while turns and turns[-1]["role"] != "assistant":
         after.append(turns.pop()["content"])
     if not turns:
         raise Reject("no_assistant_message")
     last = turns[-1]
-    after += filter(None.__ne__, last["results"])
     names = {call["function"]["name"] for call in last["calls"]}
-    notes["unfinished"] += bool(after if not names else not names & FINISH_TOOLS)
+    if not names & FINISH_TOOLS:
+        notes["unfinished"] += bool(after or names)
+        after += filter(None.__ne__, last["results"])
+        last["results"] = [None] * len(last["calls"])
     notes["cut"] += bool(after)
-    last["results"] = [None] * len(last["calls"])
     return after
 
 

@@ -207,6 +207,66 @@ def test_ids_and_columns_of_the_cases():
     assert rows_of(LOGS / "row_schema.jsonl")[0][0]["tools"] == schema
 
 
+# Genuine logs
+REAL = CASES.parent / "data/logs"
+
+
+def turns_of(row):
+    """A row's assistant turns as the ground truth writes them; checks the pairing on the way."""
+    turns, waiting = [], []
+    for message in row["messages"]:
+        if message["role"] == "assistant":
+            assert not waiting
+            calls = message.get("tool_calls", [])
+            waiting = [call["id"] for call in calls]
+            turns.append({"content": message["content"], "reasoning": message.get("reasoning_content", ""),
+                          "tool_calls": [call["function"] for call in calls]})  # fmt: skip
+        elif message["role"] == "tool":
+            assert message["tool_call_id"] == waiting.pop(0)
+    return turns
+
+
+def truth(name, reasoning=True):
+    turns = []
+    for turn in json.loads((REAL / name / "ground_truth_script.json").read_text()):
+        calls = turn.get("tool_calls", [])
+        turns.append({"content": turn["content"], "reasoning": turn["reasoning"] if reasoning else "", "tool_calls": calls})
+    return turns
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data")
+def test_genuine_logs_equal_the_script_that_their_model_followed():
+    units = [stage.Unit(path, path.name) for path in sorted((REAL / "qwen-code").glob("openai-*.json"))]
+    run = stage.make_run(stage.Settings())
+    entries = list(stage.format_all(stage.read_all(units, [], run.notes), run))
+    [qwen] = [row for _, _, row, reasons in entries if not reasons]
+    [(sii, _)] = rows_of(next((REAL / "sii-cli").glob("*.json")))
+    [(mini, _)] = rows_of(next((REAL / "mini-swe-agent").glob("*.traj.json")))
+    assert turns_of(qwen) == truth("qwen-code")
+    assert turns_of(mini) == truth("mini-swe-agent")
+    # the same script through Gemini CLI: its history holds no reasoning, its read_file says absolute_path
+    expected = truth("qwen-code", reasoning=False)
+    expected[1]["tool_calls"][1]["arguments"] = {"absolute_path": "/home/user/work/does_not_exist.txt"}
+    assert turns_of(sii) == expected
+    asked = {"role": "user", "content": "Write a hello.py with a greet function, run it, and report its output."}
+    for made in (qwen, sii):
+        assert made["messages"][1] == asked and "setting up the context for our chat" in made["messages"][0]["content"]
+    assert {tool["function"]["parameters"]["type"] for tool in sii["tools"]} == {"object"} and len(sii["tools"]) == 11
+
+
+# Calls and results in each log, counted by hand
+COUNTS = {"atif": (49, 48), "codex": (4, 4), "mini-swe-agent": (5, 4), "sii-cli": (4, 4), "swe-agent": (5, 5)}
+
+
+@pytest.mark.skipif(not REAL.exists(), reason="needs ../shared/data")
+@pytest.mark.parametrize("name", COUNTS)
+def test_genuine_logs_keep_their_calls_and_results(name):
+    [path] = [path for path in (REAL / name).iterdir() if path.suffix != ".txt" and "truth" not in path.name]
+    [(made, reasons)] = rows_of(path)
+    results = [message for message in made["messages"] if message["role"] == "tool"]
+    assert reasons == [] and (len(stage.called_names(made["messages"])), len(results)) == COUNTS[name]
+
+
 # Public data sets: what becomes of their three rows
 SETS_EXPECTED = {
     "open_swe_traces.jsonl": ["row", "not_solved", "not_solved"],
