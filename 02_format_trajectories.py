@@ -761,16 +761,22 @@ def read_sii(log):
     contents = request["messages"]
     conversations = [call["full_request"]["messages"] for call in calls] + checks
     alike = [messages for messages in conversations if messages[:1] == contents[:1]]
+    others = [beyond(messages, contents) for messages in alike]
     for check in checks:  # the history that the next-speaker check sees is one answer longer
         if check[: len(contents)] == contents:
             contents = check
-    starts = json.dumps([messages[:2] for messages in alike])
-    if any(mark in starts for mark in COMPACTION):
+    if is_compacted(json.dumps([messages[:2] for messages in alike])):
         raise Reject("compacted")
     told = {"role": "system"} | system_of(request.get("system_instruction"))
     meta = {key: value for key, value in log.items() if key != "events"}
     messages = [told, *contents]
-    return {"messages": messages, "tools": request["tools"], "meta": meta, "checked": [longest, alike]}
+    return {"messages": messages, "tools": request["tools"], "meta": meta, "checked": [longest, others]}
+
+
+def beyond(messages, contents):
+    """What a conversation says otherwise than another one, place by place."""
+    pairs = itertools.zip_longest(messages, contents[: len(messages)])
+    return [message for message, same in pairs if message != same]
 
 
 def system_of(instruction):
@@ -901,7 +907,7 @@ def entries_of(record, kinds, left_out):
             yield path, value
         elif isinstance(value, list):
             stack += [(path, item) for item in value]
-        elif isinstance(value, dict) and not passed & kinds_of(value):
+        elif isinstance(value, dict) and not (passed and passed & kinds_of(value)):
             yield path, value
             stack += inner_of(path, value, ends)
 
@@ -923,8 +929,10 @@ def kinds_of(entry):
 
 def lost_call(value, kept):
     """The name of the call that an object is, if the row does not have it."""
-    name = first_of(value, CALL_NAMES)
     arguments = first_of(value, ("arguments", "args", "input"))
+    if arguments is None:
+        return None
+    name = first_of(value, CALL_NAMES)
     is_call = isinstance(name, str) and isinstance(arguments, str | dict) and "role" not in value
     return name if is_call and not kept.has_call(name, arguments) else None
 
@@ -1216,7 +1224,12 @@ GOOD_ENDS = {
     "completed", "complete", "success", "successful", "ok", "done", "finished", "finish", "resolved", "",
 }  # fmt: skip
 BAD_RESULT = re.compile(r"(?i)\w*(?:error|exception|timeout|failed|failure|unresolved|cancelled)")
+# A history that was summarised starts in the middle of its task
 COMPACTION = ("<state_snapshot>", "This session is being continued from a previous conversation")
+
+
+def is_compacted(text):
+    return any(mark in text for mark in COMPACTION)
 
 
 def outcome(columns, depth=0):
@@ -1485,8 +1498,8 @@ def check_structure(row, notes, settings):
     if (why := outcome(row["meta"])) and not settings.keep_failed:
         reasons.append(f"not_solved: {why}")
     users = "\n".join(message["content"] for message in row["messages"] if message["role"] == "user")
-    if any(mark in users for mark in COMPACTION):
-        reasons.append("compacted")  # a history that was summarised starts in the middle of its task
+    if is_compacted(users):
+        reasons.append("compacted")
     if notes["unfinished"] and settings.reject_unfinished:
         reasons.append("no_final_answer")
     return reasons
