@@ -99,7 +99,7 @@ def random_base(family, make_model, texts, folder):
 
 def learn_by_heart(sft, base, train_file, folder):
     flags = ["--model_name_or_path", base, "--train_file", train_file, "--output_dir", folder, "--learning_rate", 3e-3]
-    flags += ["--global_batch_size", 4, "--per_device_train_batch_size", 4, "--max_steps", 200, "--warmup_steps", 20]
+    flags += ["--global_batch_size", 4, "--per_device_train_batch_size", 4, "--max_steps", 120, "--warmup_steps", 20]
     flags += ["--weight_decay", 0, "--adam_beta2", 0.95, "--gradient_checkpointing", "false", "--logging_steps", 20]
     sft.main(*sft.read_settings(sft.make_parser(), [str(flag) for flag in flags]))
     recipe = json.loads((folder / "recipe.json").read_text())
