@@ -23,6 +23,7 @@ three times of three and an agent that does nothing fails it three times of thre
 """
 import ast
 import asyncio
+import base64
 import fcntl
 import functools
 import hashlib
@@ -38,6 +39,7 @@ import tarfile
 import tempfile
 import time
 import warnings
+import zlib
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -915,13 +917,13 @@ def environment_fault(text):
 
 
 def passed_in(episode):
-    """({test: passed}, messages of what failed) of a run that was to find out."""
-    found, messages = {}, []
-    for check in episode["rounds"][-1]["checks"]:
-        name, _, message = check["requirement"].partition("\t")
-        found[name] = check["passed"]
-        messages += [] if check["passed"] else [message or name]
-    return {name: passed for name, passed in found.items() if name != "(the run)"}, "\n".join(messages)
+    """({test: passed}, messages of what failed) of a run that was to find out, packed by check.py."""
+    [line] = [check["requirement"] for check in episode["rounds"][-1]["checks"][:1]]
+    if not line.startswith("survey "):
+        return {line: False}, line
+    told = json.loads(zlib.decompress(base64.b64decode(line.removeprefix("survey "))))
+    found = dict.fromkeys(told["failed"], False) | dict.fromkeys(told["passed"], True)
+    return found, "\n".join([*told["failed"].values(), told["end"]])
 
 
 def judge_survey(nothing, solution, timeout):

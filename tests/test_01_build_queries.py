@@ -439,6 +439,13 @@ CASES = {  # number: (module that it changes, its new text, its test, reason or 
         "import m10\n\ndef test_new(frozen):\n    assert m10.x\n",
         "environment: the plug-in with the fixture frozen is missing",
     ),
+    11: (  # more tests than 04 keeps characters of a check's output
+        "m11",
+        "x = 2\n",
+        "import pytest, m11\n\n@pytest.mark.parametrize('n', range(900))\n"
+        "def test_with_a_long_name(n):\n    assert n < 600 or m11.x == 2\n",
+        None,
+    ),
 }
 
 
@@ -482,6 +489,7 @@ def test_tests_are_told_apart_by_their_whole_names(proven):
     assert meta[6]["fail_to_pass"] == ["test_m6::test_n[one two]"]
     assert meta[6]["pass_to_pass"] == ["test_m6::test_n[one three]"]
     assert meta[9]["fail_to_pass"] == ["test_m9.T::test_new"]
+    assert len(meta[11]["fail_to_pass"]) == 300 and len(meta[11]["pass_to_pass"]) == 600
 
 
 @needs_bwrap

@@ -2,13 +2,14 @@
 
 Reads  /private/plan.json   {"runner", "files": tests to run, "packages": names that must come from the
                              workspace, "seconds", "command"?, "fail_to_pass", "pass_to_pass": [name]}; while
-                             these are null every test is reported, with its message after a tab
+                             these are null every test is reported, packed into one line
        /private/tests/      the test files of the merged pull request, laid over the workspace
 Prints TAP, a line for each test that must pass now and one for each that was broken; exit 0: all pass.
 
 A runner is a function that returns {test: (passed, message)} out of a format made for machines; a set-up
 beside this file (NAME_setup.*) makes an environment for it and prints its name.
 """
+import base64
 import importlib.util
 import json
 import os
@@ -18,9 +19,11 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import zlib
 from xml.etree import ElementTree
 
 WORKSPACE = "/workspace"
+LINES = 60
 PRIVATE = os.path.dirname(os.path.abspath(__file__))
 
 def run(argv, plan, output, **env):
@@ -173,26 +176,32 @@ def lay_tests():
 
 
 def report_all(found, text):
-    """While it is being found out which tests count: each one with its message, and how the run ended."""
-    for name, (passed, message) in found.items():
-        print("ok -" if passed else "not ok -", f"{name}\t{message}")
-    print("not ok - (the run)\t", " ".join(text.split())[-1500:], sep="")
+    """While it is being found out which tests count: all of them in one line, packed, as 04 keeps little of a check's
+    output: {"passed": [name], "failed": {name: message}, "end": last words of the run}."""
+    passed = sorted(name for name, (good, _) in found.items() if good)
+    failed = {name: message[:200] for name, (good, message) in found.items() if not good}
+    for name in list(failed)[20:]:
+        failed[name] = ""
+    told = {"passed": passed, "failed": failed, "end": " ".join(text.split())[-1500:]}
+    print("not ok - survey", base64.b64encode(zlib.compress(json.dumps(told).encode(), 9)).decode())
     return 1
 
 
 def report(plan, found):
-    """A line for each test that the pull request makes pass and each that is broken; 0: all is well."""
-    status = 0
-    for name in plan["fail_to_pass"]:
-        passed, _ = found.get(name, (False, ""))
-        print("ok -" if passed else "not ok -", name)
-        status = status or int(not passed)
-    for name in plan["pass_to_pass"]:
-        passed, _ = found.get(name, (False, ""))
-        if not passed:
-            print("not ok -", name, "(passed before)")
-            status = 1
-    return status
+    """A line for each test that the pull request makes pass and each that is broken; 0: all is well.
+
+    04 keeps 16,000 characters of a check's output: what goes beyond LINES shares one line.
+    """
+    passing = {name for name, (passed, _) in found.items() if passed}
+    named, rest = plan["fail_to_pass"][:LINES], plan["fail_to_pass"][LINES:]
+    broken = [f"{name} (passed before)" for name in plan["pass_to_pass"] if name not in passing]
+    for name in named:
+        print("ok -" if name in passing else "not ok -", name[:100])
+    if rest:
+        print("ok -" if passing.issuperset(rest) else "not ok -", f"{len(rest)} more tests")
+    for name in broken[:LINES]:
+        print("not ok -", name[:100])
+    return 0 if not broken and passing.issuperset(plan["fail_to_pass"]) else 1
 
 
 def grade(plan):
