@@ -34,7 +34,6 @@ import unicodedata
 import zlib
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -464,7 +463,7 @@ def cut_end(turns, notes):
     names = {call["function"]["name"] for call in last["calls"]}
     if not names & FINISH_TOOLS:
         notes["unfinished"] += bool(after or names)
-        after += filter(None.__ne__, last["results"])
+        after += [result for result in last["results"] if result is not None]
         last["results"] = [None] * len(last["calls"])
     notes["cut"] += bool(after)
     return after
