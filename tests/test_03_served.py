@@ -130,8 +130,8 @@ def test_a_trained_trajectory_is_served_to_the_token(stage, make_model, rows, ev
     os.environ["VLLM_CPU_KVCACHE_SPACE"] = "1"
     args = "--dtype float32 --enforce-eager --max-model-len 4096"
     parsers = dict(tool_call_parser="hf", reasoning_parser="hf")
-    command = m.vllm_command(m.Settings(model=str(tmp_path / "tuned"), vllm_args=args, **parsers))
-    with m.vllm_server(command, tmp_path / "vllm.log") as url:
+    served = m.Settings(model=str(tmp_path / "tuned"), vllm_args=args, **parsers)
+    with m.vllm_server(served, tmp_path / "vllm.log") as (url, _):
         settings = dict(base_url=[url], model=str(tmp_path / "tuned"), tools=str(tmp_path / "tools.py"), rounds=1)
         settings |= dict(temperature=0.0, top_p=1.0, max_tokens=200, output_dir=tmp_path / "replayed")
         episodes, _ = evaluate(*[task(kind) for kind in KINDS], **settings)
