@@ -1,0 +1,326 @@
+"""The paper from zero: run.sh's commands exist, run once and go on where they stopped; tables and faults."""
+
+import importlib
+import importlib.util
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+
+import pytest
+import yaml
+from conftest import ROOT
+
+LIMI = ROOT / "recipes" / "limi"
+TINY_SUMMARY = {
+    "metrics": {"FTFC": 0.5, "FTFC_ci": [0.25, 0.75], "RC@3": 0.25, "SR@3": 0.75},
+    "tasks": 4,
+    "episodes": 7,
+    "not_run": {"killed": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def table():
+    spec = importlib.util.spec_from_file_location("table", LIMI / "table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """A folder with run.sh and the recipes, and beside it programs that only write down how they were called;
+    one whose command holds the word in the file "fails" ends with 1, as if it had been killed."""
+    root = tmp_path / "checkout"
+    for path in ROOT.glob("recipes/*/*.yaml"):
+        (root / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(path, root / path.relative_to(ROOT))
+    shutil.copy(LIMI / "run.sh", root / "recipes/limi/run.sh")
+    (root / "recipes/demo/setup.sh").write_text("")
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("python", "accelerate", "git", "srun"):
+        called = f'echo "{name} $*" >> {tmp_path}/calls\n'
+        fails = f'case "$*" in *"$(cat {tmp_path}/fails 2> /dev/null || echo never)"*) exit 1 ;; esac\n'
+        (programs / name).write_text("#!/bin/bash\n" + called + fails)
+        (programs / name).chmod(0o755)
+    return root
+
+
+@pytest.fixture
+def run(checkout, tmp_path):
+    """run(*flags) -> (the finished process, the programs it called)."""
+
+    def call(*flags, **environment):
+        calls = tmp_path / "calls"
+        calls.write_text("")
+        outside = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "JUDGE"))}
+        path = f"{tmp_path}/programs:{os.environ['PATH']}"
+        command = ["bash", "recipes/limi/run.sh", *flags]
+        environment = outside | {"PATH": path} | environment
+        done = subprocess.run(command, cwd=checkout, env=environment, capture_output=True, text=True)
+        return done, calls.read_text().splitlines()
+
+    return call
+
+
+def planned(output: str) -> list[tuple[str, str, list[str]]]:
+    """[(step, where, the command's words)] of what --plan prints."""
+    found = re.findall(r"^=== \d+\. (\S+), on (.+)\n(.+)$", output, re.MULTILINE)
+    return [(step, where, shlex.split(command)) for step, where, command in found]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+def parse(words, stage):
+    """Parse one command with the parsers of the programs that it starts; an unknown flag raises."""
+    from trl import TrlParser
+
+    if "03_sft.py" in words:
+        split = words.index("03_sft.py")
+        sft = stage("03_sft")
+        sft.check_flags(*sft.read_settings(sft.make_parser(), words[split + 1 :]))
+        launcher = importlib.import_module("accelerate.commands.launch").launch_command_parser()
+        if "--config_file" in words:
+            launcher.parse_args(words[words.index("--config_file") : split + 1])
+        return
+    words = words[words.index("python") :] if "python" in words else words
+    script = words[1]
+    if script.startswith("0"):
+        module = stage(script.removesuffix(".py"))
+        parser = TrlParser(module.Settings, allow_abbrev=False)
+        if script.startswith("02"):
+            parser.add_argument("inputs", nargs="*")
+        settings = parser.parse_args_and_config(words[2:])
+        if script.startswith("04"):
+            module.check_settings(settings[0])
+    elif script.endswith(".py"):
+        source = (ROOT / script).read_text() + (ROOT / "recipes/benchmarks/common.py").read_text()
+        for word in words:
+            assert not word.startswith("--") or f'"{word}"' in source, f"{script} has no {word}"
+
+
+PLANS = [
+    ("Qwen/Qwen3-8B",),
+    ("zai-org/GLM-4.5-Air", "--nodes", "4"),
+    ("qwen3-4b", "--nodes", "2", "--revision", "abc"),
+    ("--miniature",),
+]
+
+
+@pytest.mark.parametrize("flags", PLANS)
+@pytest.mark.parametrize("judge", [{}, {"JUDGE_BASE_URL": "http://judge/v1", "JUDGE_MODEL": "judge"}])
+def test_every_planned_command_has_programs_and_flags_that_exist(run, stage, monkeypatch, flags, judge):
+    monkeypatch.chdir(ROOT)
+    done, calls = run(*flags, "--plan", **judge)
+    assert done.returncode == 0, done.stderr
+    assert all("memory.py" in call for call in calls)
+    steps = planned(done.stdout)
+    assert len(steps) == done.stdout.count("===")
+    assert len(steps) >= 8
+    for _, _, words in steps:
+        for word in words:
+            assert not word.endswith(".py") or (ROOT / word).exists(), word
+        parse(words, stage)
+
+
+def test_the_plan_says_where_and_how_much_memory_and_makes_nothing(run, checkout):
+    done, _ = run("zai-org/GLM-4.5-Air", "--plan")
+    before = "benchmark commit tasks rows training base-tools base-no_tools tuned-tools tuned-no_tools table"
+    assert [step for step, _, _ in planned(done.stdout)] == before.split()
+    where = {step: where for step, where, _ in planned(done.stdout)}
+    assert where["rows"] == "a machine with a network"
+    assert where["training"] == "4 node(s) of 8 GPUs"
+    assert "python recipes/memory.py --config recipes/glm-4.5-air/sft.yaml --longest 125000" in done.stdout
+    assert not list(checkout.glob("data")) + list(checkout.glob("results")) + list(checkout.glob("outputs"))
+
+
+def test_without_the_models_config_the_plan_says_what_was_calculated_before(run, tmp_path):
+    (tmp_path / "fails").write_text("memory.py")
+    done, _ = run("Qwen/Qwen3-8B", "--plan")
+    assert done.returncode == 0 and "it needs the model's config.json" in done.stdout
+    assert "8 GPUs of 80 GB (calculated: 58 GB each)" in done.stdout
+
+
+def test_both_models_are_served_with_the_same_window(run):
+    for model, window in (("Qwen/Qwen3-8B", "40960"), ("zai-org/GLM-4.5-Air", "131072")):
+        done, _ = run(model, "--plan")
+        windows = []
+        for step, _, words in planned(done.stdout):
+            if "tools" in step:
+                windows.append(re.search(r"--max-model-len (\d+)", " ".join(words))[1])
+        assert windows == [window] * 4
+
+
+def test_several_nodes_are_started_by_srun_with_the_number_of_each(run):
+    done, _ = run("glm-4.5-air", "--nodes", "4", "--plan")
+    steps = {}
+    for step, _, command in planned(done.stdout):
+        steps[step] = command
+    words = steps["training"]
+    assert words[:3] == ["srun", "--nodes=4", "--ntasks-per-node=1"]
+    assert "--machine_rank $SLURM_NODEID --main_process_ip $HOST" in words[5]
+    assert words[words.index("--num_processes") + 1] == "32"
+    assert words[words.index("--parallelism_config_dp_shard_size") + 1] == "4"
+    assert steps["tuned-tools"][:3] == ["srun", "--nodes=1", "--ntasks=1"]
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        ((), "which model? e.g. bash recipes/limi/run.sh Qwen/Qwen3-8B --plan"),
+        (("x/other",), "no recipe for x/other; there are: glm-4.5 glm-4.5-air qwen3-32b qwen3-4b qwen3-8b "),
+        (("a", "b"), "one model at a time: a or b?"),
+        (("a", "--nodes"), "--nodes needs a value"),
+        (("a", "--nodes", "two"), "--nodes two: a number of nodes"),
+        (("--x",), "no such flag: --x; there are --plan, --prepare, --nodes, --revision and --miniature"),
+        (("glm-4.5-air",), "4 nodes: sbatch --nodes=4 recipes/limi/job.sbatch glm-4.5-air"),
+        (("--miniature", "--nodes", "2"), "--miniature has its own model, node and rows"),
+    ],
+)
+def test_a_mistake_is_one_line(run, flags, told):
+    done, calls = run(*flags)
+    assert (done.returncode, done.stderr, calls) == (2, f"run.sh: {told}\n", [])
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Running it
+
+
+def test_a_step_that_is_done_is_skipped_and_one_that_failed_runs_again(run, tmp_path):
+    (tmp_path / "fails").write_text("03_sft.py")
+    done, calls = run("Qwen/Qwen3-8B")
+    assert done.returncode == 1
+    assert [call.split()[0] for call in calls] == ["git", "git", "python", "python", "accelerate"]
+    (tmp_path / "fails").unlink()
+    done, calls = run("Qwen/Qwen3-8B")
+    assert done.returncode == 0 and done.stdout.count("done before") == 4
+    assert ["03_sft.py" in call for call in calls] == [True, False, False, False, False, False]
+    arms = re.findall(r"--model (\S+) --output_dir (\S+)", "\n".join(calls))
+    assert arms == [
+        ("Qwen/Qwen3-8B", "results/limi-qwen3-8b/base-tools"),
+        ("Qwen/Qwen3-8B", "results/limi-qwen3-8b/base-no_tools"),
+        ("outputs/limi-qwen3-8b/tuned", "results/limi-qwen3-8b/tuned-tools"),
+        ("outputs/limi-qwen3-8b/tuned", "results/limi-qwen3-8b/tuned-no_tools"),
+    ]
+    _, calls = run("Qwen/Qwen3-8B")
+    assert [call.split()[1] for call in calls] == ["recipes/limi/table.py"]
+
+
+def test_a_step_whose_command_has_changed_runs_again(run):
+    run("Qwen/Qwen3-8B", "--prepare")
+    _, calls = run("Qwen/Qwen3-8B", "--prepare", "--revision", "abc")
+    assert len(calls) == 1
+    assert "02_format_trajectories.py GAIR/LIMI@abc " in calls[0]
+
+
+def test_prepare_runs_what_needs_a_network_and_no_more(run):
+    done, calls = run("zai-org/GLM-4.5", "--prepare")
+    assert done.returncode == 0
+    assert [call.split()[0] for call in calls] == ["git", "git", "python", "python"]
+
+
+def test_the_job_leaves_time_to_save_and_asks_nobody():
+    job = (LIMI / "job.sbatch").read_text()
+    assert subprocess.run(["bash", "-n", LIMI / "job.sbatch"]).returncode == 0
+    for line in ("#SBATCH --signal=TERM@900", "#SBATCH --requeue", "HF_HUB_OFFLINE=1"):
+        assert line in job
+    assert re.search(r"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=900\b", job)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The tables
+
+
+def test_the_readme_holds_the_table_of_the_claims(table):
+    _, held, _ = table.split_readme()
+    assert held == table.claims_table()
+
+
+def test_every_claim_is_there_and_its_command_exists(table, stage, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    claims = yaml.safe_load((LIMI / "claims.yaml").read_text())
+    where = " ".join(claim["where"] for claim in claims)
+    for place in ("Table 2", "Table 3", "Table 4", "Fig. 1", "Fig. 2", "Fig. 4", "abstract", "text"):
+        assert place in where, place
+    numbers = " ".join(claim["claim"] + claim["paper"] for claim in claims)
+    for number in ("73.5", "45.1", "53.7", "128 times", "57.2", "7.2 points", "36.7", "29.2", "34.3"):
+        assert number in numbers, number
+    for claim in claims:
+        words = shlex.split(claim["command"])
+        if words[0] != "none;":
+            programs = [word for word in words if re.search(r"\.(py|sh|sbatch)$", word)]
+            assert all((ROOT / program).exists() for program in programs)
+            parse(words, stage)
+
+
+def test_a_claim_that_lacks_something_is_told(table, tmp_path, monkeypatch):
+    (tmp_path / "claims.yaml").write_text("- {claim: It flies, where: Fig. 9}\n")
+    monkeypatch.setattr(table, "HERE", tmp_path)
+    with pytest.raises(table.InputError, match="'It flies': wants exactly claim, where, paper"):
+        table.claims_table()
+
+
+def test_runs_stand_beside_the_papers_numbers(table, tmp_path):
+    for arm in table.ARMS:
+        (tmp_path / arm).mkdir()
+        (tmp_path / arm / "summary.json").write_text(json.dumps(TINY_SUMMARY))
+    lines = table.runs_table(tmp_path, "glm-4.5").splitlines()
+    ours = " | 50.0 [25.0, 75.0]" * 4
+    arms = "base, tools | tuned, tools | base, no_tools | tuned, no_tools"
+    assert lines[0] == f"| % | paper: base | paper: tuned | {arms} |"
+    assert lines[2] == f"| FTFC | 37.8 | 71.7{ours} |"
+    assert lines[5] == f"| average | 45.1 | 73.5{' | 50.0' * 4} |"
+    assert "- tuned-tools: 4 tasks, 7 episodes, 1 not run" in lines
+    dense = table.runs_table(tmp_path, "qwen3-8b").splitlines()
+    assert dense[2] == f"| FTFC |  | {ours} |"
+    assert dense[5].startswith("| average | 7.3 | 10.6 |")
+    (tmp_path / "tuned-tools" / "summary.json").unlink()
+    with pytest.raises(table.InputError, match="tuned-tools/summary.json: no such file"):
+        table.runs_table(tmp_path, "glm-4.5")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The faults
+
+
+def test_the_faults_are_settings_of_training_and_each_changes_something(stage, tmp_path):
+    sft = stage("03_sft")
+    flags = ["--config", str(LIMI / "faults.yaml"), "--output_dir", str(tmp_path)]
+    settings, args = sft.read_settings(sft.make_parser(), flags)
+    usual, usual_args = sft.read_settings(sft.make_parser(), ["--output_dir", str(tmp_path)])
+    for name in yaml.safe_load((LIMI / "faults.yaml").read_text()):
+        faulty, ours = (settings, usual) if hasattr(usual, name) else (args, usual_args)
+        assert getattr(faulty, name) != getattr(ours, name), name
+    assert settings.no_stop_token and settings.no_reasoning
+    rates = sft.learning_rates(args, args.max_steps, settings.zero_first_update)
+    assert rates == pytest.approx([1.25e-6 * step for step in range(8)])
+    assert min(sft.learning_rates(usual_args, 9, usual.zero_first_update)) > 0
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The whole of it, in miniature
+
+
+@pytest.mark.demo
+@pytest.mark.skipif(not shutil.which("bwrap"), reason="needs bubblewrap")
+def test_the_miniature_gives_a_table_and_twice_the_same():
+    results = ROOT / "results" / "limi-miniature"
+    for part in ("data", "outputs", "results"):
+        shutil.rmtree(ROOT / part / "limi-miniature", ignore_errors=True)
+    command = ["bash", LIMI / "run.sh", "--miniature"]
+    first = subprocess.run(command, capture_output=True, text=True)
+    assert first.returncode == 0, first.stdout[-3000:] + first.stderr[-3000:]
+    made = (results / "table.md").read_text()
+    assert len(made.splitlines()) >= 11 and "3 episodes, 0 not run" in made
+    recipe = json.loads((ROOT / "outputs/limi-miniature/tuned/recipe.json").read_text())
+    assert recipe["steps"] == 4 and recipe["loss"][-1] < recipe["loss"][0]
+    (results / "done" / "tuned-tools").unlink()  # as if killed after its last episode
+    again = subprocess.run(command, capture_output=True, text=True)
+    assert again.stdout.count("done before") == 7
+    assert (results / "table.md").read_text() == made
