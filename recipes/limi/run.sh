@@ -8,8 +8,8 @@
 #   bash recipes/limi/run.sh --miniature                 the same path without a GPU: proves nothing but that it runs
 #
 # MODEL is a Hub id or a folder whose name is one of recipes/*/sft.yaml. --nodes N: other nodes than that recipe has;
-# --revision SHA: of GAIR/LIMI; --prepare: only the steps that need a network. With JUDGE_BASE_URL, JUDGE_MODEL (and JUDGE_API_KEY) set, all 49 turns are graded;
-# without, only those that a program decides, and that is never the paper's number.
+# --revision SHA: of GAIR/LIMI; --prepare: only the steps that need a network. With JUDGE_BASE_URL, JUDGE_MODEL (and
+# JUDGE_API_KEY) set, all 49 turns are graded; without, only those that a program decides: never the paper's number.
 # A step that is done is skipped; what was cut short goes on. Delete results/limi-NAME/done/STEP to repeat one.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
