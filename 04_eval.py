@@ -26,6 +26,7 @@ score: that episode is *not run*, and named.
 
 import asyncio
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -316,6 +317,7 @@ def full_path(where, key, path):
     return path.resolve() if key != "venv" else path.absolute()
 
 
+@functools.cache  # tasks may share a folder
 def tree_sha256(path):
     """Hash of the names and contents below a folder, or of a file; None for None."""
     if path is None:
@@ -860,7 +862,15 @@ def system_options(targets, home, network):
     return options
 
 
-def bwrap_options(workspace, mounts, venv, network, root):
+def memory_file(content):
+    """Descriptor of a file in memory, at its beginning."""
+    descriptor = os.memfd_create("options")
+    os.write(descriptor, content)
+    os.lseek(descriptor, 0, os.SEEK_SET)
+    return descriptor
+
+
+def bwrap_options(workspace, mounts, venv, network, root, hosts):
     """Options of bubblewrap: isolation, the system, the folder `workspace` at `root`, the mounts and the
     task's Python environment at /opt/venv."""
     python, home = python_home(venv)
@@ -872,6 +882,7 @@ def bwrap_options(workspace, mounts, venv, network, root):
     for inside, host in mounts.writable.items():
         options += ["--bind", str(host), inside]
     options += ["--bind", str(workspace), root, "--chdir", root]
+    options += ["--perms", "0644", "--ro-bind-data", str(hosts), "/etc/hosts"]
     options += ["--remount-ro", "/dev", "--remount-ro", "/"]  # else they are places in memory without a limit
     own = "/opt/venv/bin" if venv else os.path.dirname(python)
     for key, value in (ENVIRONMENT | {"PATH": f"{own}:{SYSTEM_PATH}"}).items():
@@ -888,9 +899,7 @@ def bwrap_command(options, slot):
     identity = ["--unshare-user", "--disable-userns", "--uid", "1000", "--gid", "1000"]
     as_root = os.getuid() == 0
     options = options + (["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if as_root else identity)
-    descriptor = os.memfd_create("options")
-    os.write(descriptor, b"".join(os.fsencode(option) + b"\0" for option in options))
-    os.lseek(descriptor, 0, os.SEEK_SET)
+    descriptor = memory_file(b"".join(os.fsencode(option) + b"\0" for option in options))
     command = ["bwrap", "--args", str(descriptor), "--"]
     if (
         as_root
@@ -986,20 +995,21 @@ class Sandbox:
             subprocess.run(["chown", "-R", "--no-dereference", f"{user}:{user}", folder], check=True)
 
     def launcher(self, name):
-        """(command prefix, file descriptor to pass on or None)"""
+        """(command prefix, file descriptors to pass on)"""
         if self.settings.sandbox_command:
             parts = (self.workspace, self.mounts, self.venv, self.image, self.slot, self.root)
-            return [*own_command(self.settings, name, *parts), "python3"], None
-        python, _ = python_home(None)
+            return [*own_command(self.settings, name, *parts), "python3"], []
+        python, _ = python_home(self.venv)
         if not self.limits:
-            return ["env", "-C", self.root, f"HOME={self.root}", python], None
-        options = bwrap_options(self.workspace, self.mounts, self.venv, self.settings.network, self.root)
-        command, descriptor = bwrap_command(options, self.slot)
-        return [*command, python_home(self.venv)[0]], descriptor
+            return ["env", "-C", self.root, f"HOME={self.root}", python], []
+        hosts = memory_file(b"127.0.0.1 localhost sandbox\n")
+        parts = (self.workspace, self.mounts, self.venv, self.settings.network, self.root, hosts)
+        command, options = bwrap_command(bwrap_options(*parts), self.slot)
+        return [*command, python], [hosts, options]
 
     async def start(self):
         self.name = f"limi-{uuid.uuid4().hex}"
-        command, descriptor = self.launcher(self.name)
+        command, descriptors = self.launcher(self.name)
         command += ["-I", "-c", BOOT]  # isolated: no file of the agent's folder is imported
         self.group = (
             memory_group(self.name) if self.limits and not self.settings.sandbox_command else nullcontext()
@@ -1022,10 +1032,10 @@ class Sandbox:
                 stdout=theirs,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
-                pass_fds=[descriptor] if descriptor else [],
+                pass_fds=descriptors,
                 env={name: os.environ[name] for name in names if name in os.environ},
             )
-        if descriptor:
+        for descriptor in descriptors:
             os.close(descriptor)
         code = f"{REAPER}{self.program}\nserve({self.root!r}, {self.limits!r}, TABLE)"
         self.writer.write(json.dumps(code).encode() + b"\n")
@@ -1299,6 +1309,11 @@ def named_reasoning(given):
     return None
 
 
+def beside_text(given):
+    """What stands beside the text of a message, under the names under which it came."""
+    return {key: given[key] for key in BESIDE if given.get(key)}
+
+
 def tokens_of(data):
     """(prompt tokens, generated tokens) of a chat completion's JSON, 0 where it does not say."""
     usage = data.get("usage") or {}
@@ -1313,8 +1328,7 @@ def read_reply(data, taken, with_tools):
     message = {"role": "assistant", "content": text}
     if thoughts := named_reasoning(given) or thoughts:
         message["reasoning_content"] = thoughts
-    wire = {"role": "assistant", "content": given.get("content") or ""}
-    wire |= {key: given[key] for key in BESIDE if given.get(key)}
+    wire = {"role": "assistant", "content": given.get("content") or ""} | beside_text(given)
     calls, wires, errors = read_calls(given, taken)
     if calls:
         message["tool_calls"] = calls
@@ -1323,7 +1337,7 @@ def read_reply(data, taken, with_tools):
     else:
         ended = ended or why_ended(given, text, with_tools)
         wire["content"] = wire["content"] or "(no answer)"  # many refuse a message that is empty
-    if any(errors) or not (calls or text.strip()):
+    if any(errors) or ended == "empty" or not (text or calls):
         message["weight"] = 0  # context, never trained on
     return Reply(ended, message, wire, errors, *tokens_of(data))
 
@@ -2251,7 +2265,7 @@ def load_run(folder):
         for task, scores in summary["by_task"].items():
             if not all(0 <= score <= 1 for score in scores.values()):
                 raise InputError(f"{path}: by_task: {task}: a score outside 0 to 1; the file is damaged")
-        summary["settings"]["rounds"] + len(summary["task_sha256"])
+        summary["settings"]["rounds"] + len(summary["task_sha256"]) + len(summary["sources"])
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: damaged, or of another version ({type(error).__name__}: {error})"
@@ -2311,14 +2325,26 @@ def percent(values):
     return f"{mean(values):.1%} {said}"
 
 
-def paper_numbers(path, key):
-    """["table, model: number"] of a published metric; path: see the head of
-    recipes/benchmarks/paper_tables.yaml."""
+def paper_numbers(path, key, summary, tasks):
+    """What was published of a metric, for the benchmarks of these tasks and the same arm: a line a table.
+
+    path: YAML, its form stands in the head of recipes/benchmarks/paper_tables.yaml. A part of a benchmark is
+    not compared with the whole.
+    """
     told = []
+    with_tools = not summary["settings"]["no_tools"]
+    sizes = Counter(summary["sources"].get(task) for task in tasks)
     try:
-        for table, content in (yaml.safe_load(Path(path).read_text()) if path else {}).items():
-            for metrics in content["benchmarks"].values():
-                told += [f"{table}, {model}: {value}" for model, value in metrics.get(key, {}).items()]
+        published = yaml.safe_load(Path(path).read_text()) if path else {}
+        whole = published.pop("tasks", {})
+        for table, content in published.items():
+            same_arm = content["with_tools"] == with_tools
+            for name in sizes.keys() & content["benchmarks"].keys() if same_arm else ():
+                numbers = content["benchmarks"][name].get(key, {})
+                row = ", ".join(f"{model} {value}" for model, value in numbers.items())
+                if sizes[name] < whole.get(name, 0):
+                    row = f"not shown: over {whole[name]} tasks, these are {sizes[name]}" if numbers else ""
+                told += [f"{table}, {name}: {row}"] if row else []
     except (OSError, yaml.YAMLError, AttributeError, TypeError, KeyError) as error:
         raise InputError(f"--paper {path}: {type(error).__name__}: {error}") from None
     return told
@@ -2351,7 +2377,7 @@ def print_tasks(tasks, runs):
         print(f"{task:{width}}  " + "  ".join(cells))
 
 
-def print_metric(key, folders, of_runs, paper):
+def print_metric(key, folders, of_runs, published):
     """A metric in every run, and the last one against each other. of_runs: for each run a value a task."""
     print(f"{key}: " + " -> ".join(percent(values) for values in of_runs))
     for folder, values in zip(folders[:-1], of_runs[:-1]):
@@ -2359,7 +2385,7 @@ def print_metric(key, folders, of_runs, paper):
         interval = bootstrap(each)
         edges = " [{:+.1%}, {:+.1%}]".format(*interval) if interval else ""
         print(f"    against {folder}: {mean(each):+.1%}{edges}, p = {permutation_p(each):.3f}")
-    for told in paper_numbers(paper, key):
+    for told in published:
         print(f"    published: {told}")
 
 
@@ -2388,7 +2414,8 @@ def compare(folders, paper):
         print(f"the runs had different --rounds: only what {rounds} round(s) decide is compared")
     print_tasks(tasks, runs)
     for key in (*runs[0][tasks[0]], "average"):
-        print_metric(key, folders, [values_of(key, run, tasks) for run in runs], paper)
+        published = paper_numbers(paper, key, summaries[-1], tasks)
+        print_metric(key, folders, [values_of(key, run, tasks) for run in runs], published)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2827,6 +2854,7 @@ def write_summary(settings, tasks, rows, not_run, fingerprints):
         "versions": versions_of(settings),
         "fingerprints": fingerprints,
         "task_sha256": {task["query_id"]: task_sha256(task) for task in tasks},
+        "sources": {task["query_id"]: task.get("source") for task in tasks},
         "rounds_ended_by": stops,
         "not_run": Counter(entry["reason"] for entry in not_run),
         "warnings": warnings_of(rows, stops) if rows and works else [],
@@ -2939,6 +2967,7 @@ def main(settings):
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     if settings.serve:
         return serve_only(settings)
+    tree_sha256.cache_clear()  # of an earlier call in this process
     tools = load_tools(settings.tools)
     tasks = read_tasks(settings, tools[0])
     if settings.sandbox == "none" and any(task.get("private") for task in tasks):

@@ -403,20 +403,35 @@ def test_a_damaged_summary_is_one_line(two_runs, run_stage, one_line_error, dama
 
 
 PAPER = """
+tasks: {birds: 6}
 Table 2:
   with_tools: true
   benchmarks:
-    AgencyBench: {SR@3: {GLM-4.5: 47.4, LIMI: 74.6}}
+    birds: {SR@3: {GLM-4.5: 47.4, LIMI: 74.6}}
+    fish: {SR@3: {LIMI: 1}}
+Table 4:
+  with_tools: false
+  benchmarks:
+    birds: {SR@3: {LIMI: 2}}
 """
 
 
-def test_published_numbers_stand_beside_ours(two_runs, run_stage, tmp_path, one_line_error):
+def test_published_numbers_stand_beside_the_same_arm_of_the_whole_benchmark(
+    endpoint, evaluate, run_stage, tmp_path, one_line_error
+):
+    turns = [{"query": "q", "check": "true"}]
+    tasks = [{"query_id": name, "turns": turns, "source": "birds"} for name in "abcdef"]
+    evaluate(*tasks, output_dir=tmp_path / "run")
     paper = tmp_path / "paper.yaml"
     paper.write_text(PAPER)
-    lines = compared(run_stage, *two_runs, "--paper", paper)
-    assert "published: Table 2, GLM-4.5: 47.4" in lines and "published: Table 2, LIMI: 74.6" in lines
+    lines = compared(run_stage, tmp_path / "run", "--paper", paper)
+    shown = [line for line in lines if line.startswith("published")]
+    assert shown == ["published: Table 2, birds: GLM-4.5 47.4, LIMI 74.6"]
+    paper.write_text(PAPER.replace("birds: 6", "birds: 7"))
+    lines = compared(run_stage, tmp_path / "run", "--paper", paper)
+    assert "published: Table 2, birds: not shown: over 7 tasks, these are 6" in lines
     paper.write_text("Table 2: 5")
-    one_line_error(run_stage("04_eval.py", "--compare", *two_runs, "--paper", paper), "--paper")
+    one_line_error(run_stage("04_eval.py", "--compare", tmp_path / "run", "--paper", paper), "--paper")
 
 
 # --------------------------------------------------------------------------------------------------------------------

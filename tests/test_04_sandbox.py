@@ -353,7 +353,7 @@ ATTACKS = {  # what -> (commands, what the last output must match)
     "the host's name": (["hostname evil; hostname"], "sandbox$"),
     "another root": (["chroot /usr true"], "chroot: "),
     "a program into /usr": (["cp /bin/true /usr/bin/x; cp /bin/true /usr/local/bin/python3"], "Read-only.*\n.*Read-only"),
-    "the host's users": (["cat /etc/passwd /etc/shadow /etc/hosts"], r"(No such file[\s\S]*){3}"),
+    "the host's users": (["cat /etc/passwd /etc/shadow; cat /etc/hosts"], r"(No such file[\s\S]*){2}127.0.0.1 localhost sandbox$"),
     "the host's homes": (["ls /root /home/ubuntu /home/agent/.ssh"], r"(No such file[\s\S]*){3}"),
     "the environment of others": (["cat /proc/*/environ | tr '\\0' '\\n' | grep -c SECRET"], r"\n0$"),
     "the repository": (["ls -d /work /repo /workspace/.. && ls /workspace/.."], "^(?!.*04_eval)"),
