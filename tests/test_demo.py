@@ -125,7 +125,7 @@ def test_families_are_counted(tmp_path):
         "| --- | --- |",
         "| count | 1 of 2 |",
         "| sort | 1 of 1 |",
-        "| **trained families, held-out tasks** | 2 of 3 = 67% [21%, 94%] |",
+        "| **trained families** | 2 of 3 = 67% [21%, 94%] |",
         "| delete | 0 of 1 |",
         "| **unseen families** | 0 of 1 = 0% [0%, 79%] |",
     ]

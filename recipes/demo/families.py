@@ -67,7 +67,7 @@ def table(folders):
     learned = [name for name in runs[0] if name not in UNSEEN_NAMES]
     unseen = [name for name in runs[0] if name in UNSEEN_NAMES]
     rows = [["family", *(Path(folder).name for folder in folders)], ["---"] * (1 + len(folders))]
-    rows += group_rows("trained families, held-out tasks", learned, runs)
+    rows += group_rows("trained families", learned, runs)
     rows += group_rows("unseen families", unseen, runs)
     return "\n".join("| " + " | ".join(row) + " |" for row in rows)
 
