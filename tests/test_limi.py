@@ -19,6 +19,7 @@ TINY_SUMMARY = {
     "tasks": 4,
     "episodes": 7,
     "not_run": {"killed": 1},
+    "warnings": ["every answer was cut"],
 }
 
 
@@ -277,6 +278,7 @@ def test_runs_stand_beside_the_papers_numbers(table, tmp_path):
     assert lines[2] == f"| FTFC | 37.8 | 71.7{ours} |"
     assert lines[5] == f"| average | 45.1 | 73.5{' | 50.0' * 4} |"
     assert "- tuned-tools: 4 tasks, 7 episodes, 1 not run" in lines
+    assert "- tuned-tools, beware: every answer was cut" in lines
     dense = table.runs_table(tmp_path, "qwen3-8b").splitlines()
     assert dense[2] == f"| FTFC |  | {ours} |"
     assert dense[5].startswith("| average | 7.3 | 10.6 |")

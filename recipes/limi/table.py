@@ -107,6 +107,7 @@ def runs_table(folder: Path, model: str) -> str:
     for arm, summary in summaries.items():
         away = sum(summary["not_run"].values())
         lines.append(f"- {arm}: {summary['tasks']} tasks, {summary['episodes']} episodes, {away} not run")
+        lines += [f"- {arm}, beware: {warning}" for warning in summary["warnings"]]
     return markdown(columns, rows) + "\n" + "\n".join(lines) + "\n\n" + remarks(model)
 
 
