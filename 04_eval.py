@@ -1331,6 +1331,8 @@ def read_reply(data, taken, with_tools):
     wire = {"role": "assistant", "content": given.get("content") or ""} | beside_text(given)
     calls, wires, errors = read_calls(given, taken)
     if calls:
+        message["content"] = text.rstrip()  # a parser leaves the template's newline before a call
+        wire["content"] = message["content"] if isinstance(wire["content"], str) else wire["content"]
         message["tool_calls"] = calls
         wire["tool_calls"] = wires
         ended = ended if ended == "refused" else None
@@ -2465,6 +2467,8 @@ def parsers_of(model):
         raise InputError(
             f"{model}: no config.json or tokenizer_config.json; a checkpoint holds model and tokenizer"
         )
+    if described := config.get("response_template"):  # how its answers are written, by 03_sft.py: exact
+        return "hf", "hf" if "thinking" in described.get("fields", {}) else None
     template = read_model_file(model, "chat_template.jinja") or config.get("chat_template") or ""
     template = template if isinstance(template, str) else json.dumps(template, ensure_ascii=False)
     for mark, calls, reasoning in PARSERS:

@@ -846,6 +846,15 @@ def test_the_parsers_are_those_of_what_the_template_writes(m, tmp_path, template
     assert m.parsers_of(str(tmp_path)) == parsers
 
 
+@pytest.mark.parametrize("fields, parsers", [({"thinking": {}}, ("hf", "hf")), ({"content": {}}, ("hf", None))])
+def test_a_model_that_says_how_it_answers_is_read_by_that(m, tmp_path, fields, parsers):
+    """As 03 exports it: vLLM's parsers by template."""
+    tmp_path.joinpath("config.json").write_text("{}")
+    described = {"chat_template": "<tool_call>", "response_template": {"fields": fields}}
+    tmp_path.joinpath("tokenizer_config.json").write_text(json.dumps(described))
+    assert m.parsers_of(str(tmp_path)) == parsers
+
+
 GOOD = {"query_id": "t", "turns": [{"query": "q", "check": "true"}]}
 BAD_TASKS = [
     ('{"query_id": "t", "tur', ["queries.jsonl:1", "not valid JSON"]),
