@@ -1309,6 +1309,11 @@ def named_reasoning(given):
     return None
 
 
+def without_end(content):
+    """A text without the template's newline before a call, which a parser leaves to it."""
+    return content.rstrip() if isinstance(content, str) else content
+
+
 def beside_text(given):
     """What stands beside the text of a message, under the names under which it came."""
     return {key: given[key] for key in BESIDE if given.get(key)}
@@ -1331,8 +1336,8 @@ def read_reply(data, taken, with_tools):
     wire = {"role": "assistant", "content": given.get("content") or ""} | beside_text(given)
     calls, wires, errors = read_calls(given, taken)
     if calls:
-        message["content"] = text.rstrip()  # a parser leaves the template's newline before a call
-        wire["content"] = message["content"] if isinstance(wire["content"], str) else wire["content"]
+        message["content"] = without_end(text)
+        wire["content"] = without_end(wire["content"])
         message["tool_calls"] = calls
         wire["tool_calls"] = wires
         ended = ended if ended == "refused" else None
