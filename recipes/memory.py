@@ -4,7 +4,7 @@
     python recipes/memory.py --model_name_or_path Qwen/Qwen3-4B --longest 42000 --bf16_master
 
 Reads the model's config.json, and --train_file's longest sample unless --longest says it. Prints GB a device
-for the usual layouts. Checked against the peak of real runs on a CPU by tests/test_03_memory.py.
+for the usual layouts. Beside the peak of real runs on a CPU (tests/test_03_memory.py) it is 2 to 30 % low.
 """
 
 import argparse
