@@ -150,7 +150,7 @@ class Settings:
 
 
 class InputError(ValueError):
-    """A mistake in the user's input, told in one line that names file, line, field and remedy; exit code 2."""
+    """A user's mistake, told in one line that names file, line, field and remedy; exit code 2."""
 
 
 def parse_settings(parser):
@@ -607,6 +607,12 @@ def why_not_paper(pull):
     return "only markdown" if all(path.endswith(".md") for path in pull["files"]) else None
 
 
+def blob_of(clone, commit, path):
+    """Name of a file's content at a commit; "" where it is not there."""
+    found = git(clone, "ls-tree", commit, "--", path).decode().split()
+    return found[2] if found else ""
+
+
 def attach_material(row, clone, pull, kinds):
     """Give a row that passed the rule its "pr" (what verify needs) and its "material" (what write needs)."""
     base = pull["base"]
@@ -617,7 +623,8 @@ def attach_material(row, clone, pull, kinds):
         messages = git(clone, "log", "--no-merges", "--reverse", "--format=%B", f"{base}..{commit}")
         messages = messages.decode(errors="replace")
     row["meta"]["licence"] = licence(clone, base)
-    row["pr"] = {"clone": os.path.abspath(clone), "code": code, "run": kinds["run"], "blobs": []}
+    row["pr"] = {"clone": os.path.abspath(clone), "code": code, "run": kinds["run"]}
+    row["pr"]["blobs"] = [blob_of(clone, at, code[0]) if code else "" for at in (base, commit)]
     tests = "".join(pull["files"][path] for path in kinds["test"] if code)
     row["material"] = {"text": f"Title: {pull['title']}\nMessages of its commits:\n{messages.strip()}"[:8000],
                        "secret": "".join(pull["files"][path] for path in code or pull["files"]),

@@ -179,7 +179,7 @@ REMEDIES |= dict.fromkeys(("loss", "train", "training"), 'write "weight": 0 for 
 
 
 class InputError(ValueError):
-    """A mistake in the user's input, told in one line that names file, line, field and remedy; exit code 2."""
+    """A user's mistake, told in one line that names file, line, field and remedy; exit code 2."""
 
 
 class Refused(ValueError):

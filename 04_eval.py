@@ -161,7 +161,7 @@ verify your work by running it, and when the task is done answer briefly without
 
 
 class InputError(ValueError):
-    """A mistake in the user's input, told in one line that names file, line, field and remedy; exit code 2."""
+    """A user's mistake, told in one line that names file, line, field and remedy; exit code 2."""
 
 
 class NotRun(Exception):
@@ -2272,7 +2272,7 @@ def load_run(folder):
         for task, scores in summary["by_task"].items():
             if not all(0 <= score <= 1 for score in scores.values()):
                 raise InputError(f"{path}: by_task: {task}: a score outside 0 to 1; the file is damaged")
-        summary["settings"]["rounds"] + len(summary["task_sha256"]) + len(summary["sources"])
+        summary["settings"]["rounds"] + len(summary["task_sha256"])
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"{path}: damaged, or of another version ({type(error).__name__}: {error})"
@@ -2339,8 +2339,8 @@ def paper_numbers(path, key, summary, tasks):
     not compared with the whole.
     """
     told = []
-    with_tools = not summary["settings"]["no_tools"]
-    sizes = Counter(summary["sources"].get(task) for task in tasks)
+    with_tools = not summary["settings"].get("no_tools")
+    sizes = Counter(summary.get("sources", {}).get(task) for task in tasks)
     try:
         published = yaml.safe_load(Path(path).read_text()) if path else {}
         whole = published.pop("tasks", {})

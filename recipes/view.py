@@ -154,8 +154,10 @@ def view_episodes(folder, output, most, above=()):
 # ---- Comparisons ----
 
 
-def paired(table, paper=None):
-    """[(metric, means of the runs, paired differences of the last to each, published)], as 04 has them."""
+def paired(table, published):
+    """[(metric, means of the runs, paired differences of the last to each, published)], as 04 has them.
+
+    published: {metric: lines of 04's paper_numbers}"""
     rows = []
     for metric, per_run in table.items():
         differences = []
@@ -166,7 +168,7 @@ def paired(table, paper=None):
             p = evaluation.permutation_p(each)
             differences.append(f"{statistics.mean(each):+.1%}{edges}, p = {p:.3f}")
         means = [evaluation.percent(values) for values in per_run]
-        rows.append((metric, means, differences, evaluation.paper_numbers(paper, metric)))
+        rows.append((metric, means, differences, published.get(metric, [])))
     return rows
 
 
@@ -183,6 +185,10 @@ def view_comparison(folders, output, most, paper):
     """Two or more runs of 04 over the tasks that all have, base first, tuned last."""
     comparison = plot.read_comparison(folders)
     names, tasks = comparison["names"], by_change(comparison)
+    published = {}
+    for metric in comparison["table"] if paper else ():
+        last = comparison["summaries"][-1]
+        published[metric] = evaluation.paper_numbers(paper, metric, last, comparison["tasks"])
     above = [("comparison", "../index.html")]
     runs = []
     for number, (name, folder) in enumerate(zip(names, folders), 1):
@@ -204,7 +210,7 @@ def view_comparison(folders, output, most, paper):
         runs=runs,
         tasks=tasks,
         not_shared=sorted(set().union(*scored) - set(comparison["tasks"])),
-        scores=paired(comparison["table"], paper),
+        scores=paired(comparison["table"], published),
         table=table,
         pictures=pictures_of(panels),
     )

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections import defaultdict
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -109,7 +108,7 @@ def make_endpoint(tmp_path):
             self.server.requests.append(body)
             users = [message["content"] for message in body["messages"] if message["role"] == "user"]
             done = sum(message["role"] == "assistant" for message in body["messages"])
-            turns = self.server.script[users[0]]
+            turns = self.server.script.get(users[0]) or self.server.otherwise
             reply = turns(body) if callable(turns) else turns[done]
             if isinstance(reply, dict):
                 stop = reply.pop("finish_reason", "tool_calls" if reply.get("tool_calls") else "stop")
@@ -128,8 +127,8 @@ def make_endpoint(tmp_path):
 
     def make(port=0):
         server = Server(("127.0.0.1", port), Handler)
-        server.script = defaultdict(lambda: lambda body: say("I have no task."))
-        server.requests, server.delay, server.is_vllm = [], 0, False
+        server.script, server.requests, server.delay, server.is_vllm = {}, [], 0, False
+        server.otherwise = lambda body: say("I have no task.")
         server.url, server.folder = f"http://127.0.0.1:{server.server_port}/v1", tmp_path
         threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
         servers.append(server)

@@ -247,7 +247,7 @@ def test_agreement_with_a_person_is_measured(endpoint, capsys):
         quote = shown.partition("Stdout: ")[2].split("\n")[0]
         return verdicts((quote, True))(body) if len(quote) > 8 else say("I cannot tell")
 
-    endpoint.script.default_factory = lambda: answer
+    endpoint.otherwise = answer
     flags = ["--judge_model", "grader", "--judge_base_url", endpoint.url]
     assert judge_agreement.main(flags) == 0
     lines = capsys.readouterr().out.splitlines()

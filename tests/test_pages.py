@@ -158,6 +158,7 @@ def make_results(folder, episodes, by_task, **more):
         "settings": {"rounds": 3, "temperature": 0.0, "max_round_tokens": None},
         "fingerprints": {"tasks_sha256": "ab" * 32},
         "task_sha256": dict.fromkeys(by_task, "cd" * 32),
+        "sources": dict.fromkeys(by_task, "birds"),
         "metrics": metrics | {"seconds": 3725.0, "prompt_tokens": 123456},
         "by_task": {task: dict(zip(keys, values)) for task, values in by_task.items()},
     }
@@ -340,7 +341,7 @@ def test_a_comparison_begins_with_what_differs(pages):
 
 def test_intervals_are_those_of_the_evaluation(view, plot, stage):
     values = [[0, 0.25, 0.5, 0.5, 1], [0.5, 0.5, 1, 1, 1]]
-    [(name, means, [difference], published)] = view.paired({"FTFC": values})
+    [(name, means, [difference], published)] = view.paired({"FTFC": values}, {})
     low, high = stage("04_eval").bootstrap([0.5, 0.25, 0.5, 0.5, 0])
     assert name == "FTFC" and published == [] and means == [stage("04_eval").percent(run) for run in values]
     assert difference.startswith(f"+35.0% [{low:+.1%}, {high:+.1%}], p = ") and 0 <= low < high <= 0.5
@@ -368,11 +369,11 @@ def test_other_tasks_of_the_same_name_are_not_compared(view, tmp_path):
 
 def test_published_numbers_have_a_column_of_their_own(view, tmp_path):
     paper = tmp_path / "paper.yaml"
-    paper.write_text("Table 2: {benchmarks: {AgencyBench: {FTFC: {GLM-4.5: 37.8}}}}")
+    paper.write_text("Table 2: {with_tools: true, benchmarks: {birds: {FTFC: {GLM-4.5: 37.8}}}}")
     folder = view.view(make_pair(tmp_path), tmp_path / "out", 500, paper).parent
     rows = Page(folder / "index.html").rows
     assert rows[0][-1] == "published"
-    assert next(row for row in rows if "FTFC" in row[0])[-1] == "Table 2, GLM-4.5: 37.8"
+    assert next(row for row in rows if "FTFC" in row[0])[-1] == "Table 2, birds: GLM-4.5 37.8"
 
 
 def test_a_task_shows_base_beside_tuned(pages):
