@@ -76,7 +76,7 @@ class Settings:
         default_factory=lambda: ["data/queries.jsonl"], metadata={"help": "Task file(s)."}
     )
     output_dir: str = setting("results/limi", "Finished episodes found here are kept.")
-    # The protocol: R = 3 (AgencyBench README), sampling as in the README of LIMI; n_runs is ours
+    # The protocol: R = 3 as in the paper, sampling as in the README of LIMI; n_runs is ours
     rounds: int = setting(3, "R: attempts at a turn, with feedback in between.")
     n_runs: int = setting(1, "Episodes of a task, with the seeds seed, seed + 1, ...")
     temperature: float = setting(0.6, "Sampling temperature (LIMI README).")
