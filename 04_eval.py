@@ -367,7 +367,6 @@ def missing_needs(task, settings):
 # with the imports it needs; --tools FILE.py takes the place of the second part.
 
 # BEGIN OF THE SERVER
-import ctypes  # noqa: E402
 import fnmatch  # noqa: E402
 import resource  # noqa: E402
 import stat  # noqa: E402
