@@ -31,6 +31,7 @@ import runpy
 import sys
 import tempfile
 import unicodedata
+import zipfile
 import zlib
 from array import array
 from collections import Counter, defaultdict
@@ -106,14 +107,20 @@ ITEMS = {  # Responses API: an item has a type where a message has a role
     "function_call_output": "tool", "custom_tool_call_output": "tool",
 }  # fmt: skip
 TEXT_KEYS = ("content", "value", "text", "parts")
-REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks")
+TEXT_BLOCKS = {None, "text", "input_text", "output_text", "summary_text", "tool_reference"}
+THOUGHT_BLOCKS = ("thinking", "reasoning", "think", "thought", "reasoning_text")
+THOUGHT_KEYS = ("thinking", "reasoning", "think", "text", "summary", "content", "thought")
+REASONING_KEYS = ("reasoning_content", "reasoning", "thinking", "reasoning_details", "thinking_blocks",
+                  "reasoning_text", "chain_of_thought", "cot")  # fmt: skip
+MEDIA_KEYS = ("image", "images", "image_url", "image_urls", "audio", "audios", "video", "videos")
 CALL_KEYS = ("tool_calls", "function_call", "function_calls")
 ARGUMENT_KEYS = ("arguments", "args", "input", "parameters")
 RESULT_IDS = ("tool_call_id", "tool_use_id", "call_id", "toolCallId")
 # Flags on one turn: OpenAI's weight, ms-swift's loss, axolotl's train and training, verl's loss_mask
 WEIGHT_FLAGS = ("weight", "loss", "train", "training", "trainable", "loss_mask", "step_loss_mask")
 MASK_FLAGS = ("mask", "masked")  # true: no loss
-PART_FLAGS = ("train_detail", "train_details", "masks", "loss_masks", "weights")  # a part of a turn: not ours
+# Any other flag of a trainer: a part of a turn, a scale, a word that we do not know
+FLAG = re.compile(r"(?:^|_)(?:train\w*|loss|mask\w*|weights?|supervis\w*|learn\w*|ignored?)(?:_|$)")
 THOUGHT = re.compile(r"\s*<think>(.*?)</think>\s*", re.DOTALL)
 TEXT_CALL = re.compile(r"<tool_call>\s*(\{.*?\})\s*</tool_call>", re.DOTALL)  # Hermes, Qwen
 TEXT_RESULT = re.compile(r"\s*<tool_response>\s*(.*?)\s*</tool_response>\s*", re.DOTALL)
@@ -124,10 +131,22 @@ def first_of(record: dict, keys):
     return next((record[key] for key in keys if record.get(key) is not None), None)
 
 
+def without_twins(pairs):
+    """A JSON object; of a key that stands twice Python would keep the last value, in silence."""
+    value = dict(pairs)
+    if len(value) < len(pairs):
+        [(twin, _)] = Counter(key for key, _ in pairs).most_common(1)
+        raise ValueError(f"the key {twin} twice in one object")
+    return value
+
+
+parse_json = functools.partial(json.loads, object_pairs_hook=without_twins)
+
+
 def load_json(text, reason):
     """A JSON text's value; one that is none is a reject with this reason."""
     try:
-        return json.loads(text)
+        return parse_json(text)
     except (ValueError, RecursionError):
         raise Reject(reason) from None
 
@@ -144,7 +163,8 @@ def plain_text(content, joint="\n"):
         kind = type(part).__name__
         if isinstance(part, dict):
             kind = part.get("type")
-            part = first_of(part, ("text", "summary", "tool_name"))
+            part = first_of(part, ("text", "summary", "tool_name")) if kind in TEXT_BLOCKS else None
+            kind = kind or "an object"
         if not isinstance(part, str):
             raise Reject(f"non_text_content: {kind}")
         texts.append(part)
@@ -206,6 +226,8 @@ class Parts:
             self.calls.append(read_call(block["functionCall"]))
         elif "functionResponse" in block:
             answer = block["functionResponse"]
+            if answer.get("parts"):
+                raise Reject("non_text_content: functionResponse.parts")
             response = answer.get("response") or {}
             output = response.get("output", response.get("error", response))
             self.add_result(answer.get("id"), output, answer.get("name"))
@@ -213,8 +235,8 @@ class Parts:
             self.calls.append(read_call(block))
         elif kind in ("tool_result", "toolResult"):
             self.add_result(first_of(block, RESULT_IDS), block.get("content"))
-        elif kind in ("thinking", "reasoning") or block.get("thought") is True:
-            self.thoughts.append(plain_text(first_of(block, ("thinking", "reasoning", "text", "summary"))))
+        elif kind in THOUGHT_BLOCKS or block.get("thought") is True:
+            self.thoughts.append(plain_text(first_of(block, THOUGHT_KEYS)))
         else:
             self.texts.append(plain_text([block]))
 
@@ -226,11 +248,10 @@ class Parts:
 def weight_of(message, role):
     """0, or None for full loss, from the flags of other trainers; one that we cannot follow is a reject."""
     weights = set()
-    for key in WEIGHT_FLAGS + MASK_FLAGS + PART_FLAGS:
-        flag = message.get(key)
-        if flag in (None, []):
+    for key, flag in message.items():
+        if flag in (None, []) or not FLAG.search(key):
             continue
-        if key in PART_FLAGS or flag not in (0, 1):
+        if key not in WEIGHT_FLAGS + MASK_FLAGS or flag not in (0, 1):
             raise Reject(f"unsupported_flag: {key}")
         weights.add(bool(flag) != (key in MASK_FLAGS))
         if role != "assistant" and flag and key in WEIGHT_FLAGS:
@@ -256,8 +277,16 @@ def text_keys(message, role):
     return TEXT_KEYS + {"tool": ("output",), "system": ("system_prompt",)}.get(role, ())
 
 
+def refuse_media(holder, keys):
+    """An image, a sound or a film beside the text is a reject by its name."""
+    for key in keys:
+        if holder.get(key):
+            raise Reject(f"non_text_content: {key}")
+
+
 def read_parts(message, role):
     """The content of a message under any of its names, as Parts."""
+    refuse_media(message, MEDIA_KEYS)
     keys = text_keys(message, role)
     if role != "assistant" and not any(key in message for key in keys):
         raise Reject(f"missing_text: a {message.get('role', role)} message without content")
@@ -284,7 +313,7 @@ def read_reasoning(message):
         blocks = value if isinstance(value, list) else [value]
         for block in filter(None, blocks):
             if isinstance(block, dict):  # an encrypted one has no text
-                block = first_of(block, ("thinking", "text", "summary", "reasoning")) or ""
+                block = first_of(block, THOUGHT_KEYS) or ""
             text = plain_text(block)
             if text.strip() and text not in texts:
                 texts.append(text)
@@ -582,7 +611,7 @@ ID_COLUMNS = ("query_id", "id", "instance_id", "task_id", "traj_id", "trajectory
               "session_id", "sessionId")  # fmt: skip
 # LIMI's converter writes the tools into the system prompt; the chat template writes them again
 TOOL_LIST = "\n\nYou have access to the following tools:\n\n"
-TOOL_LINE = re.compile(r"\s*$|\d+\. \*\*|\s+\S|Parameters\b|- ")
+TOOL_LINE = re.compile(r"\s*$|\d+\. \*\*(.+?)\*\*|\s+Parameters:|\s+- \S+ \(")
 TOOLS_TAG = re.compile(r"<tools>\s*(.*?)\s*</tools>", re.DOTALL)  # Hermes
 
 
@@ -641,21 +670,21 @@ def take_messages(columns):
 
 
 def take_tools(columns):
-    """Remove the tools' columns and return the first that holds any."""
-    found = [columns.pop(key) for key in TOOL_COLUMNS if key in columns]
+    """Remove the first column of tools that holds any and return it."""
+    for key in TOOL_COLUMNS:
+        if key in columns and (tools := columns.pop(key)):
+            return tools
     for key in ("metadata", "extra_info"):
         if isinstance(columns.get(key), dict) and "tools" in columns[key]:  # slime, verl
             columns[key] = dict(columns[key])
-            found.append(columns[key].pop("tools"))
-    return next(filter(None, found), None)
+            return columns[key].pop("tools")
+    return None
 
 
 def read_row(record):
     """Rows of this project, 04's episodes, GAIR/LIMI, public data sets; a bare list of messages."""
     columns = dict(record) if isinstance(record, dict) else {"messages": record}
-    masks = [key for key in (*MASK_FLAGS, *PART_FLAGS, "loss_mask") if isinstance(columns.get(key), list)]
-    if masks:
-        raise Reject(f"unsupported_flag: {masks[0]}, a mask beside the messages")
+    check_columns(columns)
     messages = take_messages(columns)
     tools = take_tools(columns)
     system = [columns.pop(key) for key in SYSTEM_COLUMNS if columns.get(key)]
@@ -664,6 +693,14 @@ def read_row(record):
     system = [{"role": "system", "content": text} for text in system if text not in told]
     columns.pop("served", None)  # ids of the tokens that 04's server took and gave; messages have their text
     return {"messages": system + messages, "tools": tools, "meta": row_meta(columns), "checked": checked}
+
+
+def check_columns(columns):
+    """What belongs to the messages and stands beside them is a reject by its name."""
+    refuse_media(columns, ("images", "videos", "audios"))
+    for key, value in columns.items():
+        if FLAG.search(key) and isinstance(value, list):
+            raise Reject(f"unsupported_flag: {key}, a list beside the messages")
 
 
 def row_meta(columns):
@@ -707,7 +744,8 @@ def read_dump(dump):
         answer = response.get("output") or []
     if dump.get("error"):
         raise Reject("unfinished: the last request failed")
-    meta = {"model": request.get("model"), "finish_reason": finish}
+    meta = {key: dump[key] for key in dump.keys() - {"request", "response"}}
+    meta |= {"model": request.get("model"), "finish_reason": finish}
     return {"messages": system + messages + answer, "tools": request["tools"], "meta": meta}
 
 
@@ -818,7 +856,12 @@ def find_format(record, formats):
 
 # 4. Conservation: every text and call of the record stands in the row, or in what was left out by name
 SHORTEST = 20  # characters; a shorter string is more often a key word than a text
-IDENTIFIER = re.compile(r"[\w.:+/=@#~,-]*", re.ASCII)  # a hash, a date, a path
+LONGEST_NAME = 256  # characters; what is longer is no identifier: an image, a file
+IDENTIFIER = re.compile(r"[\w.:+/=@#~,-]*"  # a hash, a date, a path
+                        r"|(?:\w{3}, )?\d+[ /-]\w+[ /-]\d+ [\d:.,]+ ?[\w+:-]*", re.ASCII)
+# Of a reasoning or a call, for the provider's eyes; whatever the format
+ENCRYPTED = ("signature", "thought_signature", "thoughtSignature", "encrypted_content",
+             "content.encrypted", "reasoning_details.data")  # fmt: skip
 TEXT_ENDS = tuple("." + key for key in TEXT_KEYS)
 KIND_KEYS = ("type", "kind", "role", "subtype", "action", "observation", "source")
 CALL_NAMES = ("name", "function_name", "tool_name", "function")
@@ -898,7 +941,7 @@ def entries_of(record, kinds, left_out):
     in left_out, and what lies under a dotted path of left_out (the end of a path is enough).
     """
     passed = {kind for kind, place in kinds.items() if place.startswith("left out")} | left_out.keys()
-    ends = tuple("." + path for path in left_out)
+    ends = tuple("." + path for path in (*left_out, *ENCRYPTED))
     stack = [("", record)]
     while stack:
         path, value = stack.pop()
@@ -913,12 +956,13 @@ def entries_of(record, kinds, left_out):
 
 def inner_of(path, entry, ends):
     places = [(f"{path}.{key}", item) for key, item in entry.items()]
-    return [place for place in places if not place[0].endswith(ends)] if ends else places
+    return [place for place in places if not place[0].endswith(ends)]
 
 
 def is_text(path, value):
     """Long enough for a text, and no identifier, unless a key for texts holds it."""
-    return len(value) >= SHORTEST and (path.endswith(TEXT_ENDS) or not IDENTIFIER.fullmatch(value))
+    is_long = len(value) > LONGEST_NAME or path.endswith(TEXT_ENDS)
+    return len(value) >= SHORTEST and (is_long or not IDENTIFIER.fullmatch(value))
 
 
 def kinds_of(entry):
@@ -937,7 +981,8 @@ def lost_call(value, kept):
 
 
 # 5. Inputs -> files -> records
-LOG_SUFFIXES = (".json", ".jsonl", ".traj", ".parquet", ".md", ".log")
+LOG_SUFFIXES = (".json", ".jsonl", ".traj", ".parquet", ".md", ".log", ".zip", ".eval")
+ARCHIVES = {".zip": "*", ".eval": "samples/*"}  # suffix: names of the logs in it; .eval is Inspect's
 HUB_NAME = re.compile(r"(?:hf://datasets/|https://huggingface\.co/datasets/)?(\w[\w.-]*/[\w.-]+?)"
                       r"(?::([\w.-]+))?(?:/([\w.-]+))?(?:@([\w./-]+))?")  # fmt: skip
 
@@ -1059,7 +1104,7 @@ def read_bytes(path):
             return pyarrow.CompressedInputStream(str(path), "zstd").read()
         content = path.read_bytes()
         return gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, ValueError, zlib.error) as error:
+    except (OSError, EOFError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise Reject(f"unreadable: {error}") from None
 
 
@@ -1069,13 +1114,13 @@ def json_lines(path, notes):
     A last line that a kill cut short is left out and counted, as are the NUL bytes of a lost write.
     """
     packed = path.suffix in (".gz", ".zst")
-    with io.BytesIO(read_bytes(path)) if packed else open(path, "rb") as file:
+    with io.BytesIO(read_bytes(path)) if packed else path.open("rb") as file:
         for number, line in enumerate(file, 1):
             text = line.strip(b"\0 \r\n\t")
             if not text:
                 continue
             try:
-                yield number, json.loads(text)
+                yield number, parse_json(text)
             except (ValueError, RecursionError) as error:
                 if number > 1 and not line.endswith(b"\n"):
                     notes["last line cut short: left out"] += 1
@@ -1089,10 +1134,10 @@ def load_document(path):
     if re.search(r"\.(md|log)\b", path.name):
         return content.decode(errors="replace")
     try:
-        return json.loads(content)
+        return parse_json(content)
     except (ValueError, RecursionError) as error:
         with contextlib.suppress(ValueError, RecursionError):
-            if isinstance(json.loads(content.split(b"\n", 1)[0]), dict):
+            if isinstance(parse_json(content.split(b"\n", 1)[0]), dict):
                 return None
         raise Reject(f"unreadable: not valid JSON ({error})") from None
 
@@ -1122,6 +1167,10 @@ def read_unit(unit, readers, notes):
     """Yield (source, format or None, record or the Reject) for every session of a file."""
     path = unit.path
     name = re.sub(r"\.(gz|zst)$", "", path.name)
+    if path.suffix in ARCHIVES:
+        for member in members_of(unit):
+            yield from read_safely(member, readers, notes)
+        return
     if path.is_dir():
         document = [json.loads(file.read_bytes()) for file in sorted(path.glob("event-*.json"))]
     elif not name.endswith(LOG_SUFFIXES):
@@ -1137,6 +1186,17 @@ def read_unit(unit, readers, notes):
         yield from each(unit, enumerate(document, 1), readers)
     else:
         yield from each(unit, [(None, document)], readers)
+
+
+def members_of(archive):
+    """The files in a zip archive."""
+    try:
+        packed = zipfile.ZipFile(archive.path)
+    except (OSError, zipfile.BadZipFile) as error:
+        raise Reject(f"unreadable: {error}") from None
+    for name in fnmatch.filter(packed.namelist(), ARCHIVES[archive.path.suffix]):
+        if not name.endswith("/"):
+            yield Unit(zipfile.Path(packed, name), f"{archive.label}/{name}")
 
 
 def each(unit, numbered, readers):
@@ -1217,12 +1277,15 @@ def read_safely(unit, readers, notes):
 
 
 # 6. One record -> one row
-FAILURES = ("resolved", "success", "solved", "target", "is_resolved", "passed")
+FAILURES = {"resolved", "success", "solved", "target", "passed", "pass", "correct", "completed",
+            "task_success", "task_completed"}  # fmt: skip
+OUTCOME_WORDS = ("result", "status", "outcome", "verdict", "resolved_status")
 GOOD_ENDS = {
     "stop", "end_turn", "tool_calls", "tool_use", "function_call", "stop_sequence", "submitted", "submit",
     "completed", "complete", "success", "successful", "ok", "done", "finished", "finish", "resolved", "",
 }  # fmt: skip
-BAD_RESULT = re.compile(r"(?i)\w*(?:error|exception|timeout|failed|failure|unresolved|cancelled)")
+BAD_RESULT = re.compile(r"(?i)(?:not[ _-]\w+|\w*(?:error|exception|time_?out|fail|failed|failure|unresolved"
+                        r"|unsolved|resolved_no|incorrect|wrong|cancell?ed|aborted|killed))")  # fmt: skip
 # A history that was summarised starts in the middle of its task
 COMPACTION = ("<state_snapshot>", "This session is being continued from a previous conversation")
 
@@ -1242,16 +1305,23 @@ def outcome(columns, depth=0):
     return None
 
 
+def as_number(text):
+    with contextlib.suppress(ValueError):
+        return float(text)
+
+
 def tells_failure(key, value):
-    is_number = isinstance(value, int | float)
-    text = value.lower() if isinstance(value, str) else None
-    if key in FAILURES:
-        return is_number and value in (0, -1) or text in ("false", "no", "failed")
-    if key == "reward":
-        return is_number and value <= 0
-    if key in ("exit_status", "finish_reason"):
-        return text is not None and text not in GOOD_ENDS
-    return key == "result" and (value is False or bool(text and BAD_RESULT.fullmatch(text)))
+    text = str(value).lower() if isinstance(value, str | int | float) else ""
+    number = as_number(text)
+    if key.removeprefix("is_") in FAILURES:
+        return text in ("false", "no", "failed") or number in (0, -1)
+    if key.endswith("reward"):
+        return number is not None and number <= 0
+    if key in ("exit_status", "exit_code", "finish_reason", "stop_reason"):
+        return number != 0 if number is not None else text not in GOOD_ENDS
+    if key == "error":
+        return isinstance(value, str) and bool(text)
+    return key in OUTCOME_WORDS and (value is False or bool(BAD_RESULT.fullmatch(text)))
 
 
 @dataclass
@@ -1272,6 +1342,8 @@ def make_row(source, reader: Format, record, run: Run):
     try:
         loose = reader.read(record)
         notes = Counter()
+        if loose.get("lacks_prompt"):
+            loose["messages"].insert(0, prompt_of(source, run.tasks))
         messages, cut = normalise(loose["messages"], notes)
         row = {"query_id": None, "messages": messages, "tools": [], "meta": loose.get("meta") or {}}
         given = read_tools(loose.get("tools"))
@@ -1290,26 +1362,65 @@ def make_row(source, reader: Format, record, run: Run):
     return map_strings(row, repair), notes
 
 
+def prompt_of(source, tasks):
+    """The prompt of a log that holds none: its file is named after a task."""
+    task = tasks.get(Path(source).stem)
+    if task is None:
+        raise Reject("no_prompt: not in the log; name its file QUERY_ID.jsonl after a task of --queries")
+    return {"role": "user", "content": task["turns"][0]["query"]}
+
+
 def cut_tool_list(row, tools):
     """Take the tools out of the system message: the template writes them again. Returns what was cut."""
     system = row["messages"][0]
     if system["role"] != "system":
         return []
-    if found := TOOLS_TAG.search(system["content"]):
-        listed = tools or read_tools(found[1])
-        tools += listed if not tools else []
-        system["content"] = system["content"].replace(found[0], "")
-        return [found[0]]
+    cut = cut_tag(system, tools) or cut_numbered(system, tools)
+    if cut and not system["content"].strip():
+        del row["messages"][0]
+    return cut
+
+
+def cut_tag(system, tools):
+    """Hermes' tag, if the row's tools stand in it, or the row has none: then it takes these."""
+    found = TOOLS_TAG.search(system["content"])
+    listed = tools_of_tag(found[1]) if found else []
+    tools += [] if tools else listed
+    if not listed or names_of(listed) != names_of(tools):
+        return []
+    system["content"] = system["content"].replace(found[0], "")
+    return [found[0]]
+
+
+def cut_numbered(system, tools):
+    """The list that LIMI's converter wrote."""
     before, mark, after = system["content"].partition(TOOL_LIST)
     if not mark or not tools:
         return []
     described = "\n".join(strings_of(tools))
+    names = {None} | names_of(tools)
+
+    def belongs(line):
+        found = TOOL_LINE.match(line)
+        return line.strip() in described or bool(found) and found[1] in names
+
     lines = after.split("\n")
-    belongs = [bool(TOOL_LINE.match(line)) or line.strip() in described for line in lines]
-    end = belongs.index(False) if False in belongs else len(lines)
-    rest = "\n".join(lines[end:])
+    listed = list(itertools.takewhile(belongs, lines))
+    rest = "\n".join(lines[len(listed) :])
     system["content"] = f"{before}\n\n{rest}" if rest else before
-    return [mark, *lines[:end]]
+    return [mark, *listed]
+
+
+def names_of(tools):
+    return {tool["function"]["name"] for tool in tools}
+
+
+def tools_of_tag(text):
+    """The schemas in a tag, as JSON or one a line; [] for any other text."""
+    for tools in (text, text.splitlines()):
+        with contextlib.suppress(Reject):
+            return read_tools(tools)
+    return []
 
 
 def called_names(messages):
@@ -1332,7 +1443,7 @@ def tools_for(row, name, tools):
     if not called:
         return []
     for schemas in (tools.get(name, []), tools.get("", []), shipped_tools(name)):
-        if called & {schema["function"]["name"] for schema in schemas}:
+        if called & names_of(schemas):
             return schemas
     raise Reject(f"no_tool_schemas: of {', '.join(sorted(called))[:80]}; give them with --tools")
 
@@ -1588,9 +1699,7 @@ def column_of(row, name):
 
 def holds(value, operator, wanted):
     """Does a column's value fulfil a condition? Texts are compared as texts, numbers as numbers."""
-    number = None
-    with contextlib.suppress(ValueError):
-        number = float(wanted)
+    number = as_number(wanted)
     is_number = isinstance(value, int | float) and number is not None
     if operator in "<>":
         return is_number and (value < number if operator == "<" else value > number)
@@ -1655,7 +1764,7 @@ def own_secrets(text):
 
 def find_secrets(rows):
     """[{secret: its kind}] for each row; one scan for all."""
-    texts = [APART.join(strings_of([row["messages"], row["tools"]])) for row in rows]
+    texts = [APART.join(strings_of(row)) for row in rows]
     scanned = scan(APART.join(texts))
     found = []
     for text in texts:

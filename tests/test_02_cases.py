@@ -28,7 +28,7 @@ EXPECTED = {
     "claude_skill_meta.jsonl": ["Launching skill: pdf", "STEP 1 run foo", "Following STEP 1"],
     "claude_local_command.jsonl": ["Do A", "done", "-local-command"],
     "claude_truncated.jsonl": ["Do A", "ok"],
-    "claude_stream_json.jsonl": ["a.py", "done"],
+    "claude_stream_json.jsonl": ["Do what the stream does not say", "a.py", "done"],
     "claude_text_between_parallel.jsonl": ["r1", "r2", "quick note", "done"],
     "claude_text_with_result.jsonl": ["r1", "also do C", "done"],
     "claude_text_before_result.jsonl": ["r1", "r2", "steer", "done"],
@@ -157,11 +157,16 @@ EXPECTED = {
 }
 
 
+PROMPTLESS = {"query_id": "claude_stream_json", "turns": [{"query": "Do what the stream does not say"}]}
+
+
 def rows_of(path, tools=None, **settings):
     """[(row, reasons)] of a file; the tools that it calls are given, as a user would with --tools."""
     readers = stage.load_readers(stage.HERE / "recipes/logs")
     unit = stage.Unit(path, path.name)
     run = stage.make_run(stage.Settings(tools=tools, **settings))
+    if path.stem == PROMPTLESS["query_id"]:
+        run.tasks = {path.stem: PROMPTLESS}
     if tools is None:
         seen = stage.tools_seen(stage.read_all([unit], readers, Counter()))
         run.tools[""] = [schema for schemas in seen.values() for schema in schemas]

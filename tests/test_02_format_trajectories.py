@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -223,6 +224,26 @@ SPELLINGS = {
         {"type": "function_call_output", "call_id": "c1", "output": "42"},
         ONE_CALL[3],
     ],
+    "Kimi": [
+        ONE_CALL[0],
+        {"role": "assistant", "tool_calls": [call()], "content": [
+            {"type": "think", "think": "Read it.", "encrypted": "g" * 400}, {"type": "text", "text": "I look."}]},
+        ONE_CALL[2],
+        ONE_CALL[3],
+    ],
+    "a reasoning among the blocks": [
+        ONE_CALL[0],
+        {"role": "assistant", "tool_calls": [call()], "content": [
+            {"type": "reasoning_text", "text": "Read it."}, {"type": "output_text", "text": "I look."}]},
+        ONE_CALL[2],
+        ONE_CALL[3] | {"timestamp": "2025-01-01 10:00:00.123456", "signature": "g" * 400},
+    ],
+    "a reasoning as an object": [
+        ONE_CALL[0],
+        {"role": "assistant", "content": "I look.", "reasoning": {"content": "Read it."}, "tool_calls": [call()]},
+        ONE_CALL[2],
+        ONE_CALL[3] | {"date": "Wed, 01 Jan 2025 10:00:00 GMT"},
+    ],
     "Inspect": [
         ONE_CALL[0],
         {"role": "assistant", "content": [{"type": "reasoning", "reasoning": "Read it."}, {"type": "text", "text": "I look."}],
@@ -297,6 +318,10 @@ def test_a_flag_of_another_trainer_becomes_the_weight_of_its_turn(flag, weight):
 FLAGS = {
     "unsupported_flag: weight": [USER, DONE | {"weight": 0.5}],
     "unsupported_flag: train_detail": [USER, DONE | {"train_detail": [{"begin_offset": 0, "train": False}]}],
+    "unsupported_flag: loss_scale": [USER, DONE | {"loss_scale": 0.0}],
+    "unsupported_flag: is_trained": [USER, DONE | {"is_trained": False}],
+    "unsupported_flag: no_loss": [USER, DONE | {"no_loss": True}],
+    "unsupported_flag: assistant_mask": [USER, DONE | {"assistant_mask": [0, 1]}],
     "unsupported_flag: train on a user message": [USER | {"train": True}, DONE],
     "two_weights": [USER, DONE | {"weight": 0}, DONE],
 }
@@ -337,6 +362,33 @@ def test_tools_are_found_where_people_have_them(column):
     made, reasons = format_one({"messages": row()["messages"]} | columns)
     assert made["tools"] == [READ_FILE] and reasons == []
     assert made["meta"].get("metadata") == ({"split": "a"} if column == "metadata" else None)
+
+
+TAGGED = {  # what stands in the tag, the row's own tools: is the tag cut?
+    "the row's tools": (json.dumps([READ_FILE]), [READ_FILE], True),
+    "the only list": (json.dumps([READ_FILE]), None, True),
+    "a tool a line": (json.dumps(READ_FILE) + "\n" + json.dumps(READ_FILE), None, True),
+    "other tools": (json.dumps([{"name": "rm", "parameters": {}}]), [READ_FILE], False),
+    "a text": ("with care", [READ_FILE], False),
+}
+
+
+@pytest.mark.parametrize("case", TAGGED)
+def test_tools_in_the_system_message_are_cut_if_they_are_the_rows(case):
+    text, tools, is_cut = TAGGED[case]
+    tagged = edited(0, content=f"Use <tools>{text}</tools>") | {"tools": tools}
+    made, reasons = format_one(tagged)
+    assert reasons == [] and made["tools"][0] == READ_FILE
+    assert made["messages"][0]["content"] == ("Use " if is_cut else f"Use <tools>{text}</tools>")
+    assert format_one(made) == (made, [])
+    alone = edited(0, content=f"<tools>{text}</tools>") | {"tools": tools}
+    assert (format_one(alone)[0]["messages"][0] == row()["messages"][1]) == is_cut
+
+
+def test_a_second_column_of_tools_is_kept_in_meta():
+    other = [{"name": "rm", "parameters": {}}]
+    made = format_one(row(functions=other))[0]
+    assert (made["tools"], made["meta"]["functions"]) == ([READ_FILE], other)
 
 
 def test_tools_come_from_outside_only_where_calls_are_and_for_the_format(tmp_path):
@@ -380,6 +432,16 @@ FAULTS = {
     "compacted": edited(1, content="<state_snapshot>so far</state_snapshot>"),
     "non_text_content: image_url": edited(1, content=[{"type": "image_url", "image_url": {"url": "x"}}]),
     "non_text_content: int": edited(1, content=[7]),
+    "non_text_content: aside": edited(1, content=[{"type": "aside", "text": "not for the model"}]),
+    "non_text_content: image": edited(1, content=[{"type": "image", "text": "a.png", "source": {"data": "iVBOR"}}]),
+    "non_text_content: images": edited(1, images=["iVBOR"]),  # Ollama
+    "non_text_content: videos": row(videos=["a.mp4"]),
+    "non_text_content: functionResponse.parts": edited(1, content=[
+        {"functionResponse": {"name": "f", "response": {}, "parts": [{"inlineData": {"data": "iVBOR"}}]}}]),
+    "non_text_content: an object": edited(3, content={"rows": 42}),
+    "lost_content: messages.attached": edited(1, attached="iVBORw0KGgoAAAANSUhEUgAA" * 20),
+    "unsupported_flag: assistant_masks": row(assistant_masks=[0, 1]),
+    "secret: huggingface-token": row(meta={"env": {"HF_TOKEN": "hf_" + "abcDEF123456" * 3}}),
     "lost_content: messages.refusal": edited(4, refusal="I cannot help you with that file."),
     "not_strict_json": row(meta={"x": float("nan")}),
     "malformed": row(messages=[{"role": "assistant", "content": "x", "tool_calls": [7]}]),
@@ -421,7 +483,7 @@ def test_rows_as_limi_released_them_are_corrected():
     """Tools in the system prompt, no call ids, one turn in two, a turn no model wrote, a helper's question."""
     listed = (
         "\n\nYou have access to the following tools:\n\n1. **read_file**: Read a file.\n   Parameters:\n   - path (string)\n"
-        "\n\n## Rules\nAnswer in French."
+        "\n\n1. **Answer** in French.\n- Be brief."
     )
     asked = {key: value for key, value in call(id="").items() if key != "id"}
     made = messages_of(
@@ -435,7 +497,7 @@ def test_rows_as_limi_released_them_are_corrected():
         DONE,
         {"role": "user", "content": stage.NEXT_SPEAKER + "..."},
     )
-    system = {"role": "system", "content": "Be brief.\n\n## Rules\nAnswer in French.\n\nThis is the SII Cli."}
+    system = {"role": "system", "content": "Be brief.\n\n1. **Answer** in French.\n- Be brief.\n\nThis is the SII Cli."}
     look = {"role": "assistant", "content": "I look.", "tool_calls": [call(id="call_0")]}
     assert made == [system, USER, look, {"role": "tool", "tool_call_id": "call_0", "content": "42"}, DONE]
 
@@ -522,7 +584,13 @@ def test_loops(case):
      ({"reward": 0.3}, None), ({"exit_status": "exit_cost"}, "exit_status=exit_cost"), ({"exit_status": "submitted"}, None),
      ({"finish_reason": "length"}, "finish_reason=length"), ({"result": "AgentTimeoutError"}, "result=AgentTimeoutError"),
      ({"result": "The tests passed."}, None), ({"success": "false"}, "success=false"), ({"passed": None}, None),
-     ({"test_result": {"report": {"resolved": False}}}, "test_result.report.resolved=False")],
+     ({"test_result": {"report": {"resolved": False}}}, "test_result.report.resolved=False"),
+     ({"is_correct": False}, "is_correct=False"), ({"task_success": "no"}, "task_success=no"), ({"completed": True}, None),
+     ({"final_reward": "0.0"}, "final_reward=0.0"), ({"exit_code": 1}, "exit_code=1"), ({"exit_status": 0}, None),
+     ({"stop_reason": "max_tokens"}, "stop_reason=max_tokens"), ({"status": "failed"}, "status=failed"),
+     ({"status": 200}, None), ({"outcome": "not solved"}, "outcome=not solved"), ({"verdict": "incorrect"}, "verdict=incorrect"),
+     ({"resolved_status": "RESOLVED_NO"}, "resolved_status=RESOLVED_NO"), ({"error": "it broke"}, "error=it broke"),
+     ({"error": None}, None), ({"result": "A failure of the old code was found"}, None)],
     ids=str,
 )  # fmt: skip
 def test_outcomes_of_a_log(columns, reason):
@@ -824,6 +892,59 @@ def test_a_line_that_a_kill_cut_is_left_out_and_other_bad_lines_are_rejects(tmp_
     [reject] = read(tmp_path / "data/train.rejected.jsonl")
     assert reject["source"] == f"{path}:2" and reject["reasons"][0].startswith("unreadable: line 2 is not valid JSON")
     assert "1 rows: last line cut short: left out" in capsys.readouterr().out
+
+
+def test_a_key_that_stands_twice_is_no_json(tmp_path):
+    twice = '{"messages": [{"role": "user", "content": "Go.", "content": "Stop."}, {"role": "assistant", "content": "Yes."}]}'
+    (tmp_path / "logs").mkdir()
+    write(tmp_path / "logs/good.jsonl", row())
+    (tmp_path / "logs/a.jsonl").write_text(twice + "\n")
+    (tmp_path / "logs/b.json").write_text(twice)
+    called = edited(2, tool_calls=[call() | {"function": {"name": "f", "arguments": '{"path": "a", "path": "b"}'}}])
+    write(tmp_path / "logs/c.jsonl", called)
+    assert len(run_here(tmp_path, tmp_path / "logs")) == 1
+    a, b, c = [reject["reasons"][0] for reject in read(tmp_path / "data/train.rejected.jsonl")]
+    assert a == "unreadable: line 1 is not valid JSON (the key content twice in one object)"
+    assert b == "unreadable: not valid JSON (the key content twice in one object)"
+    assert c == "arguments_not_json: f"
+
+
+def test_an_archive_is_read_like_a_folder(tmp_path):
+    sample = {"id": "q7", "epoch": 1, "input": "Go.", "messages": [USER, DONE | {"content": "As in Inspect."}]}
+    with zipfile.ZipFile(tmp_path / "a.eval", "w") as packed:
+        packed.writestr("header.json", json.dumps({"eval": {}}))
+        packed.writestr("samples/q7_epoch_1.json", json.dumps(sample))
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as packed:
+        packed.writestr("logs/rows.jsonl", json.dumps(row()) + "\n" + json.dumps({"messages": [USER, DONE]}) + "\n")
+        packed.writestr("logs/c.txt", "no log")
+    (tmp_path / "c.zip").write_bytes((tmp_path / "b.zip").read_bytes()[:-40])
+    rows = run_here(tmp_path, *(tmp_path / name for name in ("a.eval", "b.zip", "c.zip")))
+    made = [(one["query_id"], one["meta"]["source"], one["meta"]["format"]) for one in rows]
+    assert made == [
+        ("q7-1", f"{tmp_path}/a.eval/samples/q7_epoch_1.json:1", "inspect_ai"),
+        ("q1", f"{tmp_path}/b.zip/logs/rows.jsonl:1", "row"),
+        ("rows.jsonl-2", f"{tmp_path}/b.zip/logs/rows.jsonl:2", "row"),
+    ]
+    rejects = read(tmp_path / "data/train.rejected.jsonl")
+    assert [(Path(one["source"]).name, one["reasons"]) for one in rejects] == [
+        ("c.txt", ["not_a_log: no suffix of a log"]),
+        ("c.zip", ["unreadable: File is not a zip file"]),
+    ]
+
+
+def test_a_log_without_its_prompt_takes_it_from_the_task_that_its_file_is_named_after(tmp_path):
+    init = {"type": "system", "subtype": "init", "session_id": "S", "uuid": "i"}
+    answer = {"role": "assistant", "id": "m", "content": [{"type": "text", "text": "Done."}]}
+    log = [init, {"type": "assistant", "session_id": "S", "uuid": "a", "message": answer}]
+    named = write(tmp_path / "gomoku.jsonl", *log)
+    other = write(tmp_path / "other.jsonl", *log)
+    task = {"query_id": "gomoku", "domain": "vibe_coding", "turns": [{"query": "Write gomoku."}]}
+    queries = str(write(tmp_path / "queries.jsonl", task))
+    [made] = run_here(tmp_path, named, other, queries=queries)
+    assert made["query_id"] == "gomoku" and made["meta"]["domain"] == "vibe_coding"
+    assert made["messages"] == [{"role": "user", "content": "Write gomoku."}, DONE]
+    [reject] = read(tmp_path / "data/train.rejected.jsonl")
+    assert reject["reasons"][0].startswith("no_prompt: ")
 
 
 def test_readers_are_files_of_a_folder(tmp_path):

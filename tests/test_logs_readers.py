@@ -345,7 +345,7 @@ def test_claude_new_versions_log_the_system_prompt_and_the_schemas():
     assert read("claude_code", log)["tools"] == [schema]
 
 
-def test_claude_stream_json_lacks_the_prompt_and_says_so():
+def test_claude_a_stream_may_lack_the_prompt_and_says_so():
     log = [
         {"type": "system", "subtype": "init", "session_id": "S2", "tools": ["Bash"], "uuid": "i"},
         {
@@ -385,14 +385,16 @@ def test_claude_stream_json_lacks_the_prompt_and_says_so():
         },
     ]
     assert said("claude_code", log) == [
-        ("user", ""),
         ("assistant", "", "", [("Bash", {"command": "ls"})]),
         ("tool", "t", "a.py"),
         ("assistant", "done", "", []),
     ]
     row = read("claude_code", log)
     assert row["tools"] is None
-    assert row["meta"] == {"query_id": "S2", "model": "c", "success": False, "prompt": "not in the log"}
+    assert row["lacks_prompt"] is True
+    assert row["meta"] == {"query_id": "S2", "model": "c", "success": False}
+    prompt = {"type": "user", "session_id": "S2", "uuid": "p", "message": {"role": "user", "content": "List."}}
+    assert read("claude_code", [log[0], prompt, *log[1:]])["lacks_prompt"] is False
 
 
 def test_claude_a_session_in_one_column_is_read_with_its_other_columns():
@@ -531,6 +533,7 @@ def test_codex_undone_turns_are_not_in_the_row():
     texts = [turn[1] for turn in said("codex", log)]
     assert texts == ["BASE", "<environment_context>here</environment_context>", "one", "1", "four", "4"]
     assert log[4] not in read("codex", log)["checked"]
+    assert said("codex", [*log, event("thread_rolled_back", num_turns=0)]) == said("codex", log)
     assert [turn[1] for turn in said("codex", [*log, event("thread_rolled_back", num_turns=9)])] == [
         *texts[:2]
     ]
@@ -659,6 +662,8 @@ def test_gemini_saves_and_checkpoints_hold_what_was_sent():
     assert said("gemini_cli", checkpoint) == expected
     image = content("user", {"inlineData": {"mimeType": "image/png", "data": "A"}})
     assert rejected("gemini_cli", [image, *contents]) == "non_text_content: inlineData"
+    image["parts"][0] = {"text": "Look"} | image["parts"][0]
+    assert rejected("gemini_cli", [image, *contents]) == "non_text_content: text, inlineData"
 
 
 def qwen(kind, id, parent, *parts, **more):
@@ -1359,6 +1364,11 @@ def test_langfuse_takes_the_generation_that_saw_most():
     assert [turn[1] for turn in said("langfuse", trace)] == ["Do A", "B", "C", "done"]
     row = read("langfuse", trace)
     assert row["tools"] == [{"name": "t"}] and row["meta"] == {"id": "tr"}
+    # 02 looks for what began alike in the row, not for what another agent was asked
+    branch = {"type": "GENERATION", "input": [user], "output": "dropped"}
+    helper = {"type": "GENERATION", "input": [{"role": "user", "content": "Give a title"}], "output": "Title"}
+    looked_at = json.dumps(read("langfuse", {"observations": [second, branch, helper]})["checked"])
+    assert "dropped" in looked_at and "Title" not in looked_at
 
 
 def test_otel_spans_hold_parts():

@@ -38,7 +38,6 @@ for place, names in WORDS.items():
 LEFT_OUT = {
     "toolUseResult": "a result once more, for the screen",
     "tool_use_result": "a result once more, for the screen",
-    "signature": "of a thinking, encrypted",
     "todos": "for the screen; the call that wrote them is there",
     "usage": "counts of tokens",
     "cwd": "of the working folder",
@@ -232,12 +231,13 @@ def read(record):
             raise ValueError(f"unknown_kind: {kind}")
     lines = sent(branch_of(session_of(log)))
     messages, tools = messages_of(lines), None
+    if not messages:
+        raise ValueError("no_assistant_message: no turn, or none before a compaction")
     for line in lines:
         if line.get("attachment", {}).get("type") == "prompt_snapshot":  # since 2.1.270
             tools = line["attachment"]["tools"]
             messages = [{"role": "system", "content": line["attachment"]["systemPrompt"]}, *messages]
-    meta = meta_of(lines, log) | row
-    if messages and messages[0]["role"] == "assistant" and "session_id" in lines[0]:
-        meta["prompt"] = "not in the log"  # the stream shows what the model and the tools say, not the prompt
-        messages = [{"role": "user", "content": ""}, *messages]
-    return {"messages": messages, "tools": tools, "meta": meta, "checked": lines}
+    # the stream shows what the model and the tools say, not always the prompt
+    lacks_prompt = messages[0]["role"] == "assistant" and "session_id" in lines[0]
+    return {"messages": messages, "tools": tools, "meta": meta_of(lines, log) | row, "checked": lines,
+            "lacks_prompt": lacks_prompt}  # fmt: skip

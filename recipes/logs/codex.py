@@ -25,7 +25,6 @@ NAMED = {
 }
 ENDS = {"turn_aborted": "turn_aborted", "task_complete": "completed"}
 LEFT_OUT = {
-    "encrypted_content": "of a reasoning, encrypted",
     "dynamic_tools": "not all schemas of the session: --tools has them",
     "git": "of the working folder",
     "runtime_workspace_roots": "of the working folder",
@@ -98,7 +97,7 @@ def roll_back(pairs, turns):
         start = json.dumps(message.get("content"))[:120]
         if message["role"] == "user" and not any(mark in start for mark in CONTEXT):
             prompts.append(number)
-    del pairs[prompts[-turns:][0] :]
+    del pairs[(prompts[-turns:] if turns else [len(pairs)])[0] :]
 
 
 def meta_of(record):

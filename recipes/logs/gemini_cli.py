@@ -30,10 +30,12 @@ def fits(record):
 
 
 def check_parts(parts):
-    """Without the parts that say nothing; an image, a file or an unknown kind rejects the log by its name."""
+    """The parts; an image, a file or an unknown kind rejects the log by its name."""
     for part in parts:
-        if not part.keys() & KINDS.keys():
-            raise ValueError(f"non_text_content: {', '.join(part)}")
+        named = part.keys() & KINDS.keys()
+        if not named or part.keys() - named - {"thoughtSignature"}:
+            names = ", ".join(part)
+            raise ValueError(f"non_text_content: {names}")
     return parts
 
 

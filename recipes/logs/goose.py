@@ -5,7 +5,7 @@ KINDS = {
     "toolResponse": "result", "toolConfirmationRequest": "left out: a question of the screen",
     "systemNotification": "left out: for the screen",
 }  # fmt: skip
-LEFT_OUT = {"signature": "of a thinking, encrypted", "metadata": "who sees the message"}
+LEFT_OUT = {"metadata": "who sees the message"}
 
 
 def fits(record):

@@ -7,7 +7,6 @@ KINDS = {
     "text": "message", "reasoning": "reasoning",
 }  # fmt: skip
 LEFT_OUT = {
-    "signature": "of a reasoning, encrypted",
     "metadata": "of the evaluation",
     "view": "of a call, for the screen",
     "internal": "of the provider",
@@ -60,9 +59,11 @@ def read(sample):
     calls = [event for event in events if event.get("event") == "model"]
     left = {"messages", "events", "attachments", "store", "input", "scores", "output"}
     meta = {key: sample[key] for key in sample.keys() - left}
-    meta["query_id"] = f"{sample['id']}-{sample['epoch']}"
-    if success_of(sample) is not None:
-        meta["success"] = success_of(sample)
+    id, epoch = sample["id"], sample["epoch"]
+    meta["query_id"] = f"{id}-{epoch}"
+    success = success_of(sample)
+    if success is not None:
+        meta["success"] = success
     messages = resolve(sample)
     # the model saw the error in their place
     unsent = [message["content"] for message in messages if message.get("error")]

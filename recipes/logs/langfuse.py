@@ -1,4 +1,7 @@
-"""Langfuse: a generation as JSON, or a trace with its observations: the generation that saw most."""
+"""Langfuse: a generation as JSON, or a trace with its observations: the generation that saw most.
+
+Generations that begin alike must be in the row too; what begins otherwise is another agent's, and left out.
+"""
 
 KINDS = {"system": "message", "user": "message", "assistant": "message", "tool": "result"}
 LEFT_OUT = {"tools": "read as schemas"}
@@ -16,6 +19,16 @@ def asked_of(generation):
     if isinstance(given, dict):
         return given["messages"], given.get("tools")
     return given, None
+
+
+def opening_of(generation):
+    """What a generation was given, up to the first word of the user."""
+    opening = []
+    for message in asked_of(generation)[0]:
+        opening.append(message)
+        if message.get("role") == "user":
+            break
+    return opening
 
 
 def answers_of(generation):
@@ -37,5 +50,7 @@ def read(record):
     messages, tools = asked_of(generation)
     left = {"input", "output", "observations"}
     meta = {key: record[key] for key in record.keys() - left}
-    checked = [generation["input"], generation["output"]]
+    checked = []
+    for other in generations:
+        checked += [other["input"], other["output"]] if opening_of(other) == opening_of(generation) else []
     return {"messages": messages + answers_of(generation), "tools": tools, "meta": meta, "checked": checked}

@@ -1,7 +1,7 @@
 """LangSmith: a run as JSON: "inputs" and "outputs" with LangChain's messages, plain or serialised."""
 
 KINDS = {"human": "message", "system": "message", "ai": "message", "tool": "result"}
-LEFT_OUT = {"response_metadata": "of the provider", "usage_metadata": "counts", "signature": "encrypted"}
+LEFT_OUT = {"response_metadata": "of the provider", "usage_metadata": "counts"}
 
 
 def fits(record):

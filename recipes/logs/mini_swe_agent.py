@@ -8,7 +8,6 @@ KINDS = {
 LEFT_OUT = {
     "extra": "costs, and what was parsed from the message",
     "provider_specific_fields": "of the provider",
-    "encrypted_content": "of a reasoning, encrypted",
     "tools": "of a response: the one tool below",
     "instructions": "of a response: the system message once more",
 }

@@ -11,7 +11,6 @@ COMPACTED = ("Condensation", "CondensationSummaryEvent")
 LEFT_OUT = {
     "tools": "read as schemas",
     "action": "the call once more, as the tool takes it",
-    "signature": "of a thinking, encrypted",
     "observation.command": "of the call",
     "observation.metadata": "of the shell",
     "observation.old_content": "for the screen",

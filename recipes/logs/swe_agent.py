@@ -1,10 +1,7 @@
 """SWE-agent: a *.traj; its history, without the demonstrations. The tools are named there, not described."""
 
 KINDS = {"system": "message", "user": "message", "assistant": "message", "tool": "result"}
-LEFT_OUT = {
-    "history.action": "the call once more, as a command",
-    "signature": "of a thinking, encrypted",
-}
+LEFT_OUT = {"history.action": "the call once more, as a command"}
 
 
 def fits(record):
@@ -14,9 +11,12 @@ def fits(record):
 def read(log):
     messages = [message for message in log["history"] if not message.get("is_demo")]
     for message in messages:
-        if message["role"] not in KINDS:
-            raise ValueError(f"unknown_kind: {message['role']}")
+        role = message["role"]
+        if role not in KINDS:
+            raise ValueError(f"unknown_kind: {role}")
     left = {"history", "trajectory", "replay_config", "info"}
     meta = {key: log[key] for key in log.keys() - left}
     meta |= log.get("info") or {}
-    return {"messages": messages, "tools": None, "meta": meta, "checked": {"history": messages}}
+    row = {"messages": messages, "tools": None, "meta": meta}
+    row["checked"] = {"history": messages}
+    return row
