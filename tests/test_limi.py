@@ -1,5 +1,6 @@
 """The paper from zero: run.sh's commands exist, run once and go on where they stopped; tables and faults."""
 
+import functools
 import importlib
 import importlib.util
 import json
@@ -8,6 +9,7 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 
 import pytest
 import yaml
@@ -23,30 +25,45 @@ TINY_SUMMARY = {
 }
 
 
-@pytest.fixture(scope="module")
-def table():
-    spec = importlib.util.spec_from_file_location("table", LIMI / "table.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, LIMI / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
 
 
+@pytest.fixture(scope="module")
+def table():
+    return load("table")
+
+
+@pytest.fixture(scope="module")
+def cost():
+    return load("cost")
+
+
 @pytest.fixture
 def checkout(tmp_path):
-    """A folder with run.sh and the recipes, and beside it programs that only write down how they were called;
-    one whose command holds the word in the file "fails" ends with 1, as if it had been killed."""
+    """A folder with run.sh and the recipes, and beside it programs that only write down how they were called
+    (cost.py runs); one whose command holds the word in the file "fails" ends with 1, as if killed."""
     root = tmp_path / "checkout"
-    for path in ROOT.glob("recipes/*/*.yaml"):
+    files = [*ROOT.glob("recipes/*/*.yaml"), *ROOT.glob("recipes/*/config.json")]
+    for path in [*files, *LIMI.glob("*.sh"), LIMI / "cost.py"]:
         (root / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, root / path.relative_to(ROOT))
-    shutil.copy(LIMI / "run.sh", root / "recipes/limi/run.sh")
     (root / "recipes/demo/setup.sh").write_text("")
     programs = tmp_path / "programs"
     programs.mkdir()
-    for name in ("python", "accelerate", "git", "srun"):
-        called = f'echo "{name} $*" >> {tmp_path}/calls\n'
-        fails = f'case "$*" in *"$(cat {tmp_path}/fails 2> /dev/null || echo never)"*) exit 1 ;; esac\n'
-        (programs / name).write_text("#!/bin/bash\n" + called + fails)
+    names = "python accelerate git srun curl python3.10 python3.11 python3.12 pip"
+    for name in names.split():
+        (programs / name).write_text(
+            f"""#!/bin/bash
+            [[ $1 != *cost.py ]] || exec {sys.executable} "$@"
+            echo "${{0##*/}} $*" >> {tmp_path}/calls
+            case "$*" in *"$(cat {tmp_path}/fails 2> /dev/null || echo never)"*) exit 1 ;; esac
+            [ "$1 $2" != "-m venv" ] || {{ mkdir -p "$3/bin"; cp {programs}/pip {programs}/python "$3/bin"; }}
+            """
+        )
         (programs / name).chmod(0o755)
     return root
 
@@ -58,7 +75,10 @@ def run(checkout, tmp_path):
     def call(*flags, **environment):
         calls = tmp_path / "calls"
         calls.write_text("")
-        outside = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM", "JUDGE"))}
+        outside = dict(os.environ)
+        for key in os.environ:
+            if key.startswith(("SLURM", "JUDGE", "USER_")):
+                del outside[key]
         path = f"{tmp_path}/programs:{os.environ['PATH']}"
         command = ["bash", "recipes/limi/run.sh", *flags]
         environment = outside | {"PATH": path} | environment
@@ -74,56 +94,92 @@ def planned(output: str) -> list[tuple[str, str, list[str]]]:
     return [(step, where, shlex.split(command)) for step, where, command in found]
 
 
+def times_of(output: str) -> dict[str, str]:
+    """{step: the line below its command}"""
+    return dict(re.findall(r"^=== \d+\. (\S+), on .+\n.+\n(about .+)$", output, re.MULTILINE))
+
+
 # ------------------------------------------------------------------------------------------------------------
 # The plan
 
 
-def parse(words, stage):
-    """Parse one command with the parsers of the programs that it starts; an unknown flag raises."""
+def parse_training(words, sft):
+    split = words.index("03_sft.py")
+    sft.check_flags(*sft.read_settings(sft.make_parser(), words[split + 1 :]))
+    launcher = importlib.import_module("accelerate.commands.launch").launch_command_parser()
+    if "--config_file" in words:
+        launcher.parse_args(words[words.index("--config_file") : split + 1])
+
+
+def parse_stage(words, module, positional):
     from trl import TrlParser
 
-    if "03_sft.py" in words:
-        split = words.index("03_sft.py")
-        sft = stage("03_sft")
-        sft.check_flags(*sft.read_settings(sft.make_parser(), words[split + 1 :]))
-        launcher = importlib.import_module("accelerate.commands.launch").launch_command_parser()
-        if "--config_file" in words:
-            launcher.parse_args(words[words.index("--config_file") : split + 1])
+    parser = TrlParser(module.Settings, allow_abbrev=False)
+    if positional:
+        parser.add_argument("inputs", nargs="*")
+    settings = parser.parse_args_and_config(words)[0]
+    if hasattr(module, "check_settings"):
+        module.check_settings(settings)
+
+
+@functools.cache
+def refusal(script: str, words: tuple[str, ...]) -> str:
+    """What a recipe says to a command whose files are not there: never that it does not know a flag."""
+    done = subprocess.run([sys.executable, ROOT / script, *words], capture_output=True, text=True)
+    assert done.returncode == 2, done
+    return done.stderr
+
+
+def parse_recipe(script, flags):
+    if script.startswith("recipes/demo"):
+        source = (ROOT / script).read_text()  # they would start to work
+        assert all(f'"{word}"' in source for word in flags if word.startswith("--"))
         return
-    words = words[words.index("python") :] if "python" in words else words
-    script = words[1]
-    if script.startswith("0"):
+    told = refusal(script, tuple(flags))
+    assert len(told.splitlines()) == 1, told
+    assert "unrecognized" not in told, told
+
+
+def parse(words, stage):
+    """Parse one command as the programs do that it starts; an unknown flag raises."""
+    scripts = [place for place, word in enumerate(words) if word.endswith((".py", "served.sh"))]
+    if not scripts:
+        return  # git, pip, curl
+    script = words[scripts[0]]
+    flags = words[scripts[0] + 1 :]
+    if script.endswith("served.sh"):
+        split = flags.index("--")
+        parse(["04_eval.py", "--serve", *flags[:split]], stage)
+        parse(flags[split + 1 :], stage)
+    elif script == "03_sft.py":
+        parse_training(words, stage("03_sft"))
+    elif script.startswith("0"):
         module = stage(script.removesuffix(".py"))
-        parser = TrlParser(module.Settings, allow_abbrev=False)
-        if script.startswith("02"):
-            parser.add_argument("inputs", nargs="*")
-        settings = parser.parse_args_and_config(words[2:])
-        if script.startswith("04"):
-            module.check_settings(settings[0])
-    elif script.endswith(".py"):
-        source = (ROOT / script).read_text() + (ROOT / "recipes/benchmarks/common.py").read_text()
-        for word in words:
-            assert not word.startswith("--") or f'"{word}"' in source, f"{script} has no {word}"
+        parse_stage(flags, module, positional=script.startswith("02"))
+    else:
+        parse_recipe(script, flags)
 
 
+TAU2 = {"USER_BASE_URL": "http://user/v1", "USER_MODEL": "user"}
+JUDGE = {"JUDGE_BASE_URL": "http://judge/v1", "JUDGE_MODEL": "judge"}
 PLANS = [
-    ("Qwen/Qwen3-8B",),
-    ("zai-org/GLM-4.5-Air", "--nodes", "4"),
-    ("qwen3-4b", "--nodes", "2", "--revision", "abc"),
-    ("--miniature",),
+    (("Qwen/Qwen3-8B",), {}, 10),
+    (("Qwen/Qwen3-8B",), JUDGE, 10),
+    (("zai-org/GLM-4.5-Air", "--nodes", "4"), JUDGE, 10),
+    (("zai-org/GLM-4.5-Air", "--generalization"), TAU2 | {"SCICODE_TARGETS": "/none/test_data.h5"}, 55),
+    (("qwen3-4b", "--nodes", "2", "--revision", "abc"), {}, 10),
+    (("--miniature",), {}, 9),
 ]
 
 
-@pytest.mark.parametrize("flags", PLANS)
-@pytest.mark.parametrize("judge", [{}, {"JUDGE_BASE_URL": "http://judge/v1", "JUDGE_MODEL": "judge"}])
-def test_every_planned_command_has_programs_and_flags_that_exist(run, stage, monkeypatch, flags, judge):
+@pytest.mark.parametrize(("flags", "environment", "number"), PLANS)
+def test_every_planned_command_parses(run, stage, monkeypatch, flags, environment, number):
     monkeypatch.chdir(ROOT)
-    done, calls = run(*flags, "--plan", **judge)
+    done, calls = run(*flags, "--plan", **environment)
     assert done.returncode == 0, done.stderr
     assert all("memory.py" in call for call in calls)
     steps = planned(done.stdout)
-    assert len(steps) == done.stdout.count("===")
-    assert len(steps) >= 8
+    assert len(steps) == done.stdout.count("===") == number
     for _, _, words in steps:
         for word in words:
             assert not word.endswith(".py") or (ROOT / word).exists(), word
@@ -137,15 +193,87 @@ def test_the_plan_says_where_and_how_much_memory_and_makes_nothing(run, checkout
     where = {step: where for step, where, _ in planned(done.stdout)}
     assert where["rows"] == "a machine with a network"
     assert where["training"] == "4 node(s) of 8 GPUs"
-    assert "python recipes/memory.py --config recipes/glm-4.5-air/sft.yaml --longest 125000" in done.stdout
+    memory = "python recipes/memory.py --config recipes/glm-4.5-air/sft.yaml"
+    memory += " --model_name_or_path zai-org/GLM-4.5-Air"
+    assert f"{memory} --longest 125000 --devices 32 --cp 8 --card 141" in done.stdout
     assert not list(checkout.glob("data")) + list(checkout.glob("results")) + list(checkout.glob("outputs"))
 
 
-def test_without_the_models_config_the_plan_says_what_was_calculated_before(run, tmp_path):
-    (tmp_path / "fails").write_text("memory.py")
-    done, _ = run("Qwen/Qwen3-8B", "--plan")
-    assert done.returncode == 0 and "it needs the model's config.json" in done.stdout
-    assert "8 GPUs of 80 GB (calculated: 58 GB each)" in done.stdout
+def test_the_plan_says_how_long_each_step_takes_on_a_gpu(run):
+    """By hand: 12.18 billion weights at work, 46 layers, 96 heads of 128; 2.0e6 tokens at 1,000 a second."""
+    done, _ = run("zai-org/GLM-4.5-Air", "--plan")
+    times = times_of(done.stdout)
+    weights = 6 * 12.18e9 * 42_400 * 78 * 8
+    attention = 6 * 46 * 96 * 128 * 2.5e9 * 78 * 8
+    hours = (weights + attention) / (0.15 * 990e12) / 3600
+    assert times["training"] == f"about {60 * hours / 32:.0f} min on 32 H100, {hours:.1f} GPU h, calculated"
+    assert times["base-tools"] == "about 43 min on 4 H100, 2.9 GPU h, calculated"
+    assert list(times) == ["training", "base-tools", "base-no_tools", "tuned-tools", "tuned-no_tools"]
+
+
+@pytest.mark.parametrize(
+    ("recipe", "billions", "at_work"),
+    [
+        ("qwen3-4b", 4.02, 3.63),
+        ("qwen3-8b", 8.19, 6.95),
+        ("qwen3-32b", 32.76, 31.21),
+        ("glm-4.5-air", 106.85, 12.18),
+        ("glm-4.5", 352.80, 32.08),
+    ],
+)
+def test_the_shapes_beside_the_recipes_have_the_published_sizes(cost, recipe, billions, at_work):
+    """As the model cards have them (GLM: 12 and 32 billion at work); at work: without embedding."""
+    config = json.loads((ROOT / "recipes" / recipe / "config.json").read_text())
+    weights, active = cost.count_weights(config)
+    assert (round(weights / 1e9, 2), round(active / 1e9, 2)) == (billions, at_work)
+
+
+@pytest.fixture
+def memory():
+    sys.path.insert(0, str(ROOT / "recipes"))
+    return importlib.import_module("memory")
+
+
+def test_the_memory_of_a_recipe_is_calculated_without_asking_anybody(stage, memory, monkeypatch, capsys):
+    sft = stage("03_sft")
+    flags = ["memory.py", "--longest", "125000", "--devices", "8", "--model_name_or_path"]
+    monkeypatch.setattr(sys, "argv", [*flags, "Qwen/Qwen3-8B"])
+    memory.main(sft)
+    line = capsys.readouterr().out.splitlines()[-1]
+    assert line.startswith("  8 device(s), FSDP2, 1 at one sample: 58.0 of 80 GB (weights 4.1, optimizer 8.2,")
+    monkeypatch.setattr(sys, "argv", [*flags, "nobody/Nothing-1B"])
+    told = "nobody/Nothing-1B: its config.json is not on this machine; with a network: hf download"
+    with pytest.raises(sft.InputError, match=told):
+        memory.main(sft)
+    code = "import os, sys; sys.path.insert(0, 'recipes'); import memory; print(os.environ['HF_HUB_OFFLINE'])"
+    environment = os.environ | {"HF_HUB_OFFLINE": "0"}
+    asked = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True)
+    assert asked.stdout == b"1\n"  # before the Hub's client is imported, which reads it
+
+
+def test_the_benchmarks_of_tables_3_and_4_run_with_tools_and_without(run):
+    done, calls = run("Qwen/Qwen3-8B", "--generalization")
+    assert done.returncode == 0, done.stderr
+    assert "left out: SciCode" in done.stdout and "left out: tau2-bench" in done.stdout
+    arms = [re.search(r"limi-qwen3-8b/(\S+)$", call)[1] for call in calls if "04_eval.py" in call]
+    expected = []
+    for model in ("base", "tuned"):
+        expected += [f"{model}-tools", f"{model}-no_tools"]
+        for arm in ("tools", "no_tools"):
+            expected += [f"{model}-{arm}-{name}" for name in ("humaneval", "mbpp", "ds1000")]
+    assert arms == expected
+    without = [call for call in calls if "no_tools-" in call]
+    assert all("--no_tools --" in call and "/no_tools.jsonl" in call for call in without)
+    assert sum("--max_tokens 1024" in call for call in calls) == 2  # DS-1000's own limit
+
+
+def test_the_packages_of_a_benchmark_are_those_of_its_converter():
+    script = (LIMI / "generalization.sh").read_text().replace("\\\n", " ")
+    for packages in re.findall(r"environment (\S+) python\S+ (.+)", script):
+        name = packages[0]
+        head = (ROOT / f"recipes/benchmarks/{name}.py").read_text().split('"""')[1].replace("\\\n", " ")
+        for pin in re.findall(r"\S+==\S+", packages[1]):
+            assert pin in head, f"{name}: {pin}"
 
 
 def test_both_models_are_served_with_the_same_window(run):
@@ -171,6 +299,9 @@ def test_several_nodes_are_started_by_srun_with_the_number_of_each(run):
     assert steps["tuned-tools"][:3] == ["srun", "--nodes=1", "--ntasks=1"]
 
 
+FLAGS = "--plan, --prepare, --nodes, --revision, --generalization and --miniature"
+
+
 @pytest.mark.parametrize(
     ("flags", "told"),
     [
@@ -179,9 +310,9 @@ def test_several_nodes_are_started_by_srun_with_the_number_of_each(run):
         (("a", "b"), "one model at a time: a or b?"),
         (("a", "--nodes"), "--nodes needs a value"),
         (("a", "--nodes", "two"), "--nodes two: a number of nodes"),
-        (("--x",), "no such flag: --x; there are --plan, --prepare, --nodes, --revision and --miniature"),
+        (("--x",), f"no such flag: --x; there are {FLAGS}"),
         (("glm-4.5-air",), "4 nodes: sbatch --nodes=4 recipes/limi/job.sbatch glm-4.5-air"),
-        (("--miniature", "--nodes", "2"), "--miniature has its own model, node and rows"),
+        (("--miniature", "--nodes", "2"), "--miniature has its own model, node, rows and tasks"),
     ],
 )
 def test_a_mistake_is_one_line(run, flags, told):
@@ -285,6 +416,30 @@ def test_runs_stand_beside_the_papers_numbers(table, tmp_path):
     (tmp_path / "tuned-tools" / "summary.json").unlink()
     with pytest.raises(table.InputError, match="tuned-tools/summary.json: no such file"):
         table.runs_table(tmp_path, "glm-4.5")
+
+
+def test_generalization_stands_beside_tables_3_and_4(table, tmp_path):
+    solved = {"humaneval": {"SR@1": 0.9}, "scicode": {"pass@1": 0.02, "SR@1 over turns": 0.25}}
+    for arm in table.ARMS:
+        for name, metrics in ({"": TINY_SUMMARY["metrics"]} | solved).items():
+            folder = tmp_path / f"{arm}-{name}".rstrip("-")
+            folder.mkdir()
+            (folder / "summary.json").write_text(json.dumps(TINY_SUMMARY | {"metrics": metrics}))
+    (tmp_path / "base-no_tools-tau2-retail").mkdir()
+    lost = json.dumps({"metrics": {"pass^4": None}})
+    (tmp_path / "base-no_tools-tau2-retail" / "summary.json").write_text(lost)
+    lines = table.runs_table(tmp_path, "glm-4.5").splitlines()
+    start = lines.index("") + 1
+    head = "| % | Table 3: base | Table 3: tuned | base, tools | tuned, tools | Table 4: base"
+    assert lines[start].startswith(head)
+    assert lines[start + 2 : start + 6] == [
+        "| tau2-retail, pass^4 | 36.8 | 45.6 |  |  | 52.6 | 49.1 | not all ran |  |",
+        "| HumanEval+, SR@1 | 90.2 | 92.1 | 90.0 | 90.0 | 92.1 | 92.5 | 90.0 | 90.0 |",
+        "| SciCode, pass@1 | 1.5 | 3.1 | 2.0 | 2.0 | 3.3 | 3.3 | 2.0 | 2.0 |",
+        "| SciCode, SR@1 over turns | 25.3 | 25.3 | 25.0 | 25.0 | 27.8 | 28.1 | 25.0 | 25.0 |",
+    ]
+    dense = table.runs_table(tmp_path, "qwen3-8b")
+    assert "| HumanEval+, SR@1 |  |  | 90.0 | 90.0 |  |  | 90.0 | 90.0 |" in dense
 
 
 # ------------------------------------------------------------------------------------------------------------

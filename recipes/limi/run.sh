@@ -2,13 +2,14 @@
 # The paper from zero: GAIR/LIMI -> rows -> training -> AgencyBench v1, base and tuned, with tools and without ->
 # results/limi-NAME/table.md, beside the paper's numbers. README.md beside this file: what each claim costs.
 #
-#   bash recipes/limi/run.sh Qwen/Qwen3-8B --plan        every command, where it runs, its memory; runs nothing
+#   bash recipes/limi/run.sh Qwen/Qwen3-8B --plan        every command, where it runs, memory and time; runs nothing
 #   bash recipes/limi/run.sh Qwen/Qwen3-8B               on one node of 8 GPUs
 #   sbatch recipes/limi/job.sbatch zai-org/GLM-4.5-Air   under SLURM, on several nodes too
 #   bash recipes/limi/run.sh --miniature                 the same path without a GPU: proves nothing but that it runs
 #
 # MODEL is a Hub id or a folder whose name is one of recipes/*/sft.yaml. --nodes N: other nodes than that recipe has;
-# --revision SHA: of GAIR/LIMI; --prepare: only the steps that need a network. With JUDGE_BASE_URL, JUDGE_MODEL (and
+# --revision SHA: of GAIR/LIMI; --prepare: only the steps that need a network; --generalization: the benchmarks of the
+# paper's Tables 3 and 4 too (generalization.sh). With JUDGE_BASE_URL, JUDGE_MODEL (and
 # JUDGE_API_KEY) set, all 49 turns are graded; without, only those that a program decides: never the paper's number.
 # A step that is done is skipped; what was cut short goes on. Delete results/limi-NAME/done/STEP to repeat one.
 set -euo pipefail
@@ -19,15 +20,15 @@ fail() {
     exit 2
 }
 
-model='' plan='' prepare='' nodes='' revision='' miniature=''
+model='' plan='' prepare='' nodes='' revision='' miniature='' generalization=''
 while [ $# -gt 0 ]; do
     case $1 in
-        --plan | --prepare | --miniature) declare "${1#--}=yes" ;;
+        --plan | --prepare | --miniature | --generalization) declare "${1#--}=yes" ;;
         --nodes | --revision)
             [ $# -gt 1 ] || fail "$1 needs a value"
             declare "${1#--}=$2"
             shift ;;
-        -*) fail "no such flag: $1; there are --plan, --prepare, --nodes, --revision and --miniature" ;;
+        -*) fail "no such flag: $1; there are --plan, --prepare, --nodes, --revision, --generalization and --miniature" ;;
         *)
             [ -z "$model" ] || fail "one model at a time: $model or $1?"
             model=$1 ;;
@@ -37,15 +38,15 @@ done
 [[ $nodes =~ ^([1-9][0-9]*)?$ ]] || fail "--nodes $nodes: a number of nodes"
 
 if [ "$miniature" ]; then
-    name=miniature
-    [ -z "$model$nodes$revision" ] || fail "--miniature has its own model, node and rows"
+    recipe=miniature
+    [ -z "$model$nodes$revision$generalization" ] || fail "--miniature has its own model, node, rows and tasks"
 else
     [ "$model" ] || fail "which model? e.g. bash recipes/limi/run.sh Qwen/Qwen3-8B --plan"
-    name=$(basename "$model" | tr '[:upper:]' '[:lower:]')
+    recipe=$(basename "$model" | tr '[:upper:]' '[:lower:]')
     known=$(cd recipes && ls -d ./*/accelerate.yaml | cut -d/ -f2 | LC_ALL=C sort | tr '\n' ' ')
-    [ -f "recipes/$name/accelerate.yaml" ] || fail "no recipe for $model; there are: $known"
+    [ -f "recipes/$recipe/accelerate.yaml" ] || fail "no recipe for $model; there are: $known"
 fi
-data=data/limi-$name outputs=outputs/limi-$name results=results/limi-$name
+data=data/limi-$recipe outputs=outputs/limi-$recipe results=results/limi-$recipe
 [ ! -d .venv/bin ] || export PATH="$PWD/.venv/bin:$PATH"
 
 quoted() {
@@ -58,8 +59,9 @@ quoted() {
 }
 
 # 04 ends with 1 as well where all episodes ran and it has a warning; those stand in table.md
+# Nor does another start help a task that needs what this machine has not
 only_warned() {
-    [ "$1" = 1 ] && [ -f "$2/summary.json" ] && [ ! -s "$2/not_run.jsonl" ]
+    [ "$1" = 1 ] && [ -f "$2/summary.json" ] && ! grep -qsv '"reason": "missing_need"' "$2/not_run.jsonl"
 }
 
 # step NAME WHERE COMMAND...
@@ -70,7 +72,10 @@ step() {
     command=$(quoted "$@")
     number=$((number + 1))
     printf '\n=== %s. %s, on %s\n%s\n' $number "$name" "$where" "$command"
-    [ -z "$plan" ] || return 0
+    if [ "$plan" ]; then
+        [ "$miniature" ] || python recipes/limi/cost.py "$recipe" "$nodes" --step "$name"
+        return 0
+    fi
     if [ "$(cat "$results/done/$name" 2> /dev/null)" = "$command" ]; then
         echo "done before"
         return 0
@@ -81,13 +86,12 @@ step() {
 }
 
 print_memory() {
-    local config=recipes/$name/sft.yaml
-    echo "python recipes/memory.py --config $config --longest 125000"
-    if ! python recipes/memory.py --config "$config" --model_name_or_path "$base" --longest 125000 2> /dev/null; then
-        echo "it needs the model's config.json, which is not here; it has said before:"
-        grep calculated "$config"
-    fi
-    head -n 1 "recipes/$name/eval.yaml"
+    local command cards
+    cards=$(sed -En '1s/.*: [0-9]+ GPUs of ([0-9]+) GB.*/\1/p' "recipes/$recipe/sft.yaml") # the card that it is made for
+    command=(python recipes/memory.py --config "recipes/$recipe/sft.yaml" --model_name_or_path "$base" --longest 125000)
+    command+=(--devices $((8 * nodes)) --cp "$shared" --card "$cards")
+    echo "${command[*]}"
+    "${command[@]}" | tail -n 1
 }
 
 # What differs between the paper and its miniature: the rows, the tasks, the model, and what the stages are told
@@ -107,18 +111,19 @@ if [ "$miniature" ]; then
 else
     where="a machine with a network"
     base=$model
-    [[ $model = */* ]] || base=$(sed -n 's/^model_name_or_path: //p' "recipes/$name/sft.yaml")
-    in_recipe=$(sed -n 's/^num_machines: //p' "recipes/$name/accelerate.yaml")
+    [[ $model = */* ]] || base=$(sed -n 's/^model_name_or_path: //p' "recipes/$recipe/sft.yaml")
+    in_recipe=$(sed -n 's/^num_machines: //p' "recipes/$recipe/accelerate.yaml")
     nodes=${nodes:-$in_recipe}
     training="$nodes node(s) of 8 GPUs" serving="one node of GPUs"
     tasks=$data/tasks.jsonl
     rows=("GAIR/LIMI${revision:+@$revision}" --tokenizer "$base")
-    train=(--config "recipes/$name/sft.yaml" --model_name_or_path "$base")
+    train=(--config "recipes/$recipe/sft.yaml" --model_name_or_path "$base")
 
     spread=(--num_machines "$nodes" --num_processes $((8 * nodes)))
-    # Where eight GPUs share a sample, as many samples at a time as nodes
-    grep -q cp_size "recipes/$name/accelerate.yaml" && spread+=(--parallelism_config_dp_shard_size "$nodes")
-    launch=(accelerate launch --config_file "recipes/$name/accelerate.yaml" "${spread[@]}")
+    shared=$(sed -En 's/^ *parallelism_config_cp_size: ([0-9]+).*/\1/p' "recipes/$recipe/accelerate.yaml")
+    shared=${shared:-1} # GPUs at one sample; where it is eight, as many samples at a time as nodes
+    [ "$shared" = 1 ] || spread+=(--parallelism_config_dp_shard_size "$nodes")
+    launch=(accelerate launch --config_file "recipes/$recipe/accelerate.yaml" "${spread[@]}")
     if [ "${SLURM_JOB_ID:-}" ] || [ "$nodes" -gt 1 ]; then
         [ "$plan$prepare${SLURM_JOB_ID:-}" ] || fail "$nodes nodes: sbatch --nodes=$nodes recipes/limi/job.sbatch $model"
         # srun passes the signal on that comes before the time is over, and gives each node its number
@@ -132,9 +137,9 @@ else
     fi
 
     # Both models at the same window: Qwen3's own is 40,960 tokens, and only the tuned one comes with YaRN
-    vllm=$(sed -n 's/^vllm_args: //p' "recipes/$name/eval.yaml")
-    [[ $name != qwen3-* ]] || vllm=${vllm/131072/40960}
-    evaluate=(--config "recipes/$name/eval.yaml" "--vllm_args=$vllm")
+    vllm=$(sed -n 's/^vllm_args: //p' "recipes/$recipe/eval.yaml")
+    [[ $recipe != qwen3-* ]] || vllm=${vllm/131072/40960}
+    evaluate=(--config "recipes/$recipe/eval.yaml" "--vllm_args=$vllm")
     convert=()
     if [ "${JUDGE_BASE_URL:-}" ]; then
         convert=(--judge --network)
@@ -148,6 +153,8 @@ else
         "${convert[@]}"
 fi
 
+[ -z "$generalization" ] || . recipes/limi/generalization.sh
+[ -z "$generalization" ] || prepare_generalization
 step rows "$where" python 02_format_trajectories.py "${rows[@]}" --output_file "$data/train.jsonl"
 [ -z "$prepare" ] || exit 0
 [ -z "$miniature" ] || step base "$where" python recipes/demo/make_model.py --model tiny \
@@ -163,6 +170,7 @@ for one in base tuned; do
         step "$one-$arm" "$serving" "${on_gpus[@]}" python 04_eval.py "${evaluate[@]}" "${flags[@]}" \
             --tasks "$tasks" --rounds 3 --model "${models[$one]}" --output_dir "$results/$one-$arm"
     done
+    [ -z "$generalization" ] || evaluate_generalization "$one" "${models[$one]}"
 done
 [ "$plan" ] || rm -f "$results/done/table" # costs nothing, and shows what is there now
-step table "$where" python recipes/limi/table.py --runs "$results" --model "$name"
+step table "$where" python recipes/limi/table.py --runs "$results" --model "$recipe"

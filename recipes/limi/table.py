@@ -5,7 +5,8 @@
     python recipes/limi/table.py --runs results/limi-qwen3-8b --model qwen3-8b    # run.sh's last step
 
 --runs reads base-tools, tuned-tools, base-no_tools and tuned-no_tools below the folder (04_eval.py's
-summary.json), writes table.md there and prints it.
+summary.json), writes table.md there and prints it; with what run.sh --generalization has left there, a second
+table, beside the paper's Tables 3 and 4.
 """
 
 import argparse
@@ -21,6 +22,17 @@ MARKS = ("<!-- claims -->\n", "<!-- /claims -->")
 COLUMNS = ["claim", "where", "paper", "ours", "command", "cost", "for", "against"]
 ARMS = ["base-tools", "tuned-tools", "base-no_tools", "tuned-no_tools"]
 METRICS = ["FTFC", "RC@3", "SR@3", "average"]
+# Of run.sh --generalization: (end of the folder's name, benchmark and metric as in paper_tables.yaml)
+BENCHMARKS = [
+    ("tau2-airline", "tau2-airline", "pass^4"),
+    ("tau2-retail", "tau2-retail", "pass^4"),
+    ("ds1000", "DS-1000", "SR@1"),
+    ("humaneval", "HumanEval+", "SR@1"),
+    ("mbpp", "MBPP+", "SR@1"),
+    ("scicode", "SciCode", "pass@1"),
+    ("scicode", "SciCode", "SR@1 over turns"),
+]
+TABLES = {"tools": "Table 3", "no_tools": "Table 4"}
 
 # Our recipe: (base, tuned) as Table 2 calls them
 IN_TABLE_2 = {"glm-4.5": ("GLM-4.5", "LIMI"), "glm-4.5-air": ("GLM-4.5-Air", "LIMI-Air")}
@@ -87,13 +99,41 @@ def read_run(folder: Path) -> dict:
 def shown(summary: dict, metric: str) -> str:
     """In percent, with the interval over tasks where there is one."""
     metrics = summary["metrics"]
-    if not metrics:
-        return "nothing ran"
+    if not metrics or metrics.get(metric, 0) is None:
+        return "not all ran"
     if metric == "average":
         return f"{100 * statistics.mean(metrics[part] for part in METRICS[:3]):.1f}"
     interval = metrics.get(f"{metric}_ci")
     ends = [f"{100 * end:.1f}" for end in interval or ()]
     return f"{100 * metrics[metric]:.1f}" + (f" [{', '.join(ends)}]" if ends else "")
+
+
+def published(arm: str, model: str, benchmark: str, metric: str) -> list[str]:
+    """[base, tuned] of Table 3 or 4, which have GLM-4.5 alone; "" for others."""
+    tables = yaml.safe_load((HERE.parent / "benchmarks" / "paper_tables.yaml").read_text())
+    numbers = tables[TABLES[arm]]["benchmarks"][benchmark][metric] if model == "glm-4.5" else {}
+    return [str(numbers.get(name, "")) for name in IN_TABLE_2["glm-4.5"]]
+
+
+def generalization_table(folder: Path, model: str) -> str:
+    """A line for each benchmark of which a run is there; "" for none."""
+    columns = ["%"]
+    for arm, table in TABLES.items():
+        words = arm.replace("_", " ")
+        columns += [f"{table}: base", f"{table}: tuned", f"base, {words}", f"tuned, {words}"]
+    rows = []
+    for name, benchmark, metric in BENCHMARKS:
+        row = [f"{benchmark}, {metric}"]
+        found = False
+        for arm in TABLES:
+            row += published(arm, model, benchmark, metric)
+            for which in ("base", "tuned"):
+                path = folder / f"{which}-{arm}-{name}"
+                found |= path.exists()
+                row.append(shown(read_run(path), metric) if path.exists() else "")
+        if found:
+            rows.append(row)
+    return "\n" + markdown(columns, rows) if rows else ""
 
 
 def runs_table(folder: Path, model: str) -> str:
@@ -108,7 +148,8 @@ def runs_table(folder: Path, model: str) -> str:
         away = sum(summary["not_run"].values())
         lines.append(f"- {arm}: {summary['tasks']} tasks, {summary['episodes']} episodes, {away} not run")
         lines += [f"- {arm}, beware: {warning}" for warning in summary["warnings"]]
-    return markdown(columns, rows) + "\n" + "\n".join(lines) + "\n\n" + remarks(model)
+    text = markdown(columns, rows) + generalization_table(folder, model)
+    return text + "\n" + "\n".join(lines) + "\n\n" + remarks(model)
 
 
 def remarks(model: str) -> str:
