@@ -10,6 +10,7 @@ tokens of a vLLM ("served") the step's metrics; meta and rounds stand in "extra"
 
 import argparse
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -30,8 +31,9 @@ def agent_step(message, served):
         step["tool_calls"] = calls
         step["observation"] = {"results": []}
     if served:
-        ids = {"prompt_token_ids": served["prompt_token_ids"], "completion_token_ids": served["token_ids"]}
-        step["metrics"] = ids
+        prompt = served["prompt_token_ids"]  # their number, where the next step's begin with them
+        name = "prompt_tokens" if isinstance(prompt, int) else "prompt_token_ids"
+        step["metrics"] = {name: prompt, "completion_token_ids": served["token_ids"]}
     return step
 
 
@@ -77,7 +79,8 @@ def trajectory(row):
 
 
 def name_of(row):
-    return f"{row['query_id']}-{row['run']}" if "run" in row else row["query_id"]
+    name = f"{row['query_id']}-{row['run']}" if "run" in row else row["query_id"]
+    return re.sub(r"[^\w.@#-]", "-", name)  # the rows of a log may have any id
 
 
 def export(path, folder):

@@ -41,7 +41,8 @@ def harbor_task(tmp_path):
     """harbor_task(**texts of files that differ) -> folder with a task "sums/easy" below it."""
 
     def make(**texts):
-        files = {"task.toml": TOML, "instruction.md": "<!-- harbor-canary -->\n\nPut the sum into /app/out/sum.txt.\n"}
+        query = "<!-- harbor-canary -->\n\nPut the sum into /app/out/sum.txt.\n"
+        files = {"task.toml": TOML, "instruction.md": query}
         files |= {"environment/Dockerfile": DOCKERFILE, "environment/data/numbers.txt": "1\n2\n39\n"}
         files |= {"tests/test.sh": TEST, "tests/expected.txt": "42\n"}
         files |= {"solution/solve.sh": SOLVE, "solution/add.sh": "echo $(($(cat)))\n"}
@@ -68,15 +69,17 @@ def read_in(run_stage, tmp_path):
 
 
 def files_below(folder):
-    """{path: content or target} of everything below a folder."""
+    """{path: (mode, content or target, None for a folder)} of everything below a folder."""
     found = {}
     for path in folder.rglob("*"):
-        name = str(path.relative_to(folder))
-        if path.is_symlink():
-            found[name] = os.readlink(path)
-        elif path.is_file():
-            found[name] = path.read_bytes()
+        content = path.read_bytes() if path.is_file() else None
+        content = os.readlink(path) if path.is_symlink() else content
+        found[str(path.relative_to(folder))] = (path.lstat().st_mode, content)
     return found
+
+
+def texts_below(folder):
+    return {name: content for name, (_, content) in files_below(folder).items() if content is not None}
 
 
 needs_bwrap = pytest.mark.skipif(not shutil.which("bwrap"), reason="needs bubblewrap")
@@ -101,16 +104,17 @@ def test_a_folder_becomes_a_task(read_in, harbor_task, tmp_path):
         "venv": sys.prefix,
     }
     workspace = tmp_path / "in/sums-easy/workspace"
-    assert files_below(workspace) == {"in/numbers.txt": b"1\n2\n39\n", "words.txt": b"1\n2\n"}
+    assert texts_below(workspace) == {"in/numbers.txt": b"1\n2\n39\n", "words.txt": b"1\n2\n"}
     assert workspace.joinpath("out").is_dir()
     assert lines[-1].endswith("tasks.jsonl: 1 of 1 tasks, 1 of them for bubblewrap, 1 with a solution")
 
 
 def run_in_sandbox(folder, command):
     """Exit code of a command with the task's folders at /workspace and /private."""
-    prefix = "bwrap --unshare-all --ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/lib /lib --tmpfs /tmp"
-    prefix += " --symlink usr/lib64 /lib64 --ro-bind /etc/alternatives /etc/alternatives --proc /proc --dev /dev"
-    prefix += f" --setenv HOME /tmp/home --bind {folder}/workspace /workspace --ro-bind {folder}/private /private"
+    prefix = "bwrap --unshare-all --ro-bind /usr /usr --symlink usr/bin /bin --symlink usr/lib /lib"
+    prefix += " --symlink usr/lib64 /lib64 --ro-bind /etc/alternatives /etc/alternatives --proc /proc"
+    prefix += f" --dev /dev --tmpfs /tmp --setenv HOME /tmp/home --bind {folder}/workspace /workspace"
+    prefix += f" --ro-bind {folder}/private /private"
     command = [*prefix.split(), "--chdir", "/workspace", "bash", "-c", command]
     return subprocess.run(command, stdout=subprocess.DEVNULL).returncode
 
@@ -167,8 +171,8 @@ def test_what_is_beyond_a_sandbox_needs_a_container_and_says_why(read_in, harbor
 def test_a_dockerfile_cannot_read_the_machine(read_in, harbor_task, tmp_path):
     tmp_path.joinpath("secret").write_text("secret")
     lines = [f"RUN cp {tmp_path}/secret /app/secret\n", "COPY ../../../../secret /app/secret\n"]
-    for line in lines:
-        rows, printed = read_in(harbor_task(**{"environment/Dockerfile": DOCKERFILE + line}))
+    for name, line in zip("ab", lines):
+        rows, printed = read_in(harbor_task(**{"environment/Dockerfile": DOCKERFILE + line}), name)
         assert not list(tmp_path.rglob("workspace/secret")), printed
 
 
@@ -184,24 +188,39 @@ def test_what_is_no_task_is_named(read_in, harbor_task, run_stage, one_line_erro
 # ----------------------------------------------------------------------------------------------------------
 # Out, and in again
 
+TURN = {"query": 'Write "α"\n\\ into b.txt.\n', "check": "cmp b.txt /private/expected.txt"}
+TURN |= {"solution": "cp /private/expected.txt b.txt"}
+ALL = {"query_id": "one", "domain": "research", "subdomain": "s", "source": "ours", "turns": [TURN]}
+ALL |= {"workspace": "ws", "private": "hidden", "needs": ["cmp", "network"], "system": "Be brief.\u2028"}
+ALL |= {"meta": {"n": 1, "s": "\x7f'\"\"\"", "deep": [None, {"α": 0.5}]}}
+# The second turn finds what the agent left in the first one, and no trace of its check
+FIRST = {"query": "Say 1.", "check": 'echo checked > left.txt; test "$(cat /answer.md)" = 1'}
+FIRST |= {"solution": "echo 1; mkdir -p made; echo a > made/a.txt"}
+SECOND = {"query": "Say 2.", "solution": "echo 2"}
+FOUND = "cat /answers/1.md /answers/2.md /answer.md made/a.txt | xargs"
+SECOND |= {"check": f'test "$({FOUND})" = "1 2 2 a" -a ! -e left.txt'}
+TWO = {"query_id": "two.β#1@x", "domain": "vibe_coding", "turns": [FIRST, SECOND]}
+CHECKED = {"query_id": "checked", "domain": "vibe_coding", "venv": "env", "turns": [TURN]}
+CHECKED |= {"private": "hidden"}
+JUDGED = {"query_id": "judged", "domain": "research", "turns": [TURN, {"query": "q", "rubric": ["r"]}]}
+
 
 @pytest.fixture
 def own_tasks(tmp_path):
-    """A task file of ours: one turn with everything, one with two turns, one with a rubric."""
+    """A folder with a task file of ours."""
     folder = tmp_path / "own"
-    for name, text in (("ws/a.txt", "a"), ("ws/sub/b.bin", "\x00"), ("hidden/expected.txt", "α\n")):
+    for name in ("ws/a.txt", "ws/sub/ä ö.bin", "ws/run.sh", "hidden/expected.txt", "hidden/.dot"):
         folder.joinpath(name).parent.mkdir(parents=True, exist_ok=True)
-        folder.joinpath(name).write_text(text)
+        folder.joinpath(name).write_text(f"α\x00{name}")
+    folder.joinpath("ws/run.sh").chmod(0o755)
+    folder.joinpath("ws/empty/below").mkdir(parents=True)
     folder.joinpath("ws/link").symlink_to("a.txt")
-    turn = {"query": 'Write "α"\n\\ into b.txt.\n', "check": "cmp b.txt /private/expected.txt"}
-    turn["solution"] = "cp /private/expected.txt b.txt"
-    task = {"query_id": "one", "domain": "research", "turns": [turn], "needs": ["cmp"], "meta": {"n": 1, "s": "\x7f'"}}
-    task |= {"workspace": "ws", "private": "hidden"}
-    two = {"query_id": "two", "turns": [turn, turn]}
-    judged = {"query_id": "judged", "turns": [{"query": "q", "rubric": ["r"]}]}
-    rows = [json.dumps(row) + "\n" for row in (task, two, judged)]
+    folder.joinpath("ws/gone").symlink_to("/nowhere")
+    for name in ("attrs-23.1.0", "python_dateutil-2.9.0.post0"):
+        folder.joinpath(f"env/lib/python3.11/site-packages/{name}.dist-info").mkdir(parents=True)
+    rows = [json.dumps(row) + "\n" for row in (ALL, TWO, CHECKED, JUDGED)]
     folder.joinpath("tasks.jsonl").write_text("".join(rows))
-    return folder, task
+    return folder
 
 
 def write_out(run_stage, tasks, folder):
@@ -211,32 +230,91 @@ def write_out(run_stage, tasks, folder):
 
 
 def test_ours_out_and_in_again(read_in, run_stage, own_tasks, tmp_path):
-    folder, task = own_tasks
-    lines = write_out(run_stage, folder / "tasks.jsonl", tmp_path / "out")
+    lines = write_out(run_stage, own_tasks / "tasks.jsonl", tmp_path / "out")
     assert lines == [
-        f"left out: {folder}/tasks.jsonl:2: two: 2 turns: each is graded on what the one before left",
-        f"left out: {folder}/tasks.jsonl:3: judged: no check: a rubric has no place there",
-        f"{tmp_path}/out: 1 of 3 tasks",
+        f"left out: {own_tasks}/tasks.jsonl:4: judged: turn 2 has no check, a rubric has no place there",
+        f"{tmp_path}/out: 3 of 4 tasks",
     ]
-    [row], _ = read_in(tmp_path / "out", "again")
-    assert row == task | {"workspace": "one/workspace", "private": "one/private"}
-    assert files_below(tmp_path / "again/one/workspace") == files_below(folder / "ws")
-    assert files_below(tmp_path / "again/one/private") == files_below(folder / "hidden")
+    rows, _ = read_in(tmp_path / "out", "again")
+    checked = CHECKED | {"private": "checked/private", "venv": str(own_tasks / "env")}
+    assert rows == [checked, ALL | {"workspace": "one/workspace", "private": "one/private"}, TWO]
+    assert files_below(tmp_path / "again/one/workspace") == files_below(own_tasks / "ws")
+    assert files_below(tmp_path / "again/one/private") == files_below(own_tasks / "hidden")
     write_out(run_stage, tmp_path / "again/tasks.jsonl", tmp_path / "out2")
-    first, second = files_below(tmp_path / "out/one"), files_below(tmp_path / "out2/one")
-    assert first.pop("task.toml") != second.pop("task.toml")  # where the folders lie
+    first, second = files_below(tmp_path / "out"), files_below(tmp_path / "out2")
+    for name in ("one/task.toml", "checked/task.toml"):
+        assert first.pop(name) != second.pop(name)  # where the folders lie
     assert first == second
+
+
+def test_what_a_task_of_ours_needs_is_in_its_dockerfile(run_stage, own_tasks, tmp_path):
+    write_out(run_stage, own_tasks / "tasks.jsonl", tmp_path / "out")
+    files = {name: tmp_path / "out" / name / "environment/Dockerfile" for name in ("one", "checked")}
+    assert files["one"].read_text().splitlines() == [
+        "FROM python:3.12-bookworm",
+        "RUN command -v cmp",
+        "WORKDIR /workspace",
+        "COPY workspace/ /workspace/",
+    ]
+    packages = "/opt/venv/bin/pip install --no-deps attrs==23.1.0 python_dateutil==2.9.0.post0"
+    assert files["checked"].read_text().splitlines()[:3] == [
+        "FROM python:3.11-bookworm",
+        f"RUN python3 -m venv /opt/venv && {packages}",
+        "ENV PATH=/opt/venv/bin:$PATH",
+    ]
 
 
 @needs_bwrap
 def test_harbors_in_out_and_in_again(read_in, run_stage, harbor_task, tmp_path):
-    first, _ = read_in(harbor_task(), "first")
+    folder = harbor_task(**{"environment/Dockerfile": DOCKERFILE + "COPY data /app/\n"})
+    folder.joinpath("sums/easy/environment/data/numbers.txt").chmod(0o755)
+    folder.joinpath("sums/easy/environment/data/link").symlink_to("numbers.txt")
+    first, _ = read_in(folder, "first")
     write_out(run_stage, tmp_path / "first/tasks.jsonl", tmp_path / "out")
     second, _ = read_in(tmp_path / "out", "second")
     assert first == second
     assert files_below(tmp_path / "first/sums-easy") == files_below(tmp_path / "second/sums-easy")
 
 
+@pytest.mark.parametrize(
+    "line, said",
+    [
+        ("{", "JSONDecodeError"),
+        ("[]", "TypeError"),
+        ('{"turns": []}', "'query_id'"),
+        ('{"query_id": "..", "turns": []}', "query_id names no folder"),
+        ('{"query_id": "a/../../b", "turns": []}', "query_id names no folder"),
+        ('{"query_id": "a", "turns": [{"check": "true"}]}', "'query'"),
+    ],
+)
+def test_a_line_that_is_no_task_is_named(run_stage, one_line_error, tmp_path, line, said):
+    path = tmp_path / "tasks.jsonl"
+    path.write_text(json.dumps(TWO) + f"\n{line}\n")
+    one_line_error(run_stage(HARBOR, "out", path, tmp_path / "out"), f"{path}:2: no task: ", said)
+
+
+def test_nothing_is_mixed_with_what_is_there(run_stage, one_line_error, own_tasks, harbor_task, tmp_path):
+    tasks = own_tasks / "tasks.jsonl"
+    write_out(run_stage, tasks, tmp_path / "out")
+    one_line_error(run_stage(HARBOR, "out", tasks, tmp_path / "out"), "out: is not empty")
+    folder = harbor_task()
+    one_line_error(run_stage(HARBOR, "in", folder, "--output_dir", tmp_path / "out"), "out: is not empty")
+
+
+def test_two_tasks_of_one_name(read_in, run_stage, own_tasks, tmp_path):
+    write_out(run_stage, own_tasks / "tasks.jsonl", tmp_path / "out/a")
+    shutil.copytree(tmp_path / "out/a", tmp_path / "out/b", symlinks=True)
+    rows, lines = read_in(tmp_path / "out")
+    assert [row["query_id"] for row in rows] == ["checked", "one", TWO["query_id"]]
+    assert lines[:3] == [
+        f"left out: {tmp_path}/out/b/{name}: another task has the query_id {name}"
+        for name in ("checked", "one", TWO["query_id"])
+    ]
+
+
+needs_harbor = pytest.mark.skipif(
+    not HARBOR_PYTHON, reason="needs HARBOR_PYTHON=PYTHON of an environment with harbor==0.25.0"
+)
 LOAD = """
 import json, sys
 from harbor.models.task.task import Task
@@ -245,18 +323,54 @@ print(json.dumps([task.instruction, str(task.paths.discovered_test_path), task.c
 """
 
 
-@pytest.mark.skipif(not HARBOR_PYTHON, reason="needs HARBOR_PYTHON=PYTHON of an environment with harbor==0.25.0")
+@needs_harbor
 def test_harbors_own_loader_reads_ours(run_stage, own_tasks, tmp_path):
-    folder, task = own_tasks
-    write_out(run_stage, folder / "tasks.jsonl", tmp_path / "out")
+    write_out(run_stage, own_tasks / "tasks.jsonl", tmp_path / "out")
     result = subprocess.run([HARBOR_PYTHON, "-c", LOAD, tmp_path / "out/one"], capture_output=True, text=True)
     instruction, test, row = json.loads(result.stdout)
-    assert instruction == task["turns"][0]["query"] and json.loads(row) == task
+    assert instruction == f"{ALL['system']}\n\n{TURN['query']}" and json.loads(row) == ALL
     assert test == str(tmp_path / "out/one/tests/test.sh")
+
+
+@needs_bwrap
+@needs_harbor
+@pytest.mark.parametrize("agent, reward", [("oracle", 1.0), ("nop", 0.0)])
+def test_harbors_own_agents_and_verifier_run_ours(run_stage, own_tasks, tmp_path, agent, reward):
+    """All of it but Docker, in whose place bubblewrap stands. A check that bails out gives no reward."""
+    turn = {"query": "q", "check": "echo Bail out! no compiler", "solution": "true"}
+    bails = {"query_id": "bails", "domain": "research", "turns": [turn]}
+    own_tasks.joinpath("tasks.jsonl").open("a").write(json.dumps(bails) + "\n")
+    write_out(run_stage, own_tasks / "tasks.jsonl", tmp_path / "out")
+    command = [Path(HARBOR_PYTHON).with_name("harbor"), "run", "-p", tmp_path / "out", "-a", agent]
+    command += ["--env", "harbor_bubblewrap:Bubblewrap", "-o", tmp_path / "jobs"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "tests"), "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
+    subprocess.run(command, env=environment, capture_output=True, timeout=300)
+    rewards = {}
+    for file in tmp_path.glob("jobs/*/*/result.json"):
+        result = json.loads(file.read_text())
+        found = result["verifier_result"]
+        fault = (result["exception_info"] or {}).get("exception_type")
+        rewards[result["task_name"]] = (found["rewards"]["reward"] if found else None, fault)
+    expected = dict.fromkeys(("one", "checked", TWO["query_id"]), (reward, None))
+    assert rewards == expected | {"bails": (None, "RewardFileNotFoundError")}
 
 
 # ----------------------------------------------------------------------------------------------------------
 # ATIF
+
+
+def called(id, **arguments):
+    return {"id": id, "type": "function", "function": {"name": "read", "arguments": arguments}}
+
+
+def answered(id, text):
+    return {"role": "tool", "tool_call_id": id, "content": text}
+
+
+def says(text, *calls, **more):
+    message = {"role": "assistant", "content": text}
+    return message | ({"tool_calls": list(calls)} if calls else {}) | more
+
 
 EPISODE = {
     "query_id": "q.1",
@@ -269,8 +383,8 @@ EPISODE = {
             "content": "",
             "reasoning_content": "Two files, two calls of the tool.",
             "tool_calls": [
-                {"id": "c0", "type": "function", "function": {"name": "read", "arguments": {"path": "/a", "n": 1}}},
-                {"id": "c1", "type": "function", "function": {"name": "read", "arguments": {}}},
+                called("c0", path="/a", n=1),
+                called("c1"),
             ],
         },
         {"role": "tool", "tool_call_id": "c0", "content": "the first file's content"},
@@ -302,6 +416,7 @@ def export(run_stage, tmp_path, *rows):
 
 def test_an_episode_as_atif(run_stage, tmp_path):
     served = [{"prompt_token_ids": [1, 2], "token_ids": [n], "text": "t"} for n in range(3)]
+    served[1]["prompt_token_ids"] = 5  # the next one's begin with them
     result = export(run_stage, tmp_path, EPISODE | {"served": served})
     assert result.stdout == f"{tmp_path}/atif: 1 trajectories\n", result.stderr
     atif = json.loads(tmp_path.joinpath("atif/q.1-0.json").read_text())
@@ -330,29 +445,68 @@ def test_an_episode_as_atif(run_stage, tmp_path):
         },
         "metrics": {"prompt_token_ids": [1, 2], "completion_token_ids": [0]},
     }
+    assert atif["steps"][3]["metrics"] == {"prompt_tokens": 5, "completion_token_ids": [1]}
     assert atif["steps"][3]["is_copied_context"] is True and "is_copied_context" not in atif["steps"][5]
     assert atif["agent"]["tool_definitions"] == EPISODE["tools"] and atif["agent"]["model_name"] == "m"
     assert atif["final_metrics"] == {"total_prompt_tokens": 7, "total_completion_tokens": 3}
     assert atif["extra"] == {"meta": EPISODE["meta"], "rounds": EPISODE["rounds"]}
 
 
+USER = {"role": "user", "content": "Look into both files of the folder."}
+BOTH = says("", called("c0", path="ü €"), called("c1", n=[{"b": None}, 2.5]), reasoning_content="both")
+RESULTS = [answered("c0", "the first result"), answered("c1", "\u2028\x1b[0m")]
+END = says("That is the end of it.")
+CONVERSATIONS = {
+    "parallel calls": [USER, BOTH, *RESULTS, END],
+    "results in another order": [USER, BOTH, *RESULTS[::-1], END],
+    "a result is missing": [USER, BOTH, RESULTS[0], END],
+    "all results are missing": [USER, BOTH],
+    "weight 0 with a call": [USER, says("I look.", called("c0"), weight=0), RESULTS[0], END],
+    "bad JSON": [USER, says("", called("c0", invalid_json='{"path": '), weight=0), RESULTS[0], END],
+    "reasoning at the end": [USER, says("It is done.", reasoning_content="\n done \n")],
+    "rounds": [USER, says("No.", weight=0), USER | {"content": "Try\r\n it. "}, BOTH, *RESULTS, END],
+    "an id again": [USER, BOTH, *RESULTS, BOTH, *RESULTS, END],
+    "nothing said": [USER, says("", weight=0), USER, END],
+}
+
+
 def test_stage_2_reads_back_what_was_exported(run_stage, tmp_path):
-    assert export(run_stage, tmp_path, EPISODE).returncode == 0
-    out = tmp_path / "back.jsonl"
-    result = run_stage("02_format_trajectories.py", tmp_path / "atif", "--output_file", out)
-    assert result.returncode == 0, result.stderr
-    [row] = map(json.loads, out.read_text().splitlines())
-    assert row["messages"] == EPISODE["messages"] and row["tools"] == EPISODE["tools"]
-    assert row["query_id"] == EPISODE["query_id"] and row["meta"]["model"] == "m"
+    """The same rows as from the episodes themselves, and the same ones refused."""
+    episodes = [EPISODE]
+    for name, messages in CONVERSATIONS.items():
+        asked = {"role": "system", "content": f"This one is about: {name}."}
+        episodes.append(EPISODE | {"query_id": f"a/{name}", "messages": [asked, *messages]})
+    assert export(run_stage, tmp_path, *episodes).returncode == 0
+    rows = {}
+    refused = {}
+    for name in ("episodes.jsonl", "atif"):
+        out = tmp_path / f"{name}.out.jsonl"
+        flags = ["--output_file", out, "--near_duplicate", 2]
+        result = run_stage("02_format_trajectories.py", tmp_path / name, *flags)
+        assert result.returncode == 0, result.stderr
+        found = map(json.loads, out.read_text().splitlines())
+        rows[name] = {row["query_id"]: (row["messages"], row["tools"]) for row in found}
+        found = map(json.loads, out.with_name(f"{name}.out.rejected.jsonl").read_text().splitlines())
+        refused[name] = sorted(row["reasons"] for row in found)
+    assert refused["atif"] == [["call_without_result: read"], ["empty_assistant_message"]]
+    assert refused["atif"] == refused["episodes.jsonl"]
+    assert rows["atif"] == rows["episodes.jsonl"] and len(rows["atif"]) == len(episodes) - 2
+    assert rows["atif"]["q.1"] == (EPISODE["messages"], EPISODE["tools"])
 
 
-@pytest.mark.skipif(not HARBOR_PYTHON, reason="needs HARBOR_PYTHON=PYTHON of an environment with harbor==0.25.0")
+@needs_harbor
 def test_harbors_own_model_takes_it(run_stage, tmp_path):
-    export(run_stage, tmp_path, EPISODE)
+    served = [{"prompt_token_ids": ids, "token_ids": [3], "text": "t"} for ids in (2, 5, [1, 2])]
+    episodes = [EPISODE | {"served": served}]
+    for name, messages in CONVERSATIONS.items():
+        episodes.append(EPISODE | {"query_id": name, "messages": messages})
+    export(run_stage, tmp_path, *episodes)
     code = "import sys; from harbor.models.trajectories import Trajectory\n"
-    code += "print(len(Trajectory.model_validate_json(open(sys.argv[1]).read()).steps))"
-    command = [HARBOR_PYTHON, "-c", code, tmp_path / "atif/q.1-0.json"]
-    assert subprocess.run(command, capture_output=True, text=True).stdout == "6\n"
+    code += "for name in sys.argv[1:]: Trajectory.model_validate_json(open(name).read())\n"
+    code += "print(len(sys.argv) - 1)"
+    command = [HARBOR_PYTHON, "-c", code, *tmp_path.glob("atif/*.json")]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.stdout == f"{len(episodes)}\n", result.stderr
 
 
 def test_a_row_that_is_none_is_named(run_stage, one_line_error, tmp_path):

@@ -7,8 +7,10 @@
 in: every folder below FOLDER with a task.toml. Its working folder becomes /workspace (paths in its texts are
 changed), tests/ and solution/ become private, tests/test.sh runs under harbor/check.sh. What its Dockerfile
 copies and writes below the working folder is the workspace; packages that it installs must be in --venv or on
-this machine. A task that asks for more gets an "image", for 04 with a container; the reason is printed.
-out: a folder a task of one turn, with the row itself in task.toml, so that `in` gives the same row again.
+this machine. A task that asks for more gets an "image", for 04 with a container (`docker build -t IMAGE
+TASK/environment` makes it); the reason is printed.
+out: a folder a task, a step a turn, with the row itself in task.toml, so that `in` gives the same row again.
+The check's environment becomes packages of the Dockerfile. Tools and rounds are those of the other harness.
 """
 
 import argparse
@@ -164,7 +166,7 @@ class Environment:
             if not source.resolve().is_relative_to(self.folder.parent.resolve()):
                 raise ValueError(f"COPY {source.name} leads out of the task's folder")
             if source.is_dir():
-                shutil.copytree(source, target / below, symlinks=True, dirs_exist_ok=True)
+                copy_tree(source, target / below)
             elif source.exists():
                 (target / below).parent.mkdir(parents=True, exist_ok=True)
                 shutil.copy2(source, target / below, follow_symlinks=False)
@@ -204,6 +206,17 @@ def absent(packages, venv):
 # In
 
 
+def copy_tree(source, target):
+    shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+
+
+def make_new(folder):
+    """Make it. Raises ValueError where something is in it: another run's file would be taken for a task's."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if any(folder.iterdir()):
+        raise ValueError(f"{folder}: is not empty: remove it, or name another folder")
+
+
 def change_paths(folder, root):
     """Rename, in every text file below, the places that Harbor has to those that the sandbox has."""
     for path in folder.rglob("*"):
@@ -228,7 +241,7 @@ def restore(folder, config, target):
     for key, place in (("workspace", "environment/workspace"), ("private", "tests/private")):
         if key in row:
             row[key] = f"{target.name}/{key}"
-            shutil.copytree(folder / place, target / key, symlinks=True, dirs_exist_ok=True)
+            copy_tree(folder / place, target / key)
     return row
 
 
@@ -236,7 +249,7 @@ def fill_private(folder, target):
     """tests/ and solution/ of the task, and what runs them."""
     for part in ("tests", "solution"):
         if folder.joinpath(part).exists():
-            shutil.copytree(folder / part, target / "private" / part, symlinks=True, dirs_exist_ok=True)
+            copy_tree(folder / part, target / "private" / part)
 
 
 def task_of(folder, options):
@@ -245,6 +258,8 @@ def task_of(folder, options):
     settings = config.get("environment", {})
     name = re.sub(r"[^\w.@#-]", "-", str(folder.relative_to(options.folder)) or folder.name)
     target = options.output_dir / name
+    if target.exists():
+        raise ValueError(f"another task is called {name}")
     if "limi_task" in config.get("metadata", {}):
         return restore(folder, config, target), []
     if config.get("steps"):
@@ -276,16 +291,20 @@ def read_folders(options):
     files = sorted(options.folder.rglob("task.toml"))
     if not files:
         raise ValueError(f"{options.folder}: no task.toml below it")
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    make_new(options.output_dir)
     rows = []
+    ids = set()
     here = 0
     for file in files:
         try:
             row, reasons = task_of(file.parent, options)
+            if row["query_id"] in ids:
+                raise ValueError(f"another task has the query_id {row['query_id']}")
         except (ValueError, OSError, subprocess.TimeoutExpired, yaml.YAMLError) as error:
             print(f"left out: {file.parent}: {' '.join(str(error).split())[:120]}")
             continue
         rows.append(row)
+        ids.add(row["query_id"])
         here += "image" not in row
         if reasons:
             print(f"needs a container: {row['query_id']}: {'; '.join(dict.fromkeys(reasons))[:150]}")
@@ -305,47 +324,104 @@ def write_rows(path, rows):
 
 def write_folders(options):
     """`out`: a folder a task."""
+    rows = read_rows(options.folder)
+    make_new(options.output_dir)
     written = 0
-    for number, line in enumerate(options.folder.read_text().splitlines(), 1):
-        row = json.loads(line)
-        refusal = ""
-        if len(row["turns"]) > 1:
-            refusal = f"{len(row['turns'])} turns: each is graded on what the one before left"
-        elif "check" not in row["turns"][0]:
-            refusal = "no check: a rubric has no place there"
-        if refusal:
-            print(f"left out: {options.folder}:{number}: {row['query_id']}: {refusal}")
+    for number, row in enumerate(rows, 1):
+        if why := why_not(row):
+            print(f"left out: {options.folder}:{number}: {row['query_id']}: {why}")
             continue
         write_folder(row, options.folder.parent, options.output_dir / row["query_id"])
         written += 1
-    print(f"{options.output_dir}: {written} of {number} tasks")
+    print(f"{options.output_dir}: {written} of {len(rows)} tasks")
+
+
+def read_rows(path):
+    """[row]. Raises ValueError naming the line and what is wrong with it."""
+    rows = []
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
+        try:
+            row = json.loads(line)
+            if not re.fullmatch(r"[\w.@#-]*[\w@#-][\w.@#-]*", row["query_id"]):
+                raise ValueError("query_id names no folder")
+            if not all(turn["query"] for turn in row["turns"]):
+                raise ValueError("a turn without a query")
+        except (ValueError, KeyError, TypeError) as error:
+            raise ValueError(f"{path}:{number}: no task: {type(error).__name__}: {error}") from None
+        rows.append(row)
+    return rows
+
+
+def why_not(row):
+    """Why a task cannot be one of Harbor's, or None."""
+    unchecked = [number for number, turn in enumerate(row["turns"], 1) if "check" not in turn]
+    return f"turn {unchecked[0]} has no check, a rubric has no place there" if unchecked else None
 
 
 def write_folder(row, source, target):
-    turn = row["turns"][0]
-    for part in ("environment/workspace", "tests", "solution"):
-        target.joinpath(part).mkdir(parents=True, exist_ok=True)
+    """One task; the checks share tests/, a task of several turns has a step for each."""
+    if row.get("venv"):
+        row = row | {"venv": str((source / row["venv"]).absolute())}
+    for part in ("environment/workspace", "tests"):
+        target.joinpath(part).mkdir(parents=True)
     if row.get("workspace"):
         copy_workspace(source / row["workspace"], target / "environment" / "workspace")
-    for part in ("tests", "solution"):
-        if row.get("private"):
-            private = target / part / "private"
-            shutil.copytree(source / row["private"], private, symlinks=True, dirs_exist_ok=True)
-    shutil.copy(HERE / "Dockerfile", target / "environment")
-    target.joinpath("instruction.md").write_text(turn["query"])
-    target.joinpath("tests", "check.sh").write_text(turn["check"])
+    private = source / row["private"] if row.get("private") else None
+    if private:
+        copy_tree(private, target / "tests" / "private")
     shutil.copy(HERE / "test.sh", target / "tests")
-    if "solution" in turn:
-        target.joinpath("solution", "solution.sh").write_text(turn["solution"])
-        shutil.copy(HERE / "solve.sh", target / "solution")
+    target.joinpath("environment", "Dockerfile").write_text("\n".join(dockerfile_of(row)) + "\n")
     settings = HERE.joinpath("task.toml").read_text()
-    text = json.dumps(json.dumps(row), ensure_ascii=True)  # a JSON string of ASCII is one of TOML
-    target.joinpath("task.toml").write_text(settings.replace('"ROW"', text))
+    text = json.dumps(json.dumps(row)).replace("\x7f", "\\u007f")  # a JSON string of ASCII is one of TOML
+    settings = settings.replace('"ROW"', text)
+    for number, turn in enumerate(row["turns"], 1):
+        folder = target
+        if len(row["turns"]) > 1:
+            folder = target / "steps" / f"turn{number}"
+            settings += f'\n[[steps]]\nname = "turn{number}"\n'
+        write_turn(turn, row.get("system") if number == 1 else None, private, folder)
+    target.joinpath("task.toml").write_text(settings)
+
+
+def write_turn(turn, system, private, folder):
+    folder.joinpath("tests").mkdir(parents=True, exist_ok=True)
+    folder.joinpath("instruction.md").write_text(f"{system}\n\n{turn['query']}" if system else turn["query"])
+    folder.joinpath("tests", "check.sh").write_text(turn["check"])
+    if "solution" in turn:
+        folder.joinpath("solution").mkdir()
+        folder.joinpath("solution", "solution.sh").write_text(turn["solution"])
+        shutil.copy(HERE / "solve.sh", folder / "solution")
+        if private:
+            copy_tree(private, folder / "solution" / "private")
+
+
+def dockerfile_of(row):
+    """The lines of the Dockerfile: the check's Python and packages, what the task needs, the workspace."""
+    if row.get("image"):
+        lines = [f"FROM {row['image']}"]
+    elif row.get("venv"):
+        version, packages = installed_in(Path(row["venv"]))
+        install = f"/opt/venv/bin/pip install --no-deps {' '.join(packages)}"
+        lines = [f"FROM python:{version}-bookworm", f"RUN python3 -m venv /opt/venv && {install}"]
+        lines.append("ENV PATH=/opt/venv/bin:$PATH")
+    else:
+        lines = ["FROM python:3.12-bookworm"]
+    for program in row.get("needs", []):
+        if program != "network":
+            lines.append(f"RUN command -v {shlex.quote(program)}")
+    return [*lines, "WORKDIR /workspace", "COPY workspace/ /workspace/"]
+
+
+def installed_in(venv):
+    """("3.12", ["package==version"]) of a Python environment; raises ValueError where there is none."""
+    [site] = venv.glob("lib/python3*/site-packages")
+    names = sorted(path.stem for path in site.glob("*.dist-info"))
+    return site.parent.name.removeprefix("python"), [name.replace("-", "==", 1) for name in names]
 
 
 def copy_workspace(source, target):
     if source.is_dir():
-        shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+        copy_tree(source, target)
     else:
         subprocess.run(["tar", "-xf", source, "-C", target], check=True)
 
