@@ -23,12 +23,10 @@ BY_JUDGE |= {9: "PPPP", 10: "PPPP"}
 
 @pytest.fixture
 def clone(shared, tmp_path):
-    """A clone's tasks; task 6 with stand-ins for its large files, task 8 without its data."""
+    """A clone's tasks, without the data of tasks 6 and 8."""
     folder = shutil.copytree(shared / "agencybench", tmp_path / "clone")
     for task in (6, 8):
         folder.joinpath(f"AgencyBench-v1/task{task}/workspace").mkdir(exist_ok=True)
-    for name in ("gpt-4o.csv", "gpt-4o-reasoning.csv"):
-        folder.joinpath("AgencyBench-v1/task6/workspace", name).write_text("question,answer\n")
     return folder
 
 
@@ -46,10 +44,6 @@ def convert(run_stage, tmp_path):
 
 
 def test_who_grades_the_49_turns(convert, clone):
-    clone.joinpath("AgencyBench-v1/task8/workspace/equation.parquet").write_bytes(b"")
-    with pytest.raises(AssertionError, match="equation.parquet: is not the file of commit ec65324"):
-        convert(clone, "--judge")
-    clone.joinpath("AgencyBench-v1/task8/workspace/equation.parquet").unlink()
     tasks, lines = convert(clone, "--judge", "--network")
     table = {int(line[5:7]): line[9:] for line in lines if line.startswith("task ")}
     assert table == BY_JUDGE and sum(map(len, table.values())) == 49
@@ -58,7 +52,7 @@ def test_who_grades_the_49_turns(convert, clone):
         graded = ["P" if "check" in turn else "J" for turn in tasks[number]["turns"]]
         assert "".join(graded) == letters
         assert all(("check" in turn) != ("rubric" in turn) for turn in tasks[number]["turns"])
-    assert sorted(tasks) == [1, 2, 3, 4, 5, 6, 9, 10]  # 7 and 8 miss files of the clone
+    assert sorted(tasks) == [1, 2, 3, 4, 5, 9, 10]  # 6 to 8 miss files of the clone
     assert tasks[1]["needs"] == ["make", "g++"] and tasks[10]["needs"] == ["network"]
 
 
@@ -88,10 +82,12 @@ def test_a_turn_that_nobody_grades_is_left_out_and_its_text_stands_before_the_ne
 
 def test_ground_truths_stand_in_no_query(convert, clone):
     tasks, _ = convert(clone, "--judge")
-    queries = [turn["query"] for task in tasks.values() for turn in task["turns"]]
+    queries = ""
+    for task in tasks.values():
+        queries += "".join(turn["query"] for turn in task["turns"])
     names = ["Geogre", "James Harden", "Kevin Durant", "Klay Thompson", "UnitedHealth", "United Health"]
     names += ["Broadcom", "Citigroup", "XPeng", "ground truth:", "alpaca-QA", "TransEnV", "dkhate"]
-    assert [name for name in names if any(name in query for query in queries)] == []
+    assert [name for name in names if name in queries] == []
     assert [turn["solution"] for turn in tasks[9]["turns"]] == [
         f"echo 'Answer: {name}'" for name in ("Paul George", "James Harden", "Kevin Durant", "Klay Thompson")
     ]
@@ -113,10 +109,20 @@ def test_a_rubric_has_the_commands_the_bullets_and_the_criteria(convert, clone):
 
 
 def test_mistakes_are_one_line(run_stage, one_line_error, clone, tmp_path):
-    [path] = clone.glob("AgencyBench-v1/task3/*.json")
-    path.write_text(path.read_text() + " ")
+    [task] = clone.glob("AgencyBench-v1/task3/*.json")
+    workspaces = [task.parents[1] / f"task{number}/workspace" for number in (6, 8)]
+    pointer = "version https://git-lfs.github.com/spec/v1\n"
+    whole = task.read_text()
+    damaged = {workspaces[0] / "gpt-4o.csv": pointer, workspaces[1] / "equation.parquet": ""}
+    damaged[task] = whole + " "
+    for path, text in damaged.items():
+        path.write_text(text)
+        result = run_stage(CONVERTER, clone, "--output_dir", tmp_path / "v1")
+        one_line_error(result, str(path), "is not the file of commit ec65324; check it out again")
+        path.unlink()
     result = run_stage(CONVERTER, clone, "--output_dir", tmp_path / "v1")
-    one_line_error(result, str(path), "is not the file of commit ec65324; check it out again")
+    one_line_error(result, "not a clone of GAIR-NLP/AgencyBench, whose version 1 has task1 to task10")
+    assert not tmp_path.joinpath("v1").exists()
     one_line_error(run_stage(CONVERTER, tmp_path / "nowhere"), "nowhere: not a clone of GAIR-NLP/AgencyBench")
 
 
@@ -256,7 +262,9 @@ def test_empty_programs_that_compile_score_nothing(convert, clone, tmp_path):
     for name in ("task1_generator.py", "task4_integration_test.py", "equation.py", "data/events.jsonl"):
         place.joinpath(name).write_text("")
     tmp_path.joinpath("answer.md").write_text("")
-    checks = [turn["check"] for task in tasks.values() for turn in task["turns"]]
+    checks = []
+    for task in tasks.values():
+        checks += [turn["check"] for turn in task["turns"]]
     assert len(checks) == 10  # and four of task 8: test_what_is_no_equation_scores_nothing_and_prints_nothing
     for check in checks:
         command = check.replace("/private", str(PRIVATE)) + f" {tmp_path}/answer.md" * ("answer.py" in check)
@@ -288,52 +296,3 @@ def test_the_solution_of_a_download(tmp_path):
     assert tmp_path.joinpath("workspace/data/a/b c.json").read_text() == "[]"
     name = "datasets/YangXiao-nlp/DynToM"
     assert paths == [f"/api/{name}/tree/main?recursive=true", f"/{name}/resolve/main/a/b%20c.json"]
-
-
-# ----------------------------------------------------------------------------------------------------------
-# The reference solutions of what a judge grades: tried here as the success criteria say
-
-
-def talk_to(command, folder, *lines):
-    text = "".join(line + "\n" for line in lines)
-    return subprocess.run(command, cwd=folder, input=text, capture_output=True, text=True, timeout=60).stdout
-
-
-def build(tmp_path, number):
-    """The folder that the solution of a subtask leaves."""
-    script = PRIVATE.joinpath(f"solutions/{number}.sh").read_text().replace("/private", str(PRIVATE))
-    subprocess.run(["bash", "-ec", script], cwd=tmp_path, check=True, stdout=subprocess.DEVNULL)
-    return tmp_path / "workspace"
-
-
-@pytest.mark.skipif(not shutil.which("g++") or not shutil.which("make"), reason="needs make and g++")
-def test_the_reference_chat_system(tmp_path):
-    folder = build(tmp_path, "1.5")
-    first = ["register ann pw", "login ann no", "login ann pw", "add bob", "add carl", "alias bob Bobby", "chat bob"]
-    said = talk_to("bin/chat_app", folder, *first, "Hello World", "how are you", "/back", "logout", "exit")
-    assert "wrong name or password" in said and "[ann] Hello World\n[Bobby] Hello!\n" in said
-    again = ["login ann pw", "list", "/search hello", "chat Bobby", "/history 1", "/back", "remove carl", "list"]
-    said = talk_to("bin/chat_app", folder, *again, "logout", "exit")
-    assert "Bobby (online)\ncarl (online)\n" in said and "> Bobby (online)\n> " in said  # carl is gone
-    assert "(Bobby) ann: **Hello** World\n(Bobby) bob: **Hello**!\n2 messages found\n" in said
-    assert "ann: Hello World\nbob: Hello!\nann: how are you\nbob: I see.\n" in said
-
-
-@pytest.mark.skipif(not shutil.which("javac"), reason="needs javac")
-def test_the_reference_task_manager(tmp_path):
-    folder = build(tmp_path, "2.5")
-    java = ["java", "-cp", "bin", "Main"]
-    new = ["add Team Meeting | talk | high | 2030-02-01 | work", "add Shop | milk | low | 2030-01-01", "done 1"]
-    said = talk_to(java, folder, "register ann pw", "login ann no", "login ann pw", *new, "archive 1", "logout")
-    assert "wrong name or password" in said and "task 1 is archived" in said
-    said = talk_to(java, folder, "login ann pw", "list", "/search meeting", "/filter priority=low", "/sort deadline")
-    assert said.count("Team Meeting") == 1 and said.count("Shop") == 3  # archived: only the search finds it
-    users = {}
-    for name in ("bob", "carl", "dora"):
-        users[name] = subprocess.Popen([*java, "--user", name], cwd=folder, stdin=-1, stdout=-1, text=True)
-    for name, process in users.items():
-        process.stdin.write("".join(f"add {name} {number}\n" for number in range(20)))
-        process.stdin.close()
-    assert [process.wait(60) for process in users.values()] == [0, 0, 0]
-    ids = [line.split("\t")[0] for line in folder.joinpath("data/tasks.tsv").read_text().splitlines()]
-    assert sorted(map(int, ids)) == list(range(1, 63))  # 60 and ann's two: none lost, none twice

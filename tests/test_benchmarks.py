@@ -39,6 +39,11 @@ def tau2():
     return load(FOLDER / "tau2.py")
 
 
+@pytest.fixture(scope="module")
+def relays():
+    return load(FOLDER / "tau2_relay.py")
+
+
 @pytest.fixture
 def make_venv(tmp_path):
     """make_venv({"package": "1.0"}, {file in site-packages: text}) -> a real environment with stand-ins."""
@@ -90,6 +95,14 @@ def scores(tasks, agent, folder):
     return found, {row["query_id"]: row["reason"] for row in rows(output / "not_run.jsonl")}
 
 
+def commit_all(clone):
+    """The commit of a new repository with what the folder has."""
+    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", *identity, *command], cwd=clone, check=True)
+    return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=clone, text=True).strip()
+
+
 def rows(path):
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
@@ -100,6 +113,7 @@ EVALPLUS = {
     "evalplus/__init__.py": "",
     "evalplus/data.py": (
         "import gzip, json, os\n"
+        "from datasets import load_dataset\n"  # slow to import, and for EvalPerf alone
         "def get_human_eval_plus():\n"
         "    rows = map(json.loads, gzip.open(os.environ['HUMANEVAL_OVERRIDE_PATH']))\n"
         "    return {row['task_id']: row for row in rows}\n"
@@ -182,6 +196,19 @@ def test_evalplus_asks_in_the_authors_words_and_shows_no_solution(evalplus, tmp_
     assert [task["query_id"] for task in asked] == ["HumanEval-0", "HumanEval-1", "HumanEval-2"]
 
 
+def test_evalplus_data_that_are_cut_and_another_version_are_one_line(evalplus, tmp_path, one_line_error):
+    script, [data, _, venv, *output] = evalplus
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-1])
+    one_line_error(run(script, data, "--venv", venv, *output), f"{data}: sha256 ", "get it again")
+    one_line_error(run(script, tmp_path, "--venv", venv, *output), f"{tmp_path}: no such file")
+    data.write_bytes(whole)
+    one_line_error(run(script, data, "--venv", tmp_path, *output), "evalplus==0.3.1 is not installed there")
+    assert not (tmp_path / "out").exists()
+    (tmp_path / "out").write_text("")
+    one_line_error(run(script, data, "--venv", venv, *output), "--output: ", "out")
+
+
 RIGHT = "def square(n):\n    return n * n\n"
 CHEATS = {
     "prints a verdict": "import os\nos.write(1, b'Bail out! no\\nok - all\\n')\n",
@@ -221,7 +248,8 @@ DS1000 = {
         "import gzip, json\n"
         "ds1000 = [json.loads(line) for line in gzip.open('data/ds1000.jsonl.gz')]\n"
         "def postprocess(code):\n"
-        "    return code.split('</code>')[0].replace('<code>', '')\n"
+        "    code = code.split('</code>')[0].replace('```python', '')\n"
+        "    return code.split('```')[0].replace('<code>', '')\n"
     ),
 }
 CONTEXT = "def test_execution(code):\n    test = {}\n    exec(code, test)\n    assert test['result'] == 7\n"
@@ -262,6 +290,24 @@ def test_ds1000_stop_words_network_and_system_prompt(tmp_path, make_venv):
     one = tmp_path / "out/stop.jsonl"
     one.write_text(json.dumps(task) + "\n")
     assert scores(one, "solution", tmp_path) == ({"ds1000-0": [1.0]}, {})
+
+
+@pytest.mark.parametrize("name", ["data/ds1000.jsonl.gz", "execution.py", "test_ds1000.py"])
+def test_ds1000_that_is_not_the_published_one_is_one_line(tmp_path, make_venv, one_line_error, name):
+    clone = tmp_path / "clone"
+    (clone / "data").mkdir(parents=True)
+    flags = [clone, "--venv", make_venv({}, {}), "--output", tmp_path / "out"]
+    changes = {}
+    for file, old in load(FOLDER / "ds1000.py").FILES.items():
+        (clone / file).write_text(file)
+        changes[old] = digest(clone / file)
+    script = pinned_copy("ds1000.py", tmp_path, changes=changes)
+    one_line_error(run(script, *flags), "pandas==1.5.3 is not installed there")  # the files are right
+    (clone / name).write_text("<html>quota exceeded</html>")
+    one_line_error(run(script, *flags), f"{clone / name}: sha256 ", "get it again")
+    (clone / name).unlink()
+    one_line_error(run(script, *flags), f"{clone / name}: no such file")
+    assert not (tmp_path / "out").exists()
 
 
 # ---- SciCode ----
@@ -306,10 +352,7 @@ def scicode(tmp_path, make_venv):
     for name, text in files.items():
         (clone / name).parent.mkdir(parents=True, exist_ok=True)
         (clone / name).write_text(text)
-    for command in (["init", "-q"], ["add", "."], ["commit", "-qm", "all"]):
-        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
-        subprocess.run(["git", *identity, *command], cwd=clone, check=True)
-    head = subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=clone, text=True).strip()
+    head = commit_all(clone)
     steps = []
     for name, (header, code, test) in STEPS.items():
         step = {"step_number": name, "step_description_prompt": f"Step {name}", "function_header": header}
@@ -386,6 +429,18 @@ def test_a_link_counts_as_no_submission(common, tmp_path, monkeypatch):
     assert common.submitted("file", "secret") == "code" and common.submitted("file", "none") == ""
 
 
+def test_a_check_has_one_thread_a_pool_however_many_cores_there_are(tmp_path):
+    shutil.copy(FOLDER / "common.py", tmp_path)
+    text = "import os\ndef check():\n    print(sorted(name for name in os.environ if 'THREADS' in name))\n"
+    text += "    return sum(os.environ[name] != '1' for name in os.environ if 'THREADS' in name)\n"
+    (tmp_path / "check.py").write_text(text)
+    command = [sys.executable, "-I", tmp_path / "common.py"]
+    result = subprocess.run(command, capture_output=True, text=True, env={"OMP_NUM_THREADS": "64"})
+    names = ["MKL_NUM_THREADS", "NUMEXPR_NUM_THREADS", "OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS"]
+    names += ["TF_NUM_INTEROP_THREADS", "TF_NUM_INTRAOP_THREADS"]
+    assert (result.returncode, result.stdout) == (0, f"{names}\n")
+
+
 def test_verdict(common, capsys):
     def grade(code):
         return code == "right", f"saw {code}"
@@ -435,24 +490,24 @@ def test_tau2_pass_k_is_over_all_tasks_and_none_while_a_conversation_is_missing(
     assert tau2.summarize({"simulations": runs[:3]}, 2, 2)[:2] == (nothing, {"missing": 1})
 
 
-def test_tau2_what_the_model_did_wrong_stays_its_own(tau2):
+def test_tau2_what_the_model_did_wrong_stays_its_own(relays):
     empty = {"role": "assistant", "content": None}
-    assert list(tau2.mend_message(empty)) == ["empty"] and empty["content"] == "(no answer)"
+    assert list(relays.mend_message(empty)) == ["empty"] and empty["content"] == "(no answer)"
     call = {"function": {"name": "f", "arguments": '{"a": '}}
     cut = {"role": "assistant", "content": None, "tool_calls": [call]}
-    assert list(tau2.mend_message(cut)) == ["bad_arguments"] and call["function"]["arguments"] == "{}"
+    assert list(relays.mend_message(cut)) == ["bad_arguments"] and call["function"]["arguments"] == "{}"
     call = {"function": {"name": "f", "arguments": '{"a": 1}'}}
     whole = {"role": "assistant", "content": "", "tool_calls": [call]}
     before = json.loads(json.dumps(whole))
-    assert list(tau2.mend_message(whole)) == [] and whole == before
+    assert list(relays.mend_message(whole)) == [] and whole == before
 
 
-def test_tau2_relay_counts_a_request_once_and_names_a_dead_endpoint(tau2, tmp_path):
+def test_tau2_relay_counts_a_request_once_and_names_a_dead_endpoint(relays, tmp_path):
     class Options:
         base_url, user_base_url, model, user_model = "http://127.0.0.1:1/v1/", None, "m", "u"
         request, patience, output_dir = {"max_tokens": 9}, 0, tmp_path
 
-    relay = tau2.Relay(Options)
+    relay = relays.Relay(Options)
     try:
         url, _, changes = relay.routes["/agent"]
         assert url == "http://127.0.0.1:1/v1/chat/completions" and changes == {"model": "m", "max_tokens": 9}
@@ -468,6 +523,30 @@ def test_tau2_relay_counts_a_request_once_and_names_a_dead_endpoint(tau2, tmp_pa
     finally:
         relay.shutdown()
         relay.server_close()
+
+
+def test_tau2_asks_nothing_of_a_clone_that_was_changed_or_an_environment_without_it(
+    tmp_path, make_venv, one_line_error
+):
+    clone = tmp_path / "clone"
+    (clone / "src/tau2").mkdir(parents=True)
+    (clone / "src/tau2/run.py").write_text("")
+    tasks = clone / "data/tau2/domains/airline/tasks.json"
+    tasks.parent.mkdir(parents=True)
+    tasks.write_text("[]")
+    head = commit_all(clone)
+    shutil.copy(FOLDER / "tau2_relay.py", tmp_path)
+    changes = {"fc0055dc4e0a316c3f83133267fbd6faaa770992": head}
+    script = pinned_copy("tau2.py", tmp_path, changes=changes)
+    venv = make_venv({"tau2": "1.0.1"}, {})
+    flags = ["--venv", venv, "--domain", "airline", "--base_url", "http://127.0.0.1:1/v1", "--model", "m"]
+    flags += ["--user_model", "u", "--output_dir", tmp_path / "out"]
+    one_line_error(run(script, clone, *flags), f"{venv}: litellm==1.82.6 is not installed there")
+    tasks.write_text("[{}]")
+    one_line_error(run(script, clone, *flags), "src and data/tau2/domains/airline are not as in its commit")
+    one_line_error(run(script, tmp_path, *flags), f"{tmp_path}: no clone of tau2-bench")
+    one_line_error(run(script, clone, *flags, "--request", "[1]"), "--request: [1] is no JSON object")
+    assert not (tmp_path / "out").exists()
 
 
 # ---- The paper's numbers ----

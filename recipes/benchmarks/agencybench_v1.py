@@ -31,12 +31,18 @@ def find_tasks(clone: Path) -> dict[int, Path]:
     if sorted(files) != list(range(1, 11)):
         raise ValueError(f"{clone}: not a clone of GAIR-NLP/AgencyBench, whose version 1 has task1 to task10")
     root = files[1].parents[1]
-    for line in (HERE / "SHA256SUMS").read_text().splitlines():
+    for line in (HERE / "BLOBS").read_text().splitlines():
         digest, name = line.split("  ")
         file = root / name
-        if file.exists() and hashlib.sha256(file.read_bytes()).hexdigest() != digest:
+        if file.exists() and blob(file) != digest:
             raise ValueError(f"{file}: is not the file of commit ec65324; check it out again")
     return dict(sorted(files.items()))
+
+
+def blob(file):
+    """The file's name in git."""
+    data = file.read_bytes()
+    return hashlib.sha1(f"blob {len(data)}\0".encode() + data).hexdigest()
 
 
 def rubric(text):

@@ -15,7 +15,7 @@ from pathlib import Path
 
 HERE = Path(sys.argv[0]).name
 STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
-THREADS = ("OMP", "OPENBLAS", "MKL", "NUMEXPR", "TF_NUM_INTRAOP", "TF_NUM_INTEROP")
+POOLS = ("OMP_NUM", "OPENBLAS_NUM", "MKL_NUM", "NUMEXPR_NUM", "TF_NUM_INTRAOP", "TF_NUM_INTEROP")
 
 
 def fail(text):
@@ -47,6 +47,8 @@ def options(description, *data, venv=True):
 
 def pinned(path, known):
     """known[sha256 of the file]: a cut download, or a page in its place, never becomes a score of 0."""
+    if not path.is_file():
+        fail(f"{path}: no such file (see {HERE} --help)")
     with path.open("rb") as file:
         digest = hashlib.file_digest(file, "sha256").hexdigest()
     if digest not in known:
@@ -74,7 +76,10 @@ def write(found, tasks, count, private):
     """OUTPUT/tasks.jsonl (or no_tools.jsonl) and OUTPUT/private. private: {file to copy: its name there}."""
     assert len(tasks) == count, f"{len(tasks)} tasks, not {count}"
     folder = found.output / "private"
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        fail(f"--output: {error}")
     for path, name in ({__file__: "common.py", sys.argv[0]: "check.py"} | private).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, folder / name)
@@ -95,17 +100,25 @@ def run(*words):
     A fault of ours is `Bail out!` (not run), never a 0; one thread a pool, however many cores there are.
     """
     sys.excepthook = lambda kind, error, trace: print(f"Bail out! {kind.__name__}: {error}")
-    os.environ |= {name + ("_THREADS" if "NUM" in name else "_NUM_THREADS"): "1" for name in THREADS}
+    os.environ |= {f"{pool}_THREADS": "1" for pool in POOLS}
     sys.path.insert(0, os.path.dirname(os.path.abspath(__file__)))
     import check
 
-    sys.exit(check.solve(*words[:-1]) if words[-1] == "solve" else check.check(*words))
+    sys.exit(check.solve(*words[:-1]) if words[-1:] == ("solve",) else check.check(*words))
 
 
 def submitted(place, file, answer="/answer.md"):
     """The text to grade, "" if there is none. A link, which could lead into /private, is none."""
     path = Path(answer if place == "answer" else file)
     return path.read_text(errors="replace") if path.is_file() and not path.is_symlink() else ""
+
+
+def hand_in(place, file, code):
+    """What a right answer is: printed, or in the file."""
+    if place == "answer":
+        print(f"```python\n{code}\n```")
+    else:
+        Path(file).write_text(code)
 
 
 def verdict(grade, code, reference=None):

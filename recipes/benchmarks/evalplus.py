@@ -16,7 +16,7 @@ import gzip
 import json
 import os
 import sys
-from pathlib import Path
+from types import SimpleNamespace
 
 import common
 
@@ -27,7 +27,7 @@ RELEASES = {
 PROMPT = "Please provide a self-contained Python script that solves the following problem in {}:\n"
 PLACES = {"answer": "a markdown code block", "file": "the file /workspace/solution.py"}
 UNSOLVABLE = "HumanEval/32"  # evaluate: `continue` without progress.value += 1
-DATA = "/private/problems.jsonl.gz"
+PRIVATE = "/private/problems.jsonl.gz"
 
 
 def convert():
@@ -46,30 +46,25 @@ def convert():
 
 
 def load(task_id):
-    """("humaneval" or "mbpp", problem), by the authors' loaders."""
-    os.environ |= {"HUMANEVAL_OVERRIDE_PATH": DATA, "MBPP_OVERRIDE_PATH": DATA, "XDG_CACHE_HOME": "/tmp"}
+    """("humaneval" or "mbpp", problem, a program that solves it), by the authors' loaders."""
+    os.environ |= {"HUMANEVAL_OVERRIDE_PATH": PRIVATE, "MBPP_OVERRIDE_PATH": PRIVATE}
+    os.environ["XDG_CACHE_HOME"] = "/tmp"
+    # Two thirds of the import's time are for EvalPerf's download alone
+    sys.modules["datasets"] = SimpleNamespace(load_dataset=None)
     from evalplus.data import get_human_eval_plus, get_mbpp_plus
 
-    if task_id.startswith("HumanEval"):
-        return "humaneval", get_human_eval_plus()[task_id]
-    return "mbpp", get_mbpp_plus()[task_id]
-
-
-def reference(problem):
-    return problem["prompt"] + problem["canonical_solution"]
+    dataset = "humaneval" if task_id.startswith("HumanEval") else "mbpp"
+    problem = (get_human_eval_plus() if dataset == "humaneval" else get_mbpp_plus())[task_id]
+    return dataset, problem, problem["prompt"] + problem["canonical_solution"]
 
 
 def solve(task_id, place):
-    code = reference(load(task_id)[1])
-    if place == "answer":
-        print(f"```python\n{code}\n```")
-    else:
-        Path("solution.py").write_text(code)
+    common.hand_in(place, "solution.py", load(task_id)[2])
 
 
 def check(task_id, place):
     """As evalplus.evaluate: base and extra tests, an input has 1 s or 4 times what the reference takes."""
-    dataset, problem = load(task_id)
+    dataset, problem, reference = load(task_id)
     from evalplus.evaluate import MBPP_OUTPUT_NOT_NONE_TASKS, check_correctness, get_groundtruth
     from evalplus.sanitize import sanitize
 
@@ -86,7 +81,7 @@ def check(task_id, place):
         base, extra = result["base"][0], result["plus"][0]
         return base == extra == "pass", f"base tests: {base}, extra tests: {extra}"
 
-    return common.verdict(grade, code, task_id != UNSOLVABLE and reference(problem))
+    return common.verdict(grade, code, task_id != UNSOLVABLE and reference)
 
 
 if __name__ == "__main__":

@@ -93,11 +93,7 @@ def find(name):
 
 
 def solve(name, place):
-    code = find(name)[1][-1]["ground_truth_code"]
-    if place == "answer":
-        print(f"```python\n{code}\n```")
-    else:
-        Path(f"step_{name}.py").write_text(code)
+    common.hand_in(place, f"step_{name}.py", find(name)[1][-1]["ground_truth_code"])
 
 
 def check(name, place):
@@ -134,12 +130,10 @@ def run(script):
         command = [sys.executable, "step.py"]
         env = os.environ | {"PYTHONPATH": "/private/src"}
         try:
-            subprocess.run(command, check=True, stdout=PIPE, stderr=PIPE, timeout=1800, cwd=folder, env=env)
-        except subprocess.CalledProcessError:
-            return False, "tests: failed"
+            done = subprocess.run(command, stdout=PIPE, stderr=PIPE, timeout=1800, cwd=folder, env=env)
         except subprocess.TimeoutExpired:
             return False, "tests: more than 1,800 s"
-    return True, "tests: passed"
+    return not done.returncode, "tests: failed" if done.returncode else "tests: passed"
 
 
 if __name__ == "__main__":

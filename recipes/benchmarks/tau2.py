@@ -21,57 +21,41 @@ summary.json counts all three. Writes OUTPUT_DIR/summary.json {"model", "setting
 """
 
 import argparse
-import hashlib
 import json
 import math
 import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections import Counter
-from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
-import httpx
-
 import common
+from tau2_relay import LONGEST_ANSWER, Relay
 
 COMMIT = "fc0055dc4e0a316c3f83133267fbd6faaa770992"
 TASKS = {"airline": 50, "retail": 114, "mock": 9}  # the last is the harness's own, to try things out
-EMPTY = "(no answer)"
-AWAY = (408, 409, 425, 429)  # and 500 and above: worth another try
-LONGEST_ANSWER = 3600  # seconds
-MESSAGE = {"role": "assistant", "content": EMPTY}
-FULL = {  # in the place of a refusal because the context is full
-    "id": "relay",
-    "object": "chat.completion",
-    "created": 0,
-    "model": "agent",
-    "choices": [{"index": 0, "finish_reason": "length", "message": MESSAGE}],
-    "usage": {"prompt_tokens": 0, "completion_tokens": 0, "total_tokens": 0},
-}
 
 
 def read_options():
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
-    parser.add_argument("clone", type=Path)
-    parser.add_argument("--venv", type=Path, required=True, help="environment with tau2, made as above")
-    parser.add_argument("--domain", choices=TASKS, required=True)
-    parser.add_argument("--base_url", required=True, help="endpoint of the agent's model")
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--user_base_url", help="endpoint of the user's model; left out, --base_url")
-    parser.add_argument("--user_model", required=True, help="plays the user")
-    parser.add_argument("--output_dir", type=Path, required=True)
-    parser.add_argument("--trials", type=int, default=4, help="conversations a task (default 4)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="of agent and user (default 0)")
-    parser.add_argument("--request", type=json.loads, default={}, help="JSON that joins the agent's requests")
-    parser.add_argument("--concurrency", type=int, default=16, help="conversations at a time (default 16)")
-    parser.add_argument("--patience", type=float, default=600, help="seconds to wait for an endpoint (600)")
-    parser.add_argument("--limit", type=int, help="only the first N tasks, to try things out")
+    add = parser.add_argument
+    add("clone", type=Path)
+    add("--venv", type=Path, required=True, help="environment with tau2, made as above")
+    add("--domain", choices=TASKS, required=True)
+    add("--base_url", required=True, help="endpoint of the agent's model")
+    add("--model", required=True)
+    add("--user_base_url", help="endpoint of the user's model; left out, --base_url")
+    add("--user_model", required=True, help="plays the user")
+    add("--output_dir", type=Path, required=True)
+    add("--trials", type=int, default=4, help="conversations a task (default 4)")
+    add("--temperature", type=float, default=0.0, help="of agent and user (default 0)")
+    add("--request", type=json.loads, default={}, help="JSON that joins the agent's requests")
+    add("--concurrency", type=int, default=16, help="conversations at a time (default 16)")
+    add("--patience", type=float, default=600, help="seconds to wait for an endpoint (600)")
+    add("--limit", type=int, help="only the first N tasks, to try things out")
     return parser.parse_args()
 
 
@@ -79,6 +63,8 @@ def check_options(options):
     """Refuse, before anything is asked, what cannot give a score."""
     if not (options.clone / "src/tau2").is_dir():
         common.fail(f"{options.clone}: no clone of tau2-bench (see --help)")
+    if not isinstance(options.request, dict):
+        common.fail(f"--request: {options.request!r} is no JSON object")
     common.unchanged(options.clone, COMMIT, "src", f"data/tau2/domains/{options.domain}")
     common.installed(options.venv, "tau2==1.0.1", "litellm==1.82.6")
     options.output_dir.mkdir(parents=True, exist_ok=True)
@@ -93,130 +79,27 @@ def check_options(options):
     return settings
 
 
-# ---- Between the harness and the endpoints ----
-
-
-class Relay(ThreadingHTTPServer):
-    """Passes /agent/v1 and /user/v1 on to the two models, waits for an endpoint that is away, mends what the
-    harness would call an infrastructure error although the model did it. `dead`: why waiting was in vain."""
-
-    daemon_threads = True
-    request_queue_size = 256
-
-    def __init__(self, options):
-        super().__init__(("127.0.0.1", 0), Handler)
-        user_url = options.user_base_url or options.base_url
-        self.routes = {  # (endpoint, key, what its requests get)
-            "/agent": (options.base_url, "OPENAI_API_KEY", {"model": options.model} | options.request),
-            "/user": (user_url, "USER_API_KEY", {"model": options.user_model}),
-        }
-        for path, (url, key, changes) in self.routes.items():
-            self.routes[path] = (f"{url.rstrip('/')}/chat/completions", os.environ.get(key), changes)
-        self.patience = options.patience
-        self.client = httpx.Client(timeout=httpx.Timeout(LONGEST_ANSWER, connect=30))
-        self.log = (options.output_dir / "requests.jsonl").open("a", buffering=1)
-        self.mended = {"empty": set(), "bad_arguments": set(), "context_full": set(), "length": set()}
-        self.dead = None
-        self.url = f"http://127.0.0.1:{self.server_port}"
-        threading.Thread(target=self.serve_forever, daemon=True).start()
-
-    def handle_error(self, request, client_address):
-        """A client that was ended is no news."""
-        if not isinstance(sys.exc_info()[1], ConnectionError):
-            super().handle_error(request, client_address)
-
-    def ask(self, path, body):
-        """(status, text) of the endpoint, after as many tries as the patience allows."""
-        url, token, changes = self.routes[path]
-        headers = {"Authorization": f"Bearer {token}"} if token else {}
-        deadline = time.monotonic() + self.patience
-        pause = 1
-        while True:
-            try:
-                reply = self.client.post(url, json=body | changes, headers=headers)
-                status, text = reply.status_code, reply.text
-            except httpx.ReadTimeout:  # it may still be answering: not asked twice
-                return 504, f"no answer within {LONGEST_ANSWER} s"
-            except httpx.HTTPError as error:
-                status, text = 502, f"{type(error).__name__} {error}"
-            may_return = status in AWAY or status >= 500
-            if not may_return or time.monotonic() + pause > deadline:
-                return status, text
-            time.sleep(pause)
-            pause = min(2 * pause, 60)
-
-    def mend(self, path, body, status, text):
-        """(status, text) for the harness. Counts by request, so that one asked again counts once."""
-        digest = hashlib.sha256(json.dumps(body).encode()).hexdigest()
-        if status == 400 and "context length" in text and path == "/agent":
-            self.mended["context_full"].add(digest)
-            return 200, json.dumps(FULL)
-        if status != 200:
-            self.dead = f"{self.routes[path][0]}: HTTP {status}: {' '.join(text[:300].split())}"
-            return status, text
-        reply = json.loads(text)
-        for choice in reply["choices"]:
-            if choice.get("finish_reason") == "length":
-                self.mended["length"].add(digest)
-            for kind in mend_message(choice["message"]):
-                self.mended[kind].add(digest)
-        return 200, json.dumps(reply)
-
-
-def mend_message(message):
-    """Names of what was mended in it."""
-    calls = message.get("tool_calls") or []
-    if not calls and not (message.get("content") or "").strip():
-        message["content"] = EMPTY
-        yield "empty"
-    for call in calls:
-        if not is_object(call["function"]["arguments"]):
-            call["function"]["arguments"] = "{}"
-            yield "bad_arguments"
-
-
-def is_object(text):
-    try:
-        return isinstance(json.loads(text), dict)
-    except ValueError:
-        return False
-
-
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, *_):
-        pass
-
-    def do_POST(self):
-        path = self.path.partition("/v1/")[0]
-        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-        status, text = self.server.ask(path, body)
-        self.server.log.write(json.dumps({"path": path, "status": status, "seconds": time.time()}) + "\n")
-        status, text = self.server.mend(path, body, status, text)
-        data = text.encode()
-        with suppress(ConnectionError):  # the harness was ended
-            self.send_response(status)
-            self.send_header("Content-Type", "application/json")
-            self.send_header("Content-Length", str(len(data)))
-            self.end_headers()
-            self.wfile.write(data)
-
-
 # ---- The harness, and what it found ----
 
 
 def run_harness(options, relay):
     """The exit status of `tau2 run`; the harness is ended once an endpoint is dead."""
-    tau2 = str(options.venv.absolute() / "bin/tau2")
-    command = [tau2, "run", "--domain", options.domain, "--num-trials", str(options.trials), "--auto-resume"]
-    command += ["--max-concurrency", str(options.concurrency)]
-    command += ["--save-to", str(options.output_dir.absolute() / "results")]
-    command += ["--num-tasks", str(options.limit)] if options.limit else []
+    flags = {
+        "--domain": options.domain,
+        "--num-trials": options.trials,
+        "--max-concurrency": options.concurrency,
+        "--save-to": options.output_dir.absolute() / "results",
+    }
+    if options.limit:
+        flags["--num-tasks"] = options.limit
     for who in ("agent", "user"):
         arguments = {"api_base": f"{relay.url}/{who}/v1", "temperature": options.temperature}
         arguments |= {"timeout": 10 * LONGEST_ANSWER, "num_retries": 0}
-        command += [f"--{who}-llm", f"openai/{who}", f"--{who}-llm-args", json.dumps(arguments)]
+        flags[f"--{who}-llm"] = f"openai/{who}"
+        flags[f"--{who}-llm-args"] = json.dumps(arguments)
+    command = [str(options.venv.absolute() / "bin/tau2"), "run", "--auto-resume"]
+    for name, value in flags.items():
+        command += [name, str(value)]
     environment = {name: os.environ[name] for name in ("PATH", "HOME", "LANG") if name in os.environ}
     environment |= {"TAU2_DATA_DIR": str(options.clone.absolute() / "data"), "OPENAI_API_KEY": "none"}
     environment |= {"OPENAI_API_BASE": f"{relay.url}/user/v1", "LITELLM_LOCAL_MODEL_COST_MAP": "True"}
@@ -269,8 +152,16 @@ def main():
     assert len(results["tasks"]) == count, f"{len(results['tasks'])} tasks, not {count}"
     metrics, not_run, ended = summarize(results, count, options.trials)
     mended = {kind: len(requests) for kind, requests in relay.mended.items()}
-    summary = {"model": options.model, "settings": settings, "versions": {"tau2": COMMIT}, "tasks": count}
-    summary |= {"metrics": metrics, "not_run": not_run, "ended_by": ended, "answers": mended}
+    summary = {
+        "model": options.model,
+        "settings": settings,
+        "versions": {"tau2": COMMIT},
+        "tasks": count,
+        "metrics": metrics,
+        "not_run": not_run,
+        "ended_by": ended,
+        "answers": mended,
+    }
     (options.output_dir / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     for name, value in metrics.items():
         print(f"{name}: " + (f"- (not run: {not_run})" if value is None else f"{value:.1%} of {count} tasks"))
