@@ -1,5 +1,4 @@
-"""The demo: its tasks prove themselves and give nothing away, its teacher, its model, the curve; then the whole
-of it, as a user starts it, with the real trainer, vLLM and sandbox."""
+"""The demo: its tasks prove themselves and give nothing away, its teacher, its model; then the whole of it, as a user starts it, with the real trainer, vLLM and sandbox."""
 
 import importlib.util
 import json
@@ -24,11 +23,6 @@ def load(path):
 @pytest.fixture(scope="module")
 def tasks():
     return load(DEMO / "tasks.py")
-
-
-@pytest.fixture(scope="module")
-def curve():
-    return load(ROOT / "recipes" / "curve.py")
 
 
 def rows_of(path):
@@ -191,88 +185,6 @@ def test_a_wrong_flag_is_one_line():
     result = subprocess.run(["bash", DEMO / "run.sh", "--pases", "8"], capture_output=True, text=True)
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "run.sh: no such flag: --pases; there are --model, --passes, --seed and --quick\n"
-
-
-# ------------------------------------------------------------------------------------------------------------
-# The curve
-
-
-def small_recipe(root, **settings):
-    """A recipe of 2 rows a batch and its 8 rows, of 100, 110, ... tokens."""
-    folder = root / "recipes" / "small"
-    folder.mkdir(parents=True)
-    usual = {"model_name_or_path": "base", "global_batch_size": 2, "num_train_epochs": 3, "warmup_steps": 1}
-    (folder / "sft.yaml").write_text(json.dumps(usual | settings))
-    rows = root / "train.jsonl"
-    rows.write_text("".join(json.dumps({"query_id": str(number)}) + "\n" for number in range(8)))
-    return rows
-
-
-def tokens_of(row):
-    return 100 + 10 * int(row["query_id"])
-
-
-@pytest.fixture
-def planner(curve, tmp_path, monkeypatch):
-    monkeypatch.setattr(curve, "ROOT", tmp_path)
-    monkeypatch.setattr(curve, "row_tokens", lambda model, rows: [tokens_of(row) for row in rows])
-    return curve
-
-
-def test_the_subsets_of_a_curve_are_nested(planner, tmp_path):
-    planner.plan("small", small_recipe(tmp_path), [2, 4, 8], 2)
-    for seed in (1, 2):
-        parts = {}
-        for size in (2, 4, 8):
-            path = tmp_path / f"data/curve-small/n{size}-seed{seed}.jsonl"
-            parts[size] = [row["query_id"] for row in rows_of(path)]
-        assert parts[2] == parts[8][:2] and parts[4] == parts[8][:4]
-        assert sorted(parts[8]) == list("01234567")
-
-
-def test_every_size_of_a_curve_gets_equal_updates_or_equal_tokens(planner, tmp_path):
-    planner.plan("small", small_recipe(tmp_path), [2, 8], 2)
-    points = json.loads((tmp_path / "results/curve-small/curve.json").read_text())
-    assert len(points) == 2 * 2 * 2
-    for point in points:
-        rows = rows_of(tmp_path / f"data/curve-small/n{point['size']}-seed{point['seed']}.jsonl")
-        mean = sum(map(tokens_of, rows)) / len(rows)
-        expected = {"updates": 12, "tokens": round(12 * 135 / mean)}  # 8 rows x 3 passes / 2
-        assert point["updates"] == expected[point["arm"]]
-    text = (tmp_path / "results/curve-small/runs.tsv").read_text()
-    lines = [line.split("\t") for line in text.splitlines()]
-    assert lines[0] == ["base", "base", "-", "0", "0"]
-    assert sorted(line[0] for line in lines[1:]) == sorted({point["run"] for point in points})
-
-
-def test_a_curve_that_would_only_warm_up_is_refused(planner, tmp_path):
-    rows = small_recipe(tmp_path, num_train_epochs=1, warmup_steps=2)
-    with pytest.raises(planner.InputError, match="4 rows give 2 updates of 2, not even three times the warm"):
-        planner.plan("small", rows, [4], 1)
-    with pytest.raises(planner.InputError, match="8 rows, but a size is 9"):
-        planner.plan("small", rows, [9], 1)
-
-
-def test_the_table_of_a_curve(curve, tmp_path, monkeypatch):
-    monkeypatch.setattr(curve, "ROOT", tmp_path)
-    results = tmp_path / "results/curve-small"
-    scores = {"base": [0, 0, 0, 0], "a": [1, 0, 0, 1], "b": [1, 1, 0, 1]}
-    for run, values in scores.items():
-        (results / run).mkdir(parents=True)
-        by_task = {str(number): {"FTFC": value} for number, value in enumerate(values)}
-        summary = {"by_task": by_task, "rounds_ended_by": {"answer": 3, "length": 1}}
-        (results / run / "summary.json").write_text(json.dumps(summary))
-    points = []
-    for arm in curve.ARMS:
-        points += [{"arm": arm, "size": 4, "run": run} for run in "ab"]
-    (results / "curve.json").write_text(json.dumps(points))
-    curve.table("small")
-    assert (results / "table.md").read_text().splitlines()[2:] == [
-        "| 0 | base | 0% |  |  | 75% |  |",
-        "| 4 | equal updates | 62% | 50%, 75% | 62% | 75% | 719 |",
-        "| 4 | equal tokens | 62% | 50%, 75% | 62% | 75% | 719 |",
-    ]
-    assert (results / "curve.png").stat().st_size > 5000
 
 
 # ------------------------------------------------------------------------------------------------------------

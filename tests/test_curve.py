@@ -1,0 +1,222 @@
+"""recipes/curve.py: subsets, updates and tokens of every point; intervals, power and degeneration from made
+results."""
+
+import importlib
+import json
+import sys
+
+import pytest
+from conftest import ROOT
+
+TASKS = 24
+
+
+@pytest.fixture(scope="module")
+def curve():
+    sys.path.insert(0, str(ROOT / "recipes"))
+    return importlib.import_module("curve")
+
+
+def rows_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The plan
+
+
+def small_recipe(root, **settings):
+    """A recipe of 2 rows a batch and its 8 rows, of 100, 110, ... tokens."""
+    folder = root / "recipes" / "small"
+    folder.mkdir(parents=True)
+    usual = {"model_name_or_path": "base", "global_batch_size": 2}
+    usual |= {"num_train_epochs": 3, "warmup_steps": 1}
+    (folder / "sft.yaml").write_text(json.dumps(usual | settings))
+    return write_rows(root / "train.jsonl", 8)
+
+
+def write_rows(path, number):
+    lines = [json.dumps({"query_id": str(name)}) for name in range(number)]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def tokens_of(row):
+    return 100 + 10 * int(row["query_id"])
+
+
+@pytest.fixture
+def planner(curve, tmp_path, monkeypatch):
+    monkeypatch.setattr(curve, "ROOT", tmp_path)
+    monkeypatch.setattr(curve, "row_tokens", lambda model, rows: [tokens_of(row) for row in rows])
+    return curve
+
+
+def points_of(root):
+    return json.loads((root / "results/curve-small/curve.json").read_text())
+
+
+def test_the_subsets_of_a_curve_are_nested(planner, tmp_path):
+    planner.plan("small", small_recipe(tmp_path), [2, 4, 8], 2)
+    for seed in (1, 2):
+        parts = {}
+        for size in (2, 4, 8):
+            path = tmp_path / f"data/curve-small/rows-n{size}-seed{seed}.jsonl"
+            parts[size] = [row["query_id"] for row in rows_of(path)]
+        assert parts[2] == parts[8][:2] and parts[4] == parts[8][:4]
+        assert sorted(parts[8]) == list("01234567")
+
+
+def test_every_size_gets_equal_updates_or_equal_tokens(planner, tmp_path):
+    planner.plan("small", small_recipe(tmp_path), [2, 8], 2)
+    points = points_of(tmp_path)
+    assert len(points) == 2 * 2 * 2
+    for point in points:
+        size, seed = point["size"], point["seed"]
+        rows = rows_of(tmp_path / f"data/curve-small/rows-n{size}-seed{seed}.jsonl")
+        mean = sum(map(tokens_of, rows)) / len(rows)
+        expected = {"updates": 12, "tokens": round(12 * 135 / mean)}  # 8 rows x 3 passes / 2
+        assert point["updates"] == expected[point["arm"]]
+        assert point["tokens"] == round(2 * mean * point["updates"])
+        if point["arm"] == "tokens":
+            assert point["tokens"] == pytest.approx(12 * 2 * 135, abs=mean)  # to half an update of two rows
+    text = (tmp_path / "results/curve-small/runs.tsv").read_text()
+    first, *others = text.splitlines()
+    assert first == "base\tbase\t-\t0\t0"
+    names = [line.split("\t")[0] for line in others]
+    assert sorted(names) == sorted({point["run"] for point in points})
+
+
+def test_a_second_set_has_the_same_sizes_and_all_its_rows(planner, tmp_path):
+    others = write_rows(tmp_path / "other.jsonl", 30)
+    planner.plan("small", small_recipe(tmp_path), [2, 8], 1, against=others)
+    found = set()
+    for point in points_of(tmp_path):
+        found.add((point["set"], point["size"], point["arm"]))
+        if point["set"] == "other" and point["arm"] == "updates":
+            assert point["updates"] == 12
+        if point["set"] == "other" and point["arm"] == "tokens":
+            assert point["tokens"] == pytest.approx(12 * 2 * 135, abs=400)
+    expected = set()
+    for arm in planner.ARMS:
+        expected |= {("rows", 2, arm), ("rows", 8, arm)}
+        expected |= {("other", 2, arm), ("other", 8, arm), ("other", 30, arm)}
+    assert found == expected
+    assert len(rows_of(tmp_path / "data/curve-small/other-n30-seed1.jsonl")) == 30
+
+
+@pytest.mark.parametrize(
+    ("settings", "told"),
+    [
+        ({"num_train_epochs": 1, "warmup_steps": 2}, "4 rows give 2 updates of 2, not even three"),
+        ({"warmup_steps": 0.5}, "4 rows give 6 updates of 2, not even three times the warm-up"),
+        ({"zero_first_update": True}, "a point of the curve would have an update at 0"),
+    ],
+)
+def test_a_curve_that_would_only_warm_up_is_refused(planner, tmp_path, settings, told):
+    rows = small_recipe(tmp_path, **settings)
+    with pytest.raises(planner.InputError, match=told):
+        planner.plan("small", rows, [4], 1)
+
+
+def test_a_size_beyond_the_rows_is_refused(planner, tmp_path):
+    rows = small_recipe(tmp_path)
+    with pytest.raises(planner.InputError, match="8 rows, but a size is 9"):
+        planner.plan("small", rows, [9], 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The table
+
+
+def write_run(folder, scores, messages=("Done.",), stop="answer"):
+    folder.mkdir(parents=True)
+    by_task = {}
+    for number, score in enumerate(scores):
+        by_task[f"t{number:02d}"] = {"FTFC": score}
+    ended = {"answer": 3, "length": 1}
+    summary = {"by_task": by_task, "rounds_ended_by": ended}
+    (folder / "summary.json").write_text(json.dumps(summary))
+    said = [{"role": "user", "content": "Do it."}]
+    for text in messages:
+        said.append({"role": "assistant", "content": text})
+    row = {"query_id": "t00", "run": 0, "messages": said}
+    row["rounds"] = [{"stop": stop}]
+    (folder / "episodes.jsonl").write_text(json.dumps(row) + "\n")
+
+
+@pytest.fixture
+def results(curve, tmp_path, monkeypatch):
+    """Two seeds of 4 rows, one of all 6 other rows; the base solves nothing of 24 tasks."""
+    monkeypatch.setattr(curve, "ROOT", tmp_path)
+    folder = tmp_path / "results/curve-small"
+    write_run(folder / "base", [0] * TASKS, ["", "x" * 500])
+    write_run(folder / "a", [1, 0] * (TASKS // 2))
+    write_run(folder / "b", [1] * TASKS, ["Same.", "Same."])
+    write_run(folder / "c", [0, 0, 0, 1] * (TASKS // 4), stop="unparsed_call")
+    points = []
+    for arm, updates in (("updates", 12), ("tokens", 9)):
+        amount = {"arm": arm, "updates": updates, "tokens": 1000 * updates}
+        for run in "ab":
+            points.append({"set": "rows", "size": 4, "run": run} | amount)
+        points.append({"set": "other", "size": 6, "run": "c"} | amount)
+    (folder / "curve.json").write_text(json.dumps(points))
+    return folder
+
+
+def test_the_table_has_base_gains_power_and_what_the_models_say(curve, results, stage):
+    """The mean over the seeds is 1 for 12 tasks and 0.5 for 12: variance 12 x 2 / 23 / 16, so
+    (2.8 / 0.05)^2 x 0.0652 = 204.5 tasks; of the other rows 6 of 24: variance 6 x 18 / 24 / 23, 613.6 tasks."""
+    curve.table("small")
+    low, high = stage("04_eval").bootstrap([1.0] * 12 + [0.5] * 12)
+    interval = f"75% [{low:.0%}, {high:.0%}]"
+    low, high = stage("04_eval").bootstrap(([0.0] * 3 + [1.0]) * 6)
+    other = f"25% [{low:.0%}, {high:.0%}]"
+    lines = (results / "table.md").read_text().splitlines()
+    assert lines[2] == "| the base |  | 0 | 0 | 0% |  |  |  | 75% | 1 empty, 1 repetitive of 2 |"
+    alike = f"50%, 100% | {interval} | 205 | 75% | 1 repetitive of 3 |"
+    assert lines[3].replace(interval, "I", 1) == f"| 4 rows | equal updates | 12 | 0.01 | I | {alike}"
+    assert lines[5].startswith("| 4 rows | equal tokens | 9 | 0.01 | ")
+    assert lines[4].endswith(f"| 25% | {other} | 614 | 75% | 1 unparsed of 1 |")
+    assert (results / "curve.png").stat().st_size > 5000
+
+
+def test_the_sets_are_compared_task_by_task(curve, results, stage):
+    curve.table("small")
+    each = [1 - 0, 0.5 - 0, 1 - 0, 0.5 - 1] * (TASKS // 4)
+    low, high = stage("04_eval").bootstrap(each)
+    expected = f"- 4 rows minus 6 other rows at equal updates: 50% [{low:.0%}, {high:.0%}], p = "
+    *_, first, second = (results / "table.md").read_text().splitlines()
+    assert first.startswith(expected)
+    assert second.startswith("- 4 rows minus 6 other rows at equal tokens: 50%")
+
+
+def test_a_run_with_an_update_at_0_is_no_point(curve, results, tmp_path):
+    folder = tmp_path / "outputs/curve-small/b"
+    folder.mkdir(parents=True)
+    log = [{"step": 1, "learning_rate": "0"}, {"step": 2, "learning_rate": "1e-05"}]
+    (folder / "recipe.json").write_text(json.dumps({"log": log}))
+    with pytest.raises(curve.InputError, match="b/recipe.json: update 1 had the learning rate 0"):
+        curve.table("small")
+
+
+def test_only_the_first_twenty_messages_are_looked_at(curve, tmp_path):
+    write_run(tmp_path / "run", [1], [f"Step {number}." for number in range(20)] + ["", ""])
+    assert curve.degeneration([tmp_path / "run"]) == "none odd of 20"
+
+
+@pytest.mark.parametrize(
+    ("said", "before", "kind"),
+    [
+        ("", None, "empty"),
+        (" \n", None, "empty"),
+        ('bash {"invalid_json": "{"}', None, "unparsed"),
+        ("ls ls ls " * 60, None, "repetitive"),
+        ("ls ls ls " * 10, None, ""),  # short texts may repeat a word
+        ("Now the tests.", "Now the tests.", "repetitive"),
+        ("Now the tests.", "First the tests.", ""),
+        (" ".join(str(number * number) for number in range(300)), None, ""),
+    ],
+)
+def test_what_counts_as_degenerate(curve, said, before, kind):
+    assert curve.kind_of(said, before) == kind
