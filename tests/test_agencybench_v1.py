@@ -1,5 +1,6 @@
 """AgencyBench v1 as a task file: who grades each of its 49 turns, and that empty work scores nothing."""
 
+import argparse
 import hashlib
 import http.server
 import json
@@ -78,6 +79,16 @@ def test_a_turn_that_nobody_grades_is_left_out_and_its_text_stands_before_the_ne
     assert turns[3]["query"] == "Subtask 5: \nPlease modify the equation until the loss is smaller than 1e-7."
     turns, letters = converter.make_turns(8, path, judge=True)
     assert letters == "JPPPP" and len(turns[0]["rubric"]) == 1
+
+
+def test_the_environment_is_named_so_that_the_task_file_may_lie_anywhere(clone, tmp_path, stage):
+    sys.path.insert(0, str(ROOT / "recipes/benchmarks"))
+    converter = stage("agencybench_v1")
+    [path] = clone.glob("AgencyBench-v1/task8/Task8*.json")
+    options = argparse.Namespace(judge=False, network=False, venv=Path("venvs/v1"), output_dir=tmp_path)
+    task, lacks = converter.make_task(8, path, options)
+    assert task["venv"] == str(Path.cwd() / "venvs/v1")
+    assert "package:scipy" in lacks and "file:equation.parquet" in lacks
 
 
 def test_ground_truths_stand_in_no_query(convert, clone):

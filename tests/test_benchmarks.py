@@ -121,6 +121,8 @@ EVALPLUS = {
     ),
     "evalplus/sanitize.py": (
         "def sanitize(code, entrypoint):\n"
+        "    if 'x + x' in code:\n"
+        "        raise RecursionError('as ast.parse does on a long sum')\n"
         "    return code.split('```python')[-1].split('```')[0]\n"
     ),
     "evalplus/evaluate.py": (
@@ -215,6 +217,7 @@ CHEATS = {
     "reads the tests": "print(open('/private/problems.jsonl.gz', 'rb').read())\n" + RIGHT,
     "reads them as bytes": "import os\nos.open(b'/private/../private/common.py', 0)\n" + RIGHT,
     "starts a program": "import os\nos.system('true')\n" + RIGHT,
+    "asks for too much memory": "hold = bytearray(7 << 30)\n" + RIGHT,
 }
 
 
@@ -230,6 +233,17 @@ def test_code_under_test_neither_speaks_for_the_check_nor_opens_its_files(evalpl
     (workspace / "solution.py").write_text(CHEATS[cheat])
     tasks.write_text(json.dumps(task | {"workspace": "workspace"}) + "\n")
     assert scores(tasks, "nothing", tmp_path) == ({"HumanEval-0": [0.0]}, {})
+
+
+@needs_sandbox
+def test_an_answer_that_the_authors_code_cannot_read_is_wrong_and_not_not_run(evalplus, tmp_path):
+    script, flags = evalplus
+    assert run(script, *flags, "--no_tools").returncode == 0
+    tasks = tmp_path / "out/no_tools.jsonl"
+    task = json.loads(tasks.read_text().splitlines()[0])
+    task["turns"][0]["solution"] = "echo 'x + x + x'"
+    tasks.write_text(json.dumps(task) + "\n")
+    assert scores(tasks, "solution", tmp_path) == ({"HumanEval-0": [0.0]}, {})
 
 
 # ---- DS-1000 ----
@@ -420,12 +434,14 @@ def test_a_changed_clone_a_cut_file_and_a_missing_package_are_one_line(scicode, 
 # ---- What the checks share ----
 
 
-def test_a_link_counts_as_no_submission(common, tmp_path, monkeypatch):
+def test_a_link_and_what_is_too_long_count_as_no_submission(common, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("secret").write_text("code")
     Path("solution.py").symlink_to("secret")
     os.mkfifo("pipe")
     assert common.submitted("file", "solution.py") == common.submitted("file", "pipe") == ""
+    Path("long").write_bytes(b" " * (1 << 20) + b"\n")
+    assert common.submitted("file", "long") == ""
     assert common.submitted("file", "secret") == "code" and common.submitted("file", "none") == ""
 
 

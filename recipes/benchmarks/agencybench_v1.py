@@ -106,7 +106,7 @@ def is_missing(need, workspace, options):
     if kind == "file":
         return not (workspace / name).exists()
     if kind == "package":
-        return not list(Path(options.venv).glob(f"lib/python*/site-packages/{name}"))
+        return not list(options.venv.glob(f"lib/python*/site-packages/{name}"))
     return not options.network if need == "network" else not shutil.which(need)
 
 
@@ -121,7 +121,7 @@ def make_task(number, path, options):
     task["needs"] = [need for need in needs if ":" not in need]
     task["meta"] = {"graded_by": letters}
     if any(need.startswith("package:") for need in needs):
-        task["venv"] = options.venv
+        task["venv"] = str(options.venv.absolute())
     if workspace.exists():
         task["workspace"] = f"workspaces/{number}"
         seen_at = options.output_dir / task["workspace"] / "workspace"
@@ -170,7 +170,8 @@ if __name__ == "__main__":
     parser.add_argument("--output_dir", type=Path, default=Path("data/agencybench_v1"))
     parser.add_argument("--judge", action="store_true", help="04 will have one (--feedback judge).")
     parser.add_argument("--network", action="store_true", help="04 will have it (--network).")
-    parser.add_argument("--venv", default=sys.prefix, help="Python environment of tasks 6 and 8.")
+    venv = "Python environment of tasks 6 and 8 (default: this one)."
+    parser.add_argument("--venv", type=Path, default=Path(sys.prefix), help=venv)
     try:
         print("\n".join(convert(parser.parse_args())))
     except (ValueError, OSError) as error:

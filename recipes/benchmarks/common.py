@@ -8,6 +8,7 @@ import argparse
 import hashlib
 import json
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 
 HERE = Path(sys.argv[0]).name
 STARTS = ("subprocess.Popen", "os.system", "os.exec", "os.posix_spawn")
+LONGEST = 1 << 20  # bytes of an answer
+MEMORY = 6 << 30  # bytes of the code under test; the sandbox has 8 for everything
 POOLS = ("OMP_NUM", "OPENBLAS_NUM", "MKL_NUM", "NUMEXPR_NUM", "TF_NUM_INTRAOP", "TF_NUM_INTEROP")
 
 
@@ -108,9 +111,12 @@ def run(*words):
 
 
 def submitted(place, file, answer="/answer.md"):
-    """The text to grade, "" if there is none. A link, which could lead into /private, is none."""
+    """The text to grade, "" if there is none: a link, which could lead into /private, is none, nor is what
+    would use up the check's memory."""
     path = Path(answer if place == "answer" else file)
-    return path.read_text(errors="replace") if path.is_file() and not path.is_symlink() else ""
+    if path.is_symlink() or not path.is_file() or path.stat().st_size > LONGEST:
+        return ""
+    return path.read_text(errors="replace")
 
 
 def hand_in(place, file, code):
@@ -140,7 +146,13 @@ def confine():
     os.register_at_fork(after_in_child=_confine)
 
 
+def spare():
+    """What asks for too much memory fails by itself, before the sandbox ends the whole check."""
+    resource.setrlimit(resource.RLIMIT_DATA, (MEMORY, MEMORY))
+
+
 def _confine():
+    spare()
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     sys.addaudithook(_refuse)
 

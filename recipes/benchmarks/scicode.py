@@ -24,7 +24,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from subprocess import PIPE
+from subprocess import DEVNULL
 
 import common
 
@@ -34,6 +34,7 @@ RELEASES = {  # problems, steps, of them given
 }
 TARGETS = {"48b0272a88b17dbd29777c217e1b4fb2b019b92e11cc2add847409db9541b890": "test_data.h5"}
 GIVEN = ("13.6", "62.1", "76.3")  # gencode.py:187
+QUIET = {"stdout": DEVNULL, "stderr": DEVNULL, "preexec_fn": common.spare}
 ABOVE = "[the code of this step is above, in this conversation]"
 WRITE = "\n\nWrite this Python code, instead of responding with it, into the file /workspace/step_{}.py"
 
@@ -130,7 +131,7 @@ def run(script):
         command = [sys.executable, "step.py"]
         env = os.environ | {"PYTHONPATH": "/private/src"}
         try:
-            done = subprocess.run(command, stdout=PIPE, stderr=PIPE, timeout=1800, cwd=folder, env=env)
+            done = subprocess.run(command, timeout=1800, cwd=folder, env=env, **QUIET)
         except subprocess.TimeoutExpired:
             return False, "tests: more than 1,800 s"
     return not done.returncode, "tests: failed" if done.returncode else "tests: passed"
