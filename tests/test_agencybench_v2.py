@@ -1,4 +1,4 @@
-"""AgencyBench v2: a small grader of our own that speaks the SDK's protocol."""
+"""AgencyBench v2: small graders of our own that speak the SDK's protocol."""
 
 import importlib
 import json
@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -37,12 +38,49 @@ if mode == "judge":
     body["messages"] = [{"role": "user", "content": "Answer in JSON: a score."}]
     def ask():
         request = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
-        with urllib.request.urlopen(request, timeout=60) as reply:
+        with urllib.request.urlopen(request, timeout=description["patience"]) as reply:
             text = json.load(reply)["choices"][0]["message"]["content"]
         try:
             return json.loads(text)["score"]
         except ValueError:
             return 0  # as the real ones do
+if mode == "page":
+    import urllib.request
+    from websockets.sync.client import connect
+
+    def api(path, content=None, kind="application/json"):
+        content = json.dumps(content).encode() if isinstance(content, dict) else content
+        request = urllib.request.Request("http://127.0.0.1:8088/v1/" + path, content, {"Content-Type": kind})
+        return json.load(urllib.request.urlopen(request, timeout=60))
+
+    def upload(file, path):
+        part = 'X\r\nContent-Disposition: form-data; name="'
+        form = "--" + part + 'path"\r\n\r\n' + path + "\r\n--" + part + 'file"\r\n\r\n' + file + "\r\n--X--"
+        assert api("file/upload", form.encode(), "multipart/form-data; boundary=X")["data"]["success"]
+
+    def show(page):
+        "What the page says once its title is `done`; that a picture was taken."
+        home = api("sandbox")["home_dir"]
+        upload(page, home + "/index.html")
+        serve = {"command": "exec python3 -m http.server 28123 --bind 127.0.0.1", "async_mode": True}
+        session = api("shell/exec", serve)["data"]["session_id"]
+        while api("shell/exec", {"command": "exec 3<> /dev/tcp/127.0.0.1/28123"})["data"]["exit_code"]:
+            time.sleep(0.1)
+        tabs = api("browser/info")["data"]["cdp_url"] + "/json/new?http://127.0.0.1:28123/index.html"
+        with urllib.request.urlopen(urllib.request.Request(tabs, method="PUT")) as reply:
+            address = json.load(reply)["webSocketDebuggerUrl"]
+        with connect(address, max_size=None) as tab:
+            def ask(method, **params):
+                tab.send(json.dumps({"id": 1, "method": method, "params": params}))
+                return json.loads(tab.recv())["result"]
+            def value(script):
+                return ask("Runtime.evaluate", expression=script)["result"]["value"]
+            while value("document.title") != "done":
+                time.sleep(0.1)
+            said = json.loads(value("document.body.textContent"))
+            picture = ask("Page.captureScreenshot", format="png")["data"]
+        api("shell/kill", {"id": session})
+        return {"said": said, "picture": picture[:11], "big": len(picture) > 1000}
 if mode == "hasty":
     def leave():
         while not list(model.rglob("begun")):
@@ -90,6 +128,10 @@ for n in range(1, description["subtask_count"] + 1):
                 score = ask()
             except OSError:
                 score = 0  # as the real ones do
+        if mode == "page":
+            meta["page"] = show((workspace / "index.html").read_text())
+            score = 10
+            solved = True
         attempts.append({"attempt_index": k, "score": score, "feedback": "a.txt"})
         if solved:
             break
@@ -107,7 +149,6 @@ keys = [key for key in os.environ if "KEY" in key]
 """
 
 
-
 @pytest.fixture
 def v2(stage):
     sys.path.insert(0, str(ROOT / "recipes/benchmarks"))
@@ -122,14 +163,15 @@ def run(v2, endpoint, tmp_path, monkeypatch):
     """run(mode) -> (episodes, summary, what the grader wrote, exit code) of our grader, in this process."""
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
 
-    def run(mode="fair", subtasks=3, **settings):
+    def run(mode="fair", subtasks=3, patience=60, **settings):
         folder = tmp_path / "clone" / "AgencyBench-v2" / "MCP" / "scenario2"
         folder.mkdir(parents=True, exist_ok=True)
         folder.joinpath("eval_task.py").write_text(GRADER)
         folder.joinpath(".env").write_text("SII_TARGET_MODEL=your_model\nSII_MAX_TURNS=1000\n")
         port = int(endpoint.url.split(":")[2].split("/")[0])
         tasks = {f"subtask{n}": f"write {n}" for n in range(1, subtasks + 1)}
-        text = json.dumps(tasks | {"subtask_count": subtasks, "mode": mode, "port": port})
+        facts = {"subtask_count": subtasks, "mode": mode, "port": port, "patience": patience}
+        text = json.dumps(tasks | facts)
         folder.joinpath("description.json").write_text(text)
         out = tmp_path / "out"
         handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -141,7 +183,9 @@ def run(v2, endpoint, tmp_path, monkeypatch):
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
-        rows = [json.loads(line) for line in out.joinpath("episodes.jsonl").read_text().splitlines()]
+        rows = [
+            json.loads(line) for line in out.joinpath("episodes.jsonl").read_text().splitlines()
+        ]
         meta = out / "workspaces" / f"{NAME}-0" / "meta_eval.json"
         made = json.loads(meta.read_text()) if meta.exists() else None
         return rows, json.loads(out.joinpath("summary.json").read_text()), made, code
@@ -161,7 +205,7 @@ def test_a_grader_and_its_agent(v2, endpoint, run, capsys):
     endpoint.script["write 1"] = [
         shell(look),
         say("done"),
-        call("write_file", file_path=f"{places[1]}/a.txt", content="1") | {"content": "Again."},
+        call("write_file", file_path=f"{places[1]}/a.txt", content="1"),
         shell("ls"),
         say("now it is"),
         *[shell("true")] * 4,  # max_turns
@@ -193,26 +237,34 @@ def test_a_grader_and_its_agent(v2, endpoint, run, capsys):
     assert episode["meta"]["solved"] is False and episode["meta"]["tool_calls"] == 7
     assert summary["faults"][NAME].startswith("a subtask counts as passed or failed")
     printed = capsys.readouterr().out
-    assert f"beware: {NAME}: a subtask counts" in printed and "S_avg over 1 of 32 scenarios: 0.5\n" in printed
+    assert f"beware: {NAME}: a subtask counts" in printed
     # the agent saw its folder and no other
     outputs = [message["content"] for message in episode["messages"] if message["role"] == "tool"]
     assert outputs[0].count("No such file or directory") == 3 and "subtask_count" not in outputs[0]
-    assert "Stdout: ..:\nattempt_01\n\n/workspace:\nscenario2\n\n/workspace/scenario2:\nagent\n" in outputs[0]
-    # what the grader was told, to the letter, and what it could reach
-    types = [event["type"] for event in meta["events"][:3]]
-    assert types == ["tool_call", "tool_result", "assistant_message"]
-    args = {"file_path": f"{places[1]}/a.txt", "content": "1"}
-    wrote = f"Successfully created and wrote to new file: {places[1]}/a.txt."
-    assert meta["events"][3:7] == [
-        {"type": "completed", "metadata": {"session_id": f"{NAME}-0"}},
-        {"type": "assistant_message", "content": [{"type": "text", "text": "Again."}]},
-        {"type": "tool_call", "tool_call_id": "call_1", "tool_name": "write_file", "args": args},
-        {"type": "tool_result", "tool_use_id": "call_1", "content": wrote},
-    ]
-    assert meta["reached"] is False and meta["keys"] == []
+    assert (
+        "Stdout: ..:\nattempt_01\n\n/workspace:\nscenario2\n\n/workspace/scenario2:\nagent\n"
+        in outputs[0]
+    )
     # a finished scenario is not run again
     before = len(endpoint.requests)
     assert run(network=True)[0] == rows and len(endpoint.requests) == before
+
+
+def test_what_a_grader_is_told_and_reaches(endpoint, run):
+    path = "/workspace/scenario2/agent/subtask1/workspace/attempt_01/a.txt"
+    reply = call("write_file", file_path=path, content="1")
+    endpoint.script["write 1"] = [reply | {"content": "At once."}, say("done")]
+    _, _, meta, _ = run(subtasks=1, network=True)
+    args = {"file_path": path, "content": "1"}
+    wrote = f"Successfully created and wrote to new file: {path}."
+    assert meta["events"] == [
+        {"type": "assistant_message", "content": [{"type": "text", "text": "At once."}]},
+        {"type": "tool_call", "tool_call_id": "c0", "tool_name": "write_file", "args": args},
+        {"type": "tool_result", "tool_use_id": "c0", "content": wrote},
+        {"type": "assistant_message", "content": [{"type": "text", "text": "done"}]},
+        {"type": "completed", "metadata": {"session_id": f"{NAME}-0"}},
+    ]
+    assert meta["reached"] is False and meta["keys"] == []
 
 
 @pytest.mark.parametrize(
@@ -262,16 +314,29 @@ def test_what_the_model_left_cannot_take_a_scenario_out_of_the_mean(endpoint, ru
     assert capsys.readouterr().out.count(f"{NAME}-0: grader crashed: ") == 2
 
 
+def test_a_program_that_kills_its_grader_is_a_0(endpoint, run):
+    def answer(body):
+        is_asked = body["messages"][-1]["role"] == "user"
+        return shell("echo 'kill -9 $PPID' > run.sh") if is_asked else say("done")
+
+    endpoint.script["write 1"] = answer
+    _, summary, _, _ = run("runs", subtasks=1)
+    assert summary["rounds_ended_by"] == {"grader crashed": 1} and summary["metrics"]["S_avg"] == 0
+
+
 PLANTS = {
     "socket": "import socket; socket.socket(socket.AF_UNIX).bind('left')",
     "fifo": "import os; os.mkfifo('left')",
     "fifo below": "import os; os.makedirs('a/b'); os.mkfifo('a/b/left')",
+    "a file of holes": "open('left', 'w').truncate(3 << 30)",  # each copy of it fills the disk
 }
 
 
 @pytest.mark.parametrize("plant", PLANTS.values(), ids=PLANTS)
 def test_what_is_no_file_is_gone_before_the_grader_copies(endpoint, run, plant):
-    endpoint.script["write 1"] = once(shell(f'echo -n 1 > a.txt; python3 -c "{plant}"; ls -R'), say("done"))
+    endpoint.script["write 1"] = once(
+        shell(f'echo -n 1 > a.txt; python3 -c "{plant}"; ls -R'), say("done")
+    )
     (episode,), summary, _, _ = run("copies", subtasks=1)
     [output] = [message["content"] for message in episode["messages"] if message["role"] == "tool"]
     assert "left" in output and summary["metrics"]["S_avg"] == 1
@@ -303,8 +368,12 @@ def test_no_link_leads_the_grader_to_its_answers(endpoint, run, tmp_path, links)
 
 def test_a_program_of_the_model_changes_no_module_of_the_grader(endpoint, run, tmp_path):
     """json.py beside the grader, written by what the grader runs: it cannot be written there."""
-    script = "for p in ../../../.. ../../.. ../.. ..; do echo 'raise SystemExit(0)' > $p/json.py; done"
-    script += "; echo hacked > /workspace/scenario2/eval_task.py; echo 'print(1)' > /bridge/scores.py"
+    script = (
+        "for p in ../../../.. ../../.. ../.. ..; do echo 'raise SystemExit(0)' > $p/json.py; done"
+    )
+    script += (
+        "; echo hacked > /workspace/scenario2/eval_task.py; echo 'print(1)' > /bridge/scores.py"
+    )
     place = "/workspace/scenario2/agent/subtask1/workspace/attempt_01"
     reply = call("write_file", file_path=f"{place}/run.sh", content=script)
     endpoint.script["write 1"] = once(reply, say("done"))
@@ -327,15 +396,17 @@ def judged(run, v2, make_endpoint, monkeypatch):
     known = {"scenarios": {"MCP/scenario2": {"judge": True}}, "refused": {}}
     monkeypatch.setattr(v2, "KNOWN", known)
 
-    def judged(answer, **settings):
+    def judged(answer, patience_of_grader=60, **settings):
         class Script(dict):
             def get(self, first):
                 return answer if "Answer in JSON" in first else None
 
         server.script = Script()
         judge = {"judge_model": "J", "judge_base_url": server.url}
-        found = run("judge", subtasks=1, **judge | settings)
-        return found, [body for body in server.requests if "Answer in JSON" in str(body["messages"])]
+        found = run("judge", 1, patience_of_grader, **judge | settings)
+        return found, [
+            body for body in server.requests if "Answer in JSON" in str(body["messages"])
+        ]
 
     return judged
 
@@ -344,22 +415,51 @@ def test_a_judge_stands_behind_a_relay(judged, capsys):
     (rows, summary, meta, _), requests = judged(lambda body: say('{"score": 7}'))
     assert [record["score"] for record in rows[0]["rounds"]] == [0.7, 0.7]
     assert [body["model"] for body in requests] == ["J", "J"] and meta["reached"] is False
-    assert "scenarios: 0.7; judge J in the place of the authors'" in capsys.readouterr().out
+    assert capsys.readouterr().out.endswith(
+        "agencybench-v2-MCP: S_avg 70.0% over 1 of 2 scenarios; judge J in the place of the authors'\n"
+        "agencybench-v2: S_avg 70.0% over 1 of 32 scenarios; judge J in the place of the authors'\n"
+    )
+
+
+def dies(body):
+    raise ConnectionAbortedError  # no answer at all
 
 
 @pytest.mark.parametrize(
     "answer, reason, asked",
     [
+        (dies, "endpoint_error", 1),
         (lambda body: (500, {}, "broken"), "endpoint_error", 1),
+        (lambda body: (200, {}, "<html>"), "endpoint_error", 1),
+        (lambda body: (200, {}, '{"choices": []}'), "endpoint_error", 1),
         (lambda body: say("It is fine."), "judge_undecided", 3),
         (lambda body: say(""), "judge_undecided", 3),
+        (lambda body: say(None), "judge_undecided", 3),
         (lambda body: say('{"score": '), "judge_undecided", 3),
     ],
+    ids=["dead", "broken", "no JSON", "no choice", "prose", "empty", "null", "cut"],
 )
 def test_a_judge_that_does_not_decide_is_no_score(judged, answer, reason, asked):
     (rows, summary, _, code), requests = judged(answer)
     assert rows == [] and summary["not_run"] == {reason: 1} and code == 1
     assert len(requests) == asked
+
+
+def test_a_judge_that_is_slower_than_the_grader_waits_is_no_score(judged, tmp_path):
+    """The grader takes it for a 0, as five of the real ones do."""
+    left = threading.Event()
+
+    def wait(body):
+        left.wait(60)
+        return say('{"score": 7}')
+
+    try:
+        (rows, summary, _, code), requests = judged(wait, patience_of_grader=0.5)
+    finally:
+        left.set()
+    assert rows == [] and summary["not_run"] == {"endpoint_error": 1} and code == 1
+    [entry] = map(json.loads, tmp_path.joinpath("out/not_run.jsonl").read_text().splitlines())
+    assert entry["detail"] == "the judge takes longer than the grader waits for it"
 
 
 def test_a_scenario_with_a_judge_is_left_out_without_one(v2, tmp_path):
@@ -374,7 +474,121 @@ def test_a_scenario_with_a_judge_is_left_out_without_one(v2, tmp_path):
     assert left_out == {"agencybench-v2-Code-scenario2": "needs --repository"}
     settings |= {"judge_model": "J", "repository": "autogen"}
     tasks, left_out = v2.read_scenarios(v2.Settings(**settings))
-    assert [task["query_id"] for task in tasks] == ["agencybench-v2-Code-scenario2"] and left_out == {}
+    assert [task["query_id"] for task in tasks] == [
+        "agencybench-v2-Code-scenario2"
+    ] and left_out == {}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pages, in chromium
+
+# What a page of the model tries; each line's outcome is what fetch gives, or the name of its error
+PAGE = r"""<title>A game</title><script>
+const hack = JSON.stringify({command: "touch /workspace/scenario2/agent/hacked"});
+const judge = JSON.stringify({model: "x", messages: [{role: "user", content: "from the page"}]});
+const key = "/workspace/scenario2/description.json";
+const blind = {mode: "no-cors"};
+const tries = {
+    itself: ["/index.html"],
+    "the folder above": ["/%2e%2e/%2e%2e" + key],
+    "a file": ["file://" + key],
+    "a file, blind": ["file://" + key, blind],
+    "a command": ["http://127.0.0.1:8088/v1/shell/exec", {method: "POST", body: hack}],
+    "a command, blind": ["http://127.0.0.1:8088/v1/shell/exec", {method: "POST", body: hack, ...blind}],
+    "the judge": ["http://127.0.0.1:8089/v1/chat", {method: "POST", body: judge}],
+    "the judge, blind": ["http://127.0.0.1:8089/v1/chat", {method: "POST", body: judge, ...blind}],
+    "its own browser": ["http://127.0.0.1:9222/json/list"],
+    "a tab with a file": ["http://127.0.0.1:9222/json/new?file://" + key, {method: "PUT"}],
+    "the machine": ["http://127.0.0.1:PORT/v1/models", blind],
+    "the network": ["http://1.1.1.1/", blind],
+    "a name": ["http://example.com/", blind],
+};
+async function attempt(url, options) {
+    try {
+        const reply = await fetch(url, options);
+        return `${reply.type} ${reply.status} ${(await reply.text()).slice(0, 7)}`;
+    } catch (error) {
+        return error.name;
+    }
+}
+function picture(url) {
+    return new Promise(done => {
+        const image = new Image();
+        image.onload = () => done("shown");
+        image.onerror = () => done("not shown");
+        image.src = url;
+    });
+}
+function socket(url) {
+    return new Promise(done => {
+        const link = new WebSocket(url);
+        link.onopen = () => done("open");
+        link.onerror = () => done("not open");
+    });
+}
+addEventListener("load", async () => {
+    const said = {};
+    for (const [name, words] of Object.entries(tries)) said[name] = await attempt(...words);
+    said["a picture"] = await picture("file:///opt/venv/pyvenv.cfg");
+    said["the judge's socket"] = await socket("ws://127.0.0.1:8089/v1/chat/completions");
+    said["its browser's socket"] = await socket("ws://127.0.0.1:9222/devtools/browser");
+    document.body.textContent = JSON.stringify(said);
+    document.title = "done";
+});
+</script><body></body>"""
+SAID = {"itself": "basic 200 <title>", "the folder above": "basic 404 <!DOCTY"}
+SAID["a command, blind"] = "opaque 0 "  # it was sent; the stand-in did nothing
+REFUSED = (
+    "a file",
+    "a file, blind",
+    "a command",
+    "the judge",
+    "the judge, blind",
+    "its own browser",
+)
+REFUSED += ("a tab with a file", "the machine", "the network", "a name")
+SAID |= dict.fromkeys(REFUSED, "TypeError")
+SAID |= {
+    "a picture": "not shown",
+    "the judge's socket": "not open",
+    "its browser's socket": "not open",
+}
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium (apt install chromium)")
+def test_a_page_of_the_model_reaches_nothing_but_itself(endpoint, run, v2, tmp_path, monkeypatch):
+    """In chromium, shown as the graders do it, by the stand-in of their container."""
+    pytest.importorskip("websockets")
+    known = {"scenarios": {"MCP/scenario2": {"browser": True, "judge": True}}, "refused": {}}
+    monkeypatch.setattr(v2, "KNOWN", known)
+    place = "/workspace/scenario2/agent/subtask1/workspace/attempt_01/index.html"
+    page = PAGE.replace("PORT", endpoint.url.split(":")[2].split("/")[0])
+    endpoint.script["write 1"] = once(
+        call("write_file", file_path=place, content=page), say("done")
+    )
+    judge = {"judge_model": "J", "judge_base_url": endpoint.url}
+    (episode,), summary, meta, code = run("page", subtasks=1, **judge)
+    assert meta["page"] == {"said": SAID, "picture": "iVBORw0KGgo", "big": True}
+    assert not list(tmp_path.glob("out/workspaces/**/hacked"))
+    assert "from the page" not in [body["messages"][-1]["content"] for body in endpoint.requests]
+    assert [record["score"] for record in episode["rounds"]] == [1.0] and code == 0
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium (apt install chromium)")
+def test_a_browser_that_does_not_start_is_no_score(endpoint, run, v2, monkeypatch, tmp_path):
+    known = {"scenarios": {"MCP/scenario2": {"browser": True}}, "refused": {}}
+    monkeypatch.setattr(v2, "KNOWN", known)
+    here = tmp_path / "here"
+    shutil.copytree(v2.HERE, here)
+    api = here / "sandbox_api.py"
+    api.write_text(api.read_text().replace('"/usr', '"/nowhere'))
+    start = here / "start.sh"
+    start.write_text(start.read_text().replace("seq 100", "seq 5"))
+    monkeypatch.setattr(v2, "HERE", here)
+    rows, summary, _, code = run("page", subtasks=1)
+    assert rows == [] and summary["not_run"] == {"check_not_started": 1} and code == 1
+    [entry] = map(json.loads, tmp_path.joinpath("out/not_run.jsonl").read_text().splitlines())
+    assert entry["detail"] == "the agent was asked 0 times, Bail out! chromium does not start"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -393,17 +607,54 @@ def test_scores_as_the_graders_write_them(stage):
     assert attempt_scores(backend) == [[3, 9.9], []]
     research = meta([{"attempt_index": 1, "rubric": {"score": 8.33}}])
     assert attempt_scores(research) == [[8.33]]
-    losses = [{"attempt_index": k, "success": False, "loss": loss} for k, loss in ((1, 0.1), (2, 1e-5))]
+    losses = [
+        {"attempt_index": k, "success": False, "loss": loss} for k, loss in ((1, 0.1), (2, 1e-5))
+    ]
     assert attempt_scores(meta(losses, [skipped], best_loss=1e-5, final_score=6)) == [[0, 6], []]
-    none = meta([{"attempt_index": 1, "success": False, "loss": None}], best_loss=None, final_score=0)
+    none = meta(
+        [{"attempt_index": 1, "success": False, "loss": None}], best_loss=None, final_score=0
+    )
     assert attempt_scores(none) == [[0]]
     page = {"attempt_index": 1, "text_result": {"score": 8.0}, "vision_result": {"score": 5.0}}
-    assert attempt_scores({"subtasks": {"subtask1": {"attempts": [page]}}}) == [[5.0]]
+    assert attempt_scores({"subtasks": {"subtask1": {"attempts": [page]}}}) == [[6.5]]
     assert attempt_scores(meta([{"attempt_index": 1, "judge_score": 0.5}])) == [[5]]
     files = [{"attempt_index": 1, "score": 10}]
     assert attempt_scores(meta(files, files, rubric_recall=0.4, final_score=8)) == [[10], [8]]
     mcp = meta([{"attempt_index": 1, "success": False}, {"attempt_index": 2, "success": True}], [])
     assert attempt_scores(mcp) == [[0, 10], []]
+
+
+def test_a_part_never_stands_beside_the_paper(v2, capsys):
+    """Of a capability that is whole, and of the 32, the published numbers; by hand: 1/3 of the way to 100."""
+    backend = {}
+    for number, score in ((1, 0), (2, 0), (3, 1)):
+        backend[f"agencybench-v2-Backend-scenario{number}"] = {"S_avg": score}
+    mcp = {"agencybench-v2-MCP-scenario2": {"S_avg": 0.5}}
+    rows = v2.by_capability(backend | mcp)
+    assert {name: (row["scenarios"], row["of"]) for name, row in rows.items()} == {
+        "agencybench-v2": (4, 32),
+        "agencybench-v2-Game": (0, 10),
+        "agencybench-v2-Frontend": (0, 3),
+        "agencybench-v2-Backend": (3, 3),
+        "agencybench-v2-Code": (0, 9),
+        "agencybench-v2-Research": (0, 5),
+        "agencybench-v2-MCP": (1, 2),
+    }
+    assert (
+        rows["agencybench-v2"]["S_avg"] == 0.375
+        and rows["agencybench-v2-Backend"]["S_avg"] == 1 / 3
+    )
+    assert rows["agencybench-v2-Game"]["S_avg"] is None
+    assert [name for name, row in rows.items() if row["published"]] == ["agencybench-v2-Backend"]
+    assert rows["agencybench-v2-Backend"]["published"]["GLM-4.6"] == 20.0
+    v2.print_scores(rows, None)
+    lines = capsys.readouterr().out.splitlines()
+    start = "agencybench-v2-Backend: S_avg 33.3% over 3 of 3 scenarios; published: GPT-5.2 61.0, "
+    assert lines[0].startswith(start)
+    assert lines[1:] == [
+        "agencybench-v2-MCP: S_avg 50.0% over 1 of 2 scenarios",
+        "agencybench-v2: S_avg 37.5% over 4 of 32 scenarios",
+    ]
 
 
 def test_which_scenarios_run(v2, tmp_path, run_stage, one_line_error):
@@ -413,25 +664,39 @@ def test_which_scenarios_run(v2, tmp_path, run_stage, one_line_error):
         folder.joinpath("eval_task.py").write_text("")
         folder.joinpath("description.json").write_text('{"subtask_count": 1, "subtask1": "q"}')
     tasks, left_out = v2.read_scenarios(v2.Settings(clone=str(tmp_path), venv="/venv"))
-    assert [(t["query_id"], t["domain"], len(t["turns"]), str(t["venv"]), t["needs"]) for t in tasks] == [
+    assert [
+        (t["query_id"], t["domain"], len(t["turns"]), str(t["venv"]), t["needs"]) for t in tasks
+    ] == [
         ("agencybench-v2-Backend-scenario1", "vibe_coding", 1, "/venv", ["make", "g++"]),
         ("agencybench-v2-Backend-scenario2", "vibe_coding", 1, "/venv", ["javac", "java"]),
         ("agencybench-v2-Research-scenario3", "research", 1, "/venv", []),
     ]
     assert left_out == {"agencybench-v2-MCP-scenario1": "needs a GitHub account"}
     script = "recipes/benchmarks/agencybench_v2.py"
-    flags = ["--model", "x", "--base_url", "http://localhost:1/v1", "--output_dir", tmp_path / "out"]
+    flags = [
+        "--model",
+        "x",
+        "--base_url",
+        "http://localhost:1/v1",
+        "--output_dir",
+        tmp_path / "out",
+    ]
     one_line_error(run_stage(script, *flags), "--clone DIR and --venv DIR are needed")
     flags += ["--clone", tmp_path, "--venv", tmp_path, "--scenarios"]
     result = run_stage(script, *flags, "Code/*")
     one_line_error(result, "--scenarios Code/*: not in", "Backend/scenario1, Backend/scenario2")
     one_line_error(run_stage(script, *flags, "MCP/*"), "no scenario is left to run")
+    result = run_stage(script, *flags, "MCP/*", "--agent", "nothing")
+    one_line_error(result, "--agent nothing: its graders ask a model")
+    result = run_stage(script, *flags, "MCP/*", "--compare", "a", "b")
+    one_line_error(result, "--compare is for 04_eval.py alone")
 
 
 # ----------------------------------------------------------------------------------------------------------
 # The real graders, with a model that solves a part; by words of the prompt
 
-CHAT_APP = """mkdir -p src && printf 'task1:\\n\\tmkdir -p bin; g++ -o bin/chat_app src/main.cpp\\n' > Makefile
+CHAT_APP = """mkdir -p src
+printf 'task1:\\n\\tmkdir -p bin; g++ -o bin/chat_app src/main.cpp\\n' > Makefile
 printf '#include <cstdio>\\nint main() { puts("1.0.0"); }\\n' > src/main.cpp"""
 KINETICS = """mkdir docs logs && python3 evaluate_equation.py > logs/subtask1_evaluate.txt
 cp equation.py docs/subtask1_rationale.md"""
@@ -439,8 +704,8 @@ OSCILLATOR = r"""cd workspace && cat > equation.py <<'P'
 import numpy as np
 def equation(x, t, v, p):
     s, e = np.sin(t), np.exp(-t)
-    return (p[0] * x + p[1] * x * s + p[2] * v * s + p[3] * np.sin(2 * t) + p[4] * x ** 5 + p[5] * e + p[6] * x * e
-            + p[7] * x * x * v + p[8] * x * v * v + p[9] * abs(x))
+    return (p[0] * x + p[1] * x * s + p[2] * v * s + p[3] * np.sin(2 * t) + p[4] * x ** 5 + p[5] * e
+            + p[6] * x * e + p[7] * x * x * v + p[8] * x * v * v + p[9] * abs(x))
 P
 printf '{"loss": %s, "equation": "", "comment": ""}' $(python3 evaluate_equation.py) > subtask1_result.json"""
 FOLDERS = """cd desktop_2 && mkdir -p workspace_v2/knowledge_base workspace_v2/dev_bundle/{tests,source} \
@@ -459,7 +724,7 @@ SCORES = {
 
 @pytest.mark.skipif(
     "AGENCYBENCH" not in os.environ or "AGENCYBENCH_VENV" not in os.environ,
-    reason="needs AGENCYBENCH=CLONE of GAIR-NLP/AgencyBench and AGENCYBENCH_VENV=ENVIRONMENT with its packages",
+    reason="needs AGENCYBENCH=CLONE of GAIR-NLP/AgencyBench, AGENCYBENCH_VENV=ENVIRONMENT with its packages",
 )
 def test_the_real_graders(endpoint, tmp_path, run_stage):
     def solve(body):
@@ -473,12 +738,26 @@ def test_the_real_graders(endpoint, tmp_path, run_stage):
             return solve
 
     endpoint.script = Script()
-    flags = ["--model", "x", "--base_url", endpoint.url, "--patience", 0, "--output_dir", tmp_path / "out"]
-    flags += ["--clone", os.environ["AGENCYBENCH"], "--venv", os.environ["AGENCYBENCH_VENV"], "--concurrency", 2]
-    result = run_stage("recipes/benchmarks/agencybench_v2.py", *flags, "--scenarios", *SCORES, timeout=1800)
+    flags = [
+        "--model",
+        "x",
+        "--base_url",
+        endpoint.url,
+        "--patience",
+        0,
+        "--output_dir",
+        tmp_path / "out",
+    ]
+    flags += ["--clone", os.environ["AGENCYBENCH"], "--venv", os.environ["AGENCYBENCH_VENV"]]
+    flags += ["--concurrency", 2]
+    result = run_stage(
+        "recipes/benchmarks/agencybench_v2.py", *flags, "--scenarios", *SCORES, timeout=1800
+    )
     assert result.returncode == 0, result.stderr
     scores = {}
-    for episode in map(json.loads, tmp_path.joinpath("out/episodes.jsonl").read_text().splitlines()):
+    for episode in map(
+        json.loads, tmp_path.joinpath("out/episodes.jsonl").read_text().splitlines()
+    ):
         name = "/".join(episode["query_id"].removeprefix("agencybench-v2-").rsplit("-", 1))
         scores[name] = [10 * r["score"] for r in episode["rounds"] if r["stop"] != "skipped"]
     assert scores == SCORES

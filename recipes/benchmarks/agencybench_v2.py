@@ -11,7 +11,7 @@ Every other flag is 04's, and so are server, agent loop, sandbox, resume and sum
 episode: its grader runs in a sandbox without network in which its own folder is read-only but for what it
 makes; the agent sees the one folder that the grader names. Judges (--judge_model, --judge_base_url) stand
 behind a relay: their faults are "not run", never a score. Pages (Game, Frontend) are shown by chromium in the
-grader's sandbox. The metrics are the paper's (sec. 3.3): S_avg, Pass@1, Pass@2.
+grader's sandbox. The metrics are the paper's (sec. 3.3): S_avg, also by capability, Pass@1, Pass@2.
 
 A grader runs what the model wrote, some in its own process: a program made for that could write its score.
 """
@@ -37,7 +37,7 @@ sys.path.insert(0, str(HERE.parents[2]))
 stage = importlib.import_module("04_eval")
 NotRun = stage.NotRun
 KNOWN = yaml.safe_load((HERE / "scenarios.yaml").read_text())
-ALL = 32  # scenarios
+PAPER = HERE.with_name("paper_tables.yaml")
 PLAYWRIGHT = "lib/python3*/site-packages/playwright/driver/package/browsers.json"
 FOREVER = 30 * 86_400  # seconds
 
@@ -107,7 +107,8 @@ def task_of(query_id, name, folder, settings):
     domain = "research" if name.startswith("Research") else "vibe_coding"
     task = {"query_id": query_id, "turns": turns, "source": "agencybench-v2", "domain": domain}
     task |= {"workspace": folder, "venv": Path(settings.venv).absolute(), "needs": facts.get("programs", [])}
-    return task | {"meta": {"faults": facts.get("faults"), "browser": facts.get("browser", False)}}
+    meta = {"faults": facts.get("faults")}
+    return task | {"meta": meta | {name: facts.get(name, False) for name in ("browser", "judge")}}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -165,7 +166,8 @@ class Scenario(stage.Episode):
         with tempfile.TemporaryDirectory() as bridge:  # no other user reaches the sockets in it
             grader = self.open_grader(Path(bridge))
             servers = [await self.listen(bridge, "agent", self.serve_agent, grader)]
-            servers.append(await self.listen(bridge, "judge", self.serve_judge, grader))
+            if self.task["meta"]["judge"]:  # else nobody but what the model wrote would ask it
+                servers.append(await self.listen(bridge, "judge", self.serve_judge, grader))
             try:
                 command = f"bash /bridge/start.sh {'browser' * self.task['meta']['browser']}"
                 reply = await grader.call("check", {"command": command}, FOREVER)
@@ -288,11 +290,11 @@ class Scenario(stage.Episode):
     # The judges, as OpenAI's chat completions
 
     async def serve_judge(self, reader, writer):
-        head = (await reader.readuntil(b"\r\n\r\n")).decode().lower()
-        length = int(head.partition("content-length:")[2].split()[0])
-        body = json.loads(await reader.readexactly(length))
+        head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1").lower()
         if "\norigin:" in head or "\nsec-fetch-site:" in head:  # a page of the model, not the grader
             return
+        length = int(head.partition("content-length:")[2].split()[0])
+        body = json.loads(await reader.readexactly(length))
         asked = asyncio.create_task(self.judge(body["messages"]))
         left = asyncio.create_task(reader.read())
         await asyncio.wait([asked, left], return_when=asyncio.FIRST_COMPLETED)
@@ -387,11 +389,43 @@ def scenario_scores(rounds, max_rounds=None):
 # The run
 
 
-def main(settings):
+def check(settings):
+    """Raises stage.InputError for what cannot be meant."""
     if not settings.clone or not settings.venv:
         raise stage.InputError("--clone DIR and --venv DIR are needed, see --help")
+    for name in ("compare", "regrade", "serve"):
+        if getattr(settings, name):
+            raise stage.InputError(f"--{name} is for 04_eval.py alone")
+    if settings.agent != "model":
+        raise stage.InputError(f"--agent {settings.agent}: its graders ask a model")
     settings.feedback = "judge" if settings.judge_model else "check"
     stage.check_settings(settings)
+
+
+def by_capability(scores):
+    """{benchmark, or a capability of it: {"S_avg", "scenarios", "of", "published"}}; nothing is published of
+    a part. scores: {query_id: metrics}."""
+    paper = yaml.safe_load(PAPER.read_text())
+    rows = {}
+    for name, metrics in paper["AgencyBench v2"]["benchmarks"].items():
+        found = [scores[query_id]["S_avg"] for query_id in scores if query_id.startswith(f"{name}-")]
+        row = {"S_avg": sum(found) / len(found) if found else None}
+        row |= {"scenarios": len(found), "of": paper["tasks"][name]}
+        rows[name] = row | {"published": metrics["S_avg"] if len(found) == row["of"] else None}
+    return rows
+
+
+def print_scores(rows, judge):
+    stands_in = f"; judge {judge} in the place of the authors'" if judge else ""
+    for name, row in rows.items():
+        if row["scenarios"]:
+            score = f"{row['S_avg']:.1%} over {row['scenarios']} of {row['of']} scenarios"
+            models = ", ".join(f"{model} {number}" for model, number in (row["published"] or {}).items())
+            print(f"{name}: S_avg {score}{stands_in}{'; published: ' if models else ''}{models}")
+
+
+def main(settings):
+    check(settings)
     stage.signal.signal(stage.signal.SIGINT, stage.signal.default_int_handler)
     stage.signal.signal(stage.signal.SIGTERM, lambda *_: stage.signal.raise_signal(stage.signal.SIGINT))
     tasks, left_out = read_scenarios(settings)
@@ -405,21 +439,23 @@ def main(settings):
     stage.turn_scores = scenario_scores
     hashes = [stage.task_sha256(task) for task in tasks]
     fingerprints = {"tasks_sha256": stage.sha256(hashes), "tools_sha256": stage.sha256(tools[1])}
+    fingerprints["model_sha256"] = stage.fingerprint(settings.model)
+    scripts = [path.read_text() for path in (Path(stage.__file__), Path(__file__), *sorted(HERE.iterdir()))]
+    fingerprints["script_sha256"] = stage.sha256(scripts)
     output_dir = Path(settings.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with stage.locked(output_dir):
         stage.check_same_settings(settings, fingerprints, output_dir)
         rows, not_run, stopped = stage.run_tasks(settings, tasks, tools)
         summary = stage.write_summary(settings, tasks, rows, not_run, fingerprints)
-        summary["left_out"] = left_out
+        summary |= {"left_out": left_out, "capabilities": by_capability(summary["by_task"])}
         faults = {task["query_id"]: task["meta"]["faults"] for task in tasks}
         summary["faults"] = {query_id: text for query_id, text in faults.items() if text}
         stage.write_json(output_dir / "summary.json", summary)
     code = stage.print_summary(settings, summary, not_run, stopped)
     for query_id, text in summary["faults"].items():
         print(f"beware: {query_id}: {text}")
-    judge = f"; judge {settings.judge_model} in the place of the authors'" if settings.judge_model else ""
-    print(f"S_avg over {summary['tasks']} of {ALL} scenarios: {summary['metrics'].get('S_avg')}{judge}")
+    print_scores(summary["capabilities"], settings.judge_model)
     return code
 
 

@@ -1,5 +1,5 @@
 """Remove from the working folder what could lead or stop a grader that copies it: links that lead out of it,
-now or where the copy lies, and what is no file and no folder."""
+now or where the copy lies, what is no file and no folder, files of holes that would fill the disk."""
 
 import os
 import stat
@@ -7,9 +7,12 @@ import sys
 
 
 def is_bad(path):
-    kind = os.lstat(path).st_mode
+    status = os.lstat(path)
+    kind = status.st_mode
+    if stat.S_ISREG(kind):
+        return status.st_size - 512 * status.st_blocks > 1 << 30
     if not stat.S_ISLNK(kind):
-        return not stat.S_ISREG(kind) and not stat.S_ISDIR(kind)
+        return not stat.S_ISDIR(kind)
     if "/proc" in os.readlink(path):  # in the grader's process /proc/self/cwd is another folder
         return True
     try:

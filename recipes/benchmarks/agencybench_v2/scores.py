@@ -1,6 +1,6 @@
 """Print [[score from 0 to 10 of each attempt] of each subtask] as they stand in a grader's meta_eval.json: a
-score an attempt; the lower of a text's and a picture's (both must pass); or one for the smallest loss (Code 6
-and 7), here of its attempt; or success (MCP 2).
+score an attempt; the mean of a text's and a picture's, as the paper has it (sec. 3.3); or one for the smallest
+loss (Code 6 and 7), here of its attempt; or success (MCP 2).
 """
 
 import json
@@ -11,7 +11,7 @@ def score_of(attempt, meta):
     if "loss" in attempt:
         return meta["final_score"] if attempt["loss"] == meta["best_loss"] else 0
     if "text_result" in attempt:
-        return min(attempt["text_result"]["score"], attempt["vision_result"]["score"])
+        return (attempt["text_result"]["score"] + attempt["vision_result"]["score"]) / 2
     if "judge_score" in attempt:
         return 10 * attempt["judge_score"]
     if "score" in attempt:

@@ -4,7 +4,7 @@ export PATH=/bridge:$PATH SII_BRIDGE_PATH=/bridge/agent.socket
 export PLAYWRIGHT_BROWSERS_PATH=/bridge/browsers FONTCONFIG_FILE=/bridge/fonts.conf
 # The clone at /repository belongs to another user
 [ ! -e /repository ] || git config --global safe.directory '*'
-python3 -I /bridge/relay.py 8089 /bridge/judge.socket &
+[ ! -e /bridge/judge.socket ] || python3 -I /bridge/relay.py 8089 /bridge/judge.socket &
 if [ "$1" = browser ]; then
     python3 -I /bridge/sandbox_api.py &
     for _ in $(seq 100); do
