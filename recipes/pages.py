@@ -140,6 +140,23 @@ def metric_name(key):
     return key.replace("_", " ").capitalize()
 
 
+def grouped(scores):
+    """[(names, value)] of {name: value}: names with the same value stand together, "average" last of them."""
+    groups = {}
+    for name, value in scores.items():
+        groups.setdefault(json.dumps(value), []).append(name)
+    pairs = []
+    for names in groups.values():
+        pairs.append((sorted(names, key=lambda name: name == "average"), scores[names[0]]))
+    return pairs
+
+
+def metric_names(names):
+    """Of scores that are the same: the first one's words, the others' names."""
+    first, *others = names
+    return metric_name(first) + (f"; the same: {', '.join(others)}" if others else "")
+
+
 def stop_words(stop):
     return WORDS["stops"].get(stop, str(stop).replace("_", " "))
 
@@ -153,7 +170,7 @@ def pretty(value):
 
 
 FILTERS = [clip, duration, call_parts, diff_lines, tool_names, flatten]
-FILTERS += [metric_name, stop_words, page_name, pretty]
+FILTERS += [metric_name, metric_names, stop_words, page_name, pretty]
 
 
 def make_environment():

@@ -90,6 +90,8 @@ def histogram(axis, title, values, unit):
     axis.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
     for side in (axis.xaxis, axis.yaxis):
         side.get_major_locator().set_params(integer=True, nbins=5)
+    if high - low < 6:
+        axis.set_xticks(range(low, high + 1))  # every number, none in between
 
 
 def bars(axis, title, counts, unit):
@@ -189,6 +191,10 @@ def reject_counts(rejects):
     return counts
 
 
+def words_of(counts):
+    return {name.replace("_", " "): count for name, count in counts.items()}
+
+
 def length_unit(cards):
     """Tokens where 02 counted them (--tokenizer), else characters."""
     return "tokens" if all(card["tokens"] for card in cards) else "characters"
@@ -199,7 +205,7 @@ def row_panels(cards, rejects):
     tools = Counter()
     for card in cards:
         tools.update(card["tools"])
-    domains = Counter(card["domain"] for card in cards)
+    domains = words_of(Counter(card["domain"] for card in cards))
     panels = [
         partial(
             histogram,
@@ -221,7 +227,7 @@ def row_panels(cards, rejects):
         ),
         partial(bars, title="Tools", counts=tools, unit="calls") if tools else None,
         partial(bars, title="Domains", counts=domains, unit="rows"),
-        partial(bars, title="Rejected, by reason", counts=reject_counts(rejects), unit="records")
+        partial(bars, title="Rejected, by reason", counts=words_of(reject_counts(rejects)), unit="records")
         if rejects
         else None,
     ]

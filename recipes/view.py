@@ -23,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
 import plot  # noqa: E402
-from pages import flatten, split_rounds, write_numbered, write_page  # noqa: E402
+from pages import flatten, grouped, split_rounds, write_numbered, write_page  # noqa: E402
 from plot import InputError, evaluation, read_json, read_lines  # noqa: E402
 
 
@@ -129,6 +129,21 @@ def read_episodes(folder):
     return sorted(rows, key=lambda row: (row["query_id"], row["run"]))
 
 
+def split_metrics(metrics):
+    """(scores as [(names, value, (low, high) or None)], {name: count}) of a summary's metrics."""
+    scores = {}
+    counts = {}
+    for name, value in metrics.items():
+        per_task = name.removesuffix(" over turns")
+        if name.endswith("_ci") or (per_task != name and value == metrics[per_task]):
+            continue  # tasks of one turn
+        if f"{per_task}_ci" in metrics:
+            scores[name] = (value, metrics.get(f"{name}_ci"))
+        else:
+            counts[name] = value
+    return [(names, *pair) for names, pair in grouped(scores)], counts
+
+
 def view_episodes(folder, output, most, above=()):
     """One run of 04: its scores, its tasks, every conversation. Returns the episodes."""
     rows = read_episodes(folder)
@@ -136,12 +151,14 @@ def view_episodes(folder, output, most, above=()):
     write_numbered(output, "episode.html", shown, above)
     path, not_run = folder / "summary.json", folder / "not_run.jsonl"
     summary = read_json(path) if path.exists() else {}
+    scores, counts = split_metrics(summary.get("metrics", {}))
     write_page(
         output / "index.html",
         "episodes.html",
         name=folder.name,
         rows=rows,
-        metrics=summary.get("metrics", {}),
+        scores=scores,
+        counts=counts,
         warnings=summary.get("warnings", []),
         not_run=list(read_lines(not_run, append_only=True)) if not_run.exists() else [],
         facts=flatten(summary),
@@ -155,21 +172,26 @@ def view_episodes(folder, output, most, above=()):
 
 
 def paired(table, published):
-    """[(metric, means of the runs, paired differences of the last to each, published)], as 04 has them.
+    """[(metrics, means of the runs, paired differences of the last to each, published)], as 04 has them.
 
     published: {metric: lines of 04's paper_numbers}"""
     rows = []
-    for metric, per_run in table.items():
+    for metrics, per_run in grouped(table):
         differences = []
         for values in per_run[:-1]:
             each = [last - first for first, last in zip(values, per_run[-1])]
             interval = evaluation.bootstrap(each)  # None for too few tasks
             edges = " [{:+.1%}, {:+.1%}]".format(*interval) if interval else ""
             p = evaluation.permutation_p(each)
-            differences.append(f"{statistics.mean(each):+.1%}{edges}, p = {p:.3f}")
+            differences.append(f"{statistics.mean(each):+.1%}{edges}, {p_value(p)}")
         means = [evaluation.percent(values) for values in per_run]
-        rows.append((metric, means, differences, published.get(metric, [])))
+        lines = itertools.chain(*(published.get(metric, []) for metric in metrics))
+        rows.append((metrics, means, differences, list(lines)))
     return rows
+
+
+def p_value(p):
+    return f"p = {p:.3f}" if p >= 0.0005 else "p < 0.001"
 
 
 def by_change(comparison):

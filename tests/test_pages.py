@@ -302,11 +302,11 @@ def test_a_dry_run_is_shown_with_the_bases_tokenizer(view, tmp_path):
 
 def test_an_episode_shows_each_round_with_its_end_and_its_checks(pages):
     index = Page(pages["episodes"] / "index.html")
-    assert ["b", "0", "✓ solved", "2", "2", "9 min 32 s", "answered"] in index.rows
+    assert ["b", "1", "✓ solved", "2", "2", "9 min 32 s", "answered"] in index.rows
     assert ["Solved within 3 rounds (SR@3)", "75.0%", "10.0% to 90.0%"] in index.rows
     assert ["Time of all episodes", "1 h 2 min", ""] in index.rows
     text = " ".join(Page(pages["episodes"] / "0002.html").text.split())
-    parts = ["b, run 0 of base", "✓ solved", "Turn 1, round 1: 0% of the requirements met", "do b", "how it ended: answered",
+    parts = ["b, run 1 of base", "✓ solved", "Turn 1, round 1: 0% of the requirements met", "do b", "how it ended: answered",
              "✗ not met: it runs", "Turn 1, round 2: 100% of the requirements met", "not yet, 1", "✓ met: it runs"]  # fmt: skip
     places = [text.index(part) for part in parts]
     assert places == sorted(places)
@@ -341,10 +341,38 @@ def test_a_comparison_begins_with_what_differs(pages):
 
 def test_intervals_are_those_of_the_evaluation(view, plot, stage):
     values = [[0, 0.25, 0.5, 0.5, 1], [0.5, 0.5, 1, 1, 1]]
-    [(name, means, [difference], published)] = view.paired({"FTFC": values}, {})
+    [([name], means, [difference], published)] = view.paired({"FTFC": values}, {})
     low, high = stage("04_eval").bootstrap([0.5, 0.25, 0.5, 0.5, 0])
     assert name == "FTFC" and published == [] and means == [stage("04_eval").percent(run) for run in values]
     assert difference.startswith(f"+35.0% [{low:+.1%}, {high:+.1%}], p = ") and 0 <= low < high <= 0.5
+
+
+def test_scores_that_are_the_same_stand_in_one_line(view):
+    """With one round, one turn a task and one run there is one number, however many names it has."""
+    names = ["FTFC", "SR@1", "RC@1", "pass^1", "pass@1"]
+    metrics = {"seconds": 3}
+    for name in names:
+        metrics |= {name: 0.5, f"{name}_ci": [0.25, 0.75]}
+        metrics[f"{name} over turns"] = 0.5
+    scores, counts = view.split_metrics(metrics)
+    assert scores == [(names, 0.5, [0.25, 0.75])] and counts == {"seconds": 3}
+    assert view.split_metrics(metrics | {"FTFC over turns": 0.4})[0][1] == (["FTFC over turns"], 0.4, None)
+    table = {"average": [[0, 1], [1, 1]], "FTFC": [[0, 1], [1, 1]], "RC@1": [[0, 0], [1, 1]]}
+    assert [names for names, *_ in view.paired(table, {})] == [["FTFC", "average"], ["RC@1"]]
+    words = importlib.import_module("pages").metric_names(["FTFC", "average"])
+    assert words == "Requirements met in round 1 (FTFC); the same: average"
+
+
+def test_a_small_p_is_not_zero(view):
+    assert [view.p_value(p) for p in (0.0004, 0.0005, 0.5)] == ["p < 0.001", "p = 0.001", "p = 0.500"]
+
+
+def test_numbers_of_turns_have_a_tick_each(plot):
+    from functools import partial
+
+    panel = partial(plot.histogram, title="Turns", values=[1, 1, 2], unit="turns")
+    (axis,) = plot.draw([panel]).axes
+    assert list(axis.get_xticks()) == [1, 2]
 
 
 def test_runs_with_other_rounds_are_compared_over_the_fewest(view, tmp_path):
