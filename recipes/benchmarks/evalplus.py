@@ -8,10 +8,11 @@
 SR@1 is pass@1. The data: github.com/evalplus, humanevalplus_release v0.1.10 (in git: commit 200defce; what
 is tagged v0.1.10 there is the data of v0.1.9) and mbppplus_release v0.2.0. With tools the agent writes
 solution.py, graded as it stands; without, the prompt is the authors' and the answer goes through their
-sanitize(). HumanEval/32 fails whatever the answer: evalplus 0.3.1 never counts its tests as passed.
+sanitize(). The verdicts are those of evalplus.evaluate, and as theirs they hang on its limits of time: on a
+machine that does more than it has cores for, right answers fail. HumanEval/32 fails whatever the answer:
+evalplus 0.3.1 never counts its tests as passed.
 """
 
-import contextlib
 import gzip
 import json
 import os
@@ -27,7 +28,7 @@ RELEASES = {
 PROMPT = "Please provide a self-contained Python script that solves the following problem in {}:\n"
 PLACES = {"answer": "a markdown code block", "file": "the file /workspace/solution.py"}
 UNSOLVABLE = "HumanEval/32"  # evaluate: `continue` without progress.value += 1
-PRIVATE = "/private/problems.jsonl.gz"
+OVERRIDES = ("HUMANEVAL_OVERRIDE_PATH", "MBPP_OVERRIDE_PATH")
 
 
 def convert():
@@ -47,8 +48,7 @@ def convert():
 
 def load(task_id):
     """("humaneval" or "mbpp", problem, a program that solves it), by the authors' loaders."""
-    os.environ |= {"HUMANEVAL_OVERRIDE_PATH": PRIVATE, "MBPP_OVERRIDE_PATH": PRIVATE}
-    os.environ["XDG_CACHE_HOME"] = "/tmp"
+    os.environ |= dict.fromkeys(OVERRIDES, "/private/problems.jsonl.gz") | {"XDG_CACHE_HOME": "/tmp"}
     # Two thirds of the import's time are for EvalPerf's download alone
     sys.modules["datasets"] = SimpleNamespace(load_dataset=None)
     from evalplus.data import get_human_eval_plus, get_mbpp_plus
@@ -63,7 +63,7 @@ def solve(task_id, place):
 
 
 def check(task_id, place):
-    """As evalplus.evaluate: base and extra tests, an input has 1 s or 4 times what the reference takes."""
+    """As evalplus.evaluate: an input has 1 s, or 4 times what the reference has just taken here."""
     dataset, problem, reference = load(task_id)
     from evalplus.evaluate import MBPP_OUTPUT_NOT_NONE_TASKS, check_correctness, get_groundtruth
     from evalplus.sanitize import sanitize
@@ -75,8 +75,7 @@ def check(task_id, place):
         except (ValueError, RecursionError) as error:  # a sum that never ends: no reason for "not run"
             print(f"# sanitize() fails on the answer: {error}")
     not_none = MBPP_OUTPUT_NOT_NONE_TASKS if dataset == "mbpp" else []
-    with contextlib.redirect_stdout(sys.stderr):
-        expected = get_groundtruth({task_id: problem}, task_id.replace("/", "-"), not_none)[task_id]
+    expected = get_groundtruth({task_id: problem}, task_id.replace("/", "-"), not_none)[task_id]
     common.confine()
 
     def grade(code):

@@ -15,7 +15,6 @@ the same. Problems 13 and 62 cannot be solved: of the classes that steps 13.6 an
 get_function_from_code() keeps one method.
 """
 
-import contextlib
 import importlib
 import json
 import os
@@ -111,8 +110,7 @@ def check(name, place):
             continue
         turns += 1
         text = common.submitted(place, f"step_{step['step_number']}.py", f"/answers/{turns}.md")
-        with contextlib.redirect_stdout(sys.stderr):
-            codes.append(scope["extract_python_script"](text))
+        codes.append(scope["extract_python_script"](text))
     tests = steps[-1]["test_cases"]
     parse.process_hdf5_to_tuple(name, len(tests), "/private/test_data.h5")  # a damaged file: not run
     lines = [problem["required_dependencies"], *codes[:-1], "", codes[-1], ""]
