@@ -64,7 +64,8 @@ def unchanged(clone, commit, *paths):
     """The files under `paths` in the clone are those of the commit."""
     command = ["git", "-C", clone, "diff", "--quiet", commit, "--", *paths]
     if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
-        fail(f"{clone}: {' and '.join(paths)} are not as in its commit {commit}: git checkout {commit}")
+        names = " and ".join(paths)
+        fail(f"{clone}: {names} are not as in its commit: git clone it, then git checkout {commit}")
 
 
 def installed(venv, *packages):
