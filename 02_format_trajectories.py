@@ -103,10 +103,11 @@ ROLES = {
     "function_call": "call", "tool_call": "call",  # ShareGPT, ms-swift: the content is the call
 }  # fmt: skip
 ITEMS = {  # Responses API: an item has a type where a message has a role
-    "function_call": "assistant", "custom_tool_call": "assistant", "reasoning": "assistant",
+    "function_call": "assistant", "custom_tool_call": "assistant", "reasoning": "thought",
     "function_call_output": "tool", "custom_tool_call_output": "tool",
 }  # fmt: skip
 TEXT_KEYS = ("content", "value", "text", "parts")
+MORE_TEXT_KEYS = {"tool": ("output",), "system": ("system_prompt",), "thought": ("summary",)}
 TEXT_BLOCKS = {None, "text", "input_text", "output_text", "summary_text", "tool_reference"}
 THOUGHT_BLOCKS = ("thinking", "reasoning", "think", "thought", "reasoning_text")
 THOUGHT_KEYS = ("thinking", "reasoning", "think", "text", "summary", "content", "thought")
@@ -151,7 +152,7 @@ def load_json(text, reason):
         raise Reject(reason) from None
 
 
-def plain_text(content, joint="\n"):
+def plain_text(content):
     """A string, None, or a list of text parts -> a string; anything else is a reject that names its type."""
     if content is None or isinstance(content, str):
         return content or ""
@@ -159,16 +160,14 @@ def plain_text(content, joint="\n"):
         raise Reject(f"non_text_content: {type(content).__name__}")
     texts = []
     for part in content:
-        part = {"text": part} if isinstance(part, str) else part
         kind = type(part).__name__
         if isinstance(part, dict):
             kind = part.get("type")
             part = first_of(part, ("text", "summary", "tool_name")) if kind in TEXT_BLOCKS else None
-            kind = kind or "an object"
         if not isinstance(part, str):
-            raise Reject(f"non_text_content: {kind}")
+            raise Reject(f"non_text_content: {kind or 'an object'}")
         texts.append(part)
-    return joint.join(texts)
+    return "\n".join(texts)
 
 
 CALL_PARTS = {"id", "call_id", "name", "type", "index", "function", "namespace", *ARGUMENT_KEYS}
@@ -183,7 +182,7 @@ def read_call(call):
     if not isinstance(name, str) or not name:
         raise Reject("call_without_name")
     arguments = read_arguments(body, name)
-    id = first_of(call, ("id", "call_id"))
+    id = first_of(call, ("call_id", "id"))  # an item of the Responses API has both
     return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
 
@@ -209,40 +208,36 @@ def read_calls(value, key):
     return [read_call(call) for call in calls]
 
 
-class Parts:
-    """What the content of one message holds, by kind."""
-
-    def __init__(self):
-        self.texts, self.thoughts, self.calls, self.results = [], [], [], []
-
-    def add(self, block):
-        """One block of OpenAI, Anthropic, Gemini or Inspect; an unknown one is a reject that names it."""
+def blocks_of(content):
+    """Yield ("text", "thought", "call" or "result"; value) of OpenAI's, Anthropic's or Gemini's blocks."""
+    blocks = content if isinstance(content, list) else [content]
+    for block in blocks if content is not None else []:
         kind = block.get("type") if isinstance(block, dict) else None
-        if isinstance(block, str):
-            self.texts.append(block)
-        elif not isinstance(block, dict):
-            raise Reject(f"non_text_content: {type(block).__name__}")
+        if not isinstance(block, dict):
+            yield "text", plain_text([block])
         elif "functionCall" in block:
-            self.calls.append(read_call(block["functionCall"]))
+            yield "call", read_call(block["functionCall"])
         elif "functionResponse" in block:
-            answer = block["functionResponse"]
-            if answer.get("parts"):
-                raise Reject("non_text_content: functionResponse.parts")
-            response = answer.get("response") or {}
-            output = response.get("output", response.get("error", response))
-            self.add_result(answer.get("id"), output, answer.get("name"))
+            yield "result", read_response(block["functionResponse"])
         elif kind in ("tool_use", "toolCall", "tool_call"):
-            self.calls.append(read_call(block))
+            yield "call", read_call(block)
         elif kind in ("tool_result", "toolResult"):
-            self.add_result(first_of(block, RESULT_IDS), block.get("content"))
+            text = plain_text(block.get("content"))
+            id = first_of(block, RESULT_IDS)
+            yield "result", {"role": "tool", "id": id, "name": None, "content": text}
         elif kind in THOUGHT_BLOCKS or block.get("thought") is True:
-            self.thoughts.append(plain_text(first_of(block, THOUGHT_KEYS)))
+            yield "thought", plain_text(first_of(block, THOUGHT_KEYS))
         else:
-            self.texts.append(plain_text([block]))
+            yield "text", plain_text([block])
 
-    def add_result(self, id, output, name=None):
-        text = plain_text(output) if output is None or isinstance(output, str | list) else json.dumps(output)
-        self.results.append({"role": "tool", "id": id, "name": name, "content": text})
+
+def read_response(answer):
+    """Gemini's functionResponse as a result; an object in it was sent as JSON."""
+    refuse_media(answer, ("parts",))
+    response = answer.get("response") or {}
+    output = response.get("output", response.get("error", response))
+    text = plain_text(output) if output is None or isinstance(output, str | list) else json.dumps(output)
+    return {"role": "tool", "id": answer.get("id"), "name": answer.get("name"), "content": text}
 
 
 def weight_of(message, role):
@@ -270,13 +265,6 @@ def role_of(message):
     return ROLES[name]
 
 
-def text_keys(message, role):
-    """Where this message may hold its text."""
-    if message.get("type") == "reasoning":
-        return (*TEXT_KEYS, "summary")
-    return TEXT_KEYS + {"tool": ("output",), "system": ("system_prompt",)}.get(role, ())
-
-
 def refuse_media(holder, keys):
     """An image, a sound or a film beside the text is a reject by its name."""
     for key in keys:
@@ -284,40 +272,29 @@ def refuse_media(holder, keys):
             raise Reject(f"non_text_content: {key}")
 
 
-def read_parts(message, role):
-    """The content of a message under any of its names, as Parts."""
+def parts_of(message, role):
+    """The content of a message under any of its names: {"text": str, "thought", "call", "result": lists}."""
     refuse_media(message, MEDIA_KEYS)
-    keys = text_keys(message, role)
-    if role != "assistant" and not any(key in message for key in keys):
+    keys = TEXT_KEYS + MORE_TEXT_KEYS.get(role, ())
+    if role not in ("assistant", "thought") and not message.keys() & set(keys):
         raise Reject(f"missing_text: a {message.get('role', role)} message without content")
     key = next((key for key in keys if message.get(key) not in (None, [])), keys[0])
-    content = message.get(key)
-    parts = Parts()
-    blocks = content if isinstance(content, list) else [content]
-    for block in blocks if content is not None else []:
-        parts.add(block)
-    if message.get("type") == "reasoning":
-        parts.thoughts += parts.texts
-        parts.texts = []
+    parts = {"text": [], "thought": [], "call": [], "result": []}
+    for kind, value in blocks_of(message.get(key)):
+        parts[kind].append(value)
     joint = "" if key == "parts" else "\n"  # Gemini's parts are pieces of one text
-    parts.texts = [joint.join(parts.texts)]
-    parts.thoughts = [joint.join(parts.thoughts)]
+    parts["text"] = joint.join(parts["text"])
+    parts["thought"] = [joint.join(parts["thought"])]
     return parts
 
 
-def read_reasoning(message):
-    """The texts of every spelling of reasoning, each once."""
-    texts = []
+def thoughts_of(message):
+    """The texts of every spelling of reasoning beside the content."""
     for key in REASONING_KEYS:
         value = message.get(key)
-        blocks = value if isinstance(value, list) else [value]
-        for block in filter(None, blocks):
-            if isinstance(block, dict):  # an encrypted one has no text
-                block = first_of(block, THOUGHT_KEYS) or ""
-            text = plain_text(block)
-            if text.strip() and text not in texts:
-                texts.append(text)
-    return texts
+        for block in filter(None, value if isinstance(value, list) else [value]):
+            # an encrypted one has no text
+            yield plain_text(first_of(block, THOUGHT_KEYS) if isinstance(block, dict) else block)
 
 
 def read_message(message):
@@ -328,59 +305,58 @@ def read_message(message):
     if isinstance(message.get("data"), dict) and "content" in message["data"]:  # LangChain
         message = {**message["data"], "type": message.get("type")}
     role = role_of(message)
-    parts = read_parts(message, role)
+    parts = parts_of(message, role)
+    text = parts["text"]
+    results = parts["result"]
     if role == "tool":
-        return read_result(message, parts)
-    if role == "call":
-        parts.calls += read_calls("".join(parts.texts), message.get("role") or message.get("from"))
-        parts.texts = [""]
-        role = "assistant"
-    neutral = {"role": role, "content": parts.texts[0], "weight": weight_of(message, role)}
-    if role == "assistant":
-        read_answer(message, parts, neutral)
-    elif parts.results and not neutral["content"]:
-        return parts.results
-    return [*parts.results, neutral]
+        return results or read_result(message, text)
+    if role not in ("system", "user"):
+        return [*results, read_answer(message, role, parts)]
+    neutral = {"role": role, "content": text, "weight": weight_of(message, role)}
+    return results if results and not text else [*results, neutral]
 
 
-def read_answer(message, parts, neutral):
-    """What only an assistant message has: calls, reasoning, and both written as text."""
-    calls = parts.calls
-    for key in CALL_KEYS:
-        calls += read_calls(message[key], key) if message.get(key) else []
-    if message.get("type") in ("function_call", "custom_tool_call") and not calls:
-        calls.append(read_item_call(message))
-    thoughts = parts.thoughts + read_reasoning(message)
-    content = neutral["content"]
+def read_answer(message, role, parts):
+    """A message of the assistant, or an item that is its call or its thought; both may be written as text."""
+    calls = calls_of(message, role, parts)
+    thoughts = [*parts["thought"], *thoughts_of(message)]
+    content = parts["text"] if role == "assistant" else ""
+    if role == "thought":
+        thoughts.append(parts["text"])
     while thought := THOUGHT.match(content):
         thoughts.append(thought[1].strip())
-        content = content[thought.end():]
+        content = content[thought.end() :]
     found = TEXT_CALL.findall(content) if not calls else []
     with contextlib.suppress(Reject):  # a text that only looks like a call stays a text
         calls += [read_call(text) for text in found]
         content = TEXT_CALL.sub("", content).strip() if found else content
-    thoughts = [text for text in dict.fromkeys(thoughts) if text.strip()]
-    neutral |= {"content": content, "reasoning_content": "\n".join(thoughts), "calls": calls}
+    reasoning = "\n".join(filter(str.strip, dict.fromkeys(thoughts)))
+    neutral = {"role": "assistant", "content": content, "reasoning_content": reasoning, "calls": calls}
+    return neutral | {"weight": weight_of(message, "assistant")}
 
 
-def read_item_call(item):
-    """A call of the Responses API; the input of a custom tool is free text."""
-    arguments = {"input": item["input"]} if item["type"] == "custom_tool_call" else item.get("arguments")
-    return read_call({"id": item.get("call_id"), "name": item.get("name"), "arguments": arguments})
+def calls_of(message, role, parts):
+    """The calls among the blocks and beside them; of an item of the Responses API, itself."""
+    calls = parts["call"]
+    if role == "call":
+        calls += read_calls(parts["text"], message.get("role") or message.get("from"))
+    for key in CALL_KEYS:
+        calls += read_calls(message[key], key) if message.get(key) else []
+    if message.get("type") in ("function_call", "custom_tool_call") and not calls:
+        free_text = {"input": {"input": message["input"]}} if "input" in message else {}
+        calls.append(read_call(message | free_text))
+    return calls
 
 
-def read_result(message, parts):
+def read_result(message, text):
     """A tool message; Hermes wraps one or several results in tags."""
     ids = message.get("tool_call_ids") or [None]
-    id = first_of(message, RESULT_IDS) or ids[0]
-    if parts.results:
-        return parts.results
-    text = parts.texts[0]
-    inner = TEXT_RESULT.findall(text)
-    if not inner or TEXT_RESULT.sub("", text).strip():
-        return [{"role": "tool", "id": id, "name": message.get("name"), "content": text}]
+    result = {"role": "tool", "id": first_of(message, RESULT_IDS) or ids[0], "name": message.get("name")}
+    wrapped = TEXT_RESULT.findall(text)
+    if not wrapped or TEXT_RESULT.sub("", text).strip():
+        return [result | {"content": text}]
     results = []
-    for answer in inner:
+    for answer in wrapped:
         name = None
         with contextlib.suppress(ValueError, RecursionError):
             value = json.loads(answer)
@@ -388,7 +364,7 @@ def read_result(message, parts):
                 name = value.get("name")
                 value = value["content"]
                 answer = value if isinstance(value, str) else json.dumps(value)
-        results.append({"role": "tool", "id": id, "name": name, "content": answer})
+        results.append(result | {"name": name, "content": answer})
     return results
 
 
@@ -549,20 +525,18 @@ GEMINI_TYPES = {"STRING", "NUMBER", "INTEGER", "BOOLEAN", "ARRAY", "OBJECT", "NU
 
 def lower_types(schema):
     """Gemini's "STRING" -> "string", only where a schema stands: never in defaults, enums or examples."""
-    if not isinstance(schema, dict):
-        return schema
-    schema = dict(schema)
-    if isinstance(schema.get("type"), str) and schema["type"] in GEMINI_TYPES:
-        schema["type"] = schema["type"].lower()
-    for key in ("items", "additionalProperties"):
-        if key in schema:
-            schema[key] = lower_types(schema[key])
-    for key in ("anyOf", "oneOf", "allOf"):
-        if isinstance(schema.get(key), list):
-            schema[key] = [lower_types(item) for item in schema[key]]
-    if isinstance(schema.get("properties"), dict):
-        schema["properties"] = {name: lower_types(item) for name, item in schema["properties"].items()}
-    return schema
+    if isinstance(schema, list):
+        return list(map(lower_types, schema))
+    lowered = {}
+    for key, value in schema.items() if isinstance(schema, dict) else ():
+        if key == "type" and isinstance(value, str) and value in GEMINI_TYPES:
+            value = value.lower()
+        elif key in ("items", "additionalProperties", "anyOf", "oneOf", "allOf"):
+            value = lower_types(value)
+        elif key == "properties" and isinstance(value, dict):
+            value = {name: lower_types(item) for name, item in value.items()}
+        lowered[key] = value
+    return lowered if isinstance(schema, dict) else schema
 
 
 SCHEMA_KEYS = ("parametersJsonSchema", "input_schema", "inputSchema")
@@ -945,29 +919,26 @@ def entries_of(record, kinds, left_out):
     stack = [("", record)]
     while stack:
         path, value = stack.pop()
-        if isinstance(value, str):
-            yield path, value
-        elif isinstance(value, list):
+        if path.endswith(ends):
+            continue
+        if isinstance(value, list):
             stack += [(path, item) for item in value]
-        elif isinstance(value, dict) and not (passed and passed & kinds_of(value)):
+        elif isinstance(value, str):
             yield path, value
-            stack += inner_of(path, value, ends)
+        elif isinstance(value, dict) and not is_passed(value, passed):
+            yield path, value
+            stack += [(f"{path}.{key}", item) for key, item in value.items()]
 
 
-def inner_of(path, entry, ends):
-    places = [(f"{path}.{key}", item) for key, item in entry.items()]
-    return [place for place in places if not place[0].endswith(ends)]
+def is_passed(entry, passed):
+    """Does one of the keys that tell what an entry is name a kind that is passed over?"""
+    return any(isinstance(entry.get(key), str) and entry[key] in passed for key in KIND_KEYS)
 
 
 def is_text(path, value):
     """Long enough for a text, and no identifier, unless a key for texts holds it."""
     is_long = len(value) > LONGEST_NAME or path.endswith(TEXT_ENDS)
     return len(value) >= SHORTEST and (is_long or not IDENTIFIER.fullmatch(value))
-
-
-def kinds_of(entry):
-    """The names that tell what an entry is."""
-    return {entry[key] for key in KIND_KEYS if isinstance(entry.get(key), str)}
 
 
 def lost_call(value, kept):
@@ -1061,11 +1032,12 @@ def hub_files(name):
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
         why = " ".join(str(error).split())[:200]
         raise InputError(f"{name}: no such file, and not readable as a Hub data set ({why})") from None
-    files = {file: str(file.relative_to(folder)) for file in walk(folder)}
-    for file, label in list(files.items()):
-        if not any(fnmatch.fnmatch(label, pattern) for pattern in patterns):
-            del files[file]
-    return {file: f"{repository}/{label}" for file, label in files.items()}
+    files = {}
+    for file in walk(folder):
+        label = str(file.relative_to(folder))
+        if any(fnmatch.fnmatch(label, pattern) for pattern in patterns):
+            files[file] = f"{repository}/{label}"
+    return files
 
 
 def data_files(card, name, config, split):
@@ -1074,10 +1046,10 @@ def data_files(card, name, config, split):
     chosen = chosen_config(front.get("configs", []), name, config)
     if not chosen:
         return [f"*{split or ''}*{suffix}*" for suffix in LOG_SUFFIXES if suffix != ".md"]
-    chosen = [{"path": chosen, "split": "train"}] if isinstance(chosen, str) else chosen
     patterns = []
-    for item in chosen:
-        patterns += as_paths(item["path"]) if split in (None, item["split"]) else []
+    for item in [{"path": chosen, "split": "train"}] if isinstance(chosen, str) else chosen:
+        paths = item["path"] if isinstance(item["path"], list) else [item["path"]]
+        patterns += paths if split in (None, item["split"]) else []
     if not patterns:
         raise InputError(f"{name}: no split {split} in its card")
     return patterns
@@ -1089,10 +1061,6 @@ def chosen_config(configs, name, wanted):
     if wanted and wanted not in configs:
         raise InputError(f"{name}: no configuration {wanted}; it has {', '.join(configs) or 'none'}")
     return configs.get(wanted or "default") or next(iter(configs.values()), None)
-
-
-def as_paths(path):
-    return [path] if isinstance(path, str) else path
 
 
 def read_bytes(path):

@@ -436,7 +436,7 @@ FAULTS = {
     "non_text_content: image": edited(1, content=[{"type": "image", "text": "a.png", "source": {"data": "iVBOR"}}]),
     "non_text_content: images": edited(1, images=["iVBOR"]),  # Ollama
     "non_text_content: videos": row(videos=["a.mp4"]),
-    "non_text_content: functionResponse.parts": edited(1, content=[
+    "non_text_content: parts": edited(1, content=[
         {"functionResponse": {"name": "f", "response": {}, "parts": [{"inlineData": {"data": "iVBOR"}}]}}]),
     "non_text_content: an object": edited(3, content={"rows": 42}),
     "lost_content: messages.attached": edited(1, attached="iVBORw0KGgoAAAANSUhEUgAA" * 20),
