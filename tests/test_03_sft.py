@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import resource
 import subprocess
 import sys
@@ -725,6 +726,54 @@ def test_a_killed_run_goes_on_exactly(stage, request, train_file, tmp_path, run)
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
+# Every run is a fork of a process that has imported everything, so that most of its time is in the run itself
+KILLS = """
+import importlib, json, os, random, signal, sys, time
+sys.path.insert(0, ".")
+sft = importlib.import_module("03_sft")
+flags, folder, wanted = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
+dice = random.Random(0)
+def run(name, longest=None):
+    child = os.fork()
+    if child == 0:
+        sft.main(*sft.read_settings(sft.make_parser(), [*flags, "--output_dir", f"{folder}/{name}"]))
+        os._exit(0)
+    if longest is not None:
+        time.sleep(dice.uniform(0, longest))
+        os.kill(child, signal.SIGKILL)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+begun = time.monotonic()
+codes = [run("whole")]
+seconds = time.monotonic() - begun
+kills = runs = 0
+while kills < wanted:
+    code = run(runs, seconds)
+    kills += code == -9
+    if code == 0:
+        runs += 1
+    elif code != -9:
+        codes.append(code)
+codes.append(run(runs))
+print(json.dumps([kills, runs + 1, codes]))
+"""
+
+
+@pytest.mark.kills
+def test_twenty_kills_change_nothing(glm_base, train_file, tmp_path):
+    """SIGKILL at any time of a run, twenty times: every run that ends has the losses and the export of a whole one."""
+    flags = ["--model_name_or_path", glm_base, "--train_file", train_file, *FLAGS, "--save_steps", 1, "--max_steps", 5]
+    command = [sys.executable, "-c", KILLS, json.dumps([str(flag) for flag in flags]), str(tmp_path), "20"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0, result.stderr
+    kills, runs, codes = json.loads(result.stdout.splitlines()[-1])
+    print(f"{kills} kills, {runs} runs ended, {result.stdout.count('going on from')} times from a checkpoint")
+    assert kills == 20 and set(codes) == {0}
+    expected = (tmp_path / "whole/model.safetensors").read_bytes()
+    for number in range(runs):
+        assert losses(tmp_path / str(number)) == losses(tmp_path / "whole")
+        assert (tmp_path / str(number) / "model.safetensors").read_bytes() == expected
+
+
 def test_sigterm_saves_and_the_same_command_finishes(stage, monkeypatch, glm_run, glm_base, train_file, tmp_path):
     import signal
 
@@ -859,7 +908,8 @@ def test_dry_run_writes_what_will_be_trained(stage, glm_base, train_file, work):
     flags = ["--model_name_or_path", glm_base, "--train_file", train_file, "--output_dir", folder, "--dry_run"]
     flags += ["--global_batch_size", 2, "--num_train_epochs", 1, "--per_device_train_batch_size", 2]
     sft.main(*sft.read_settings(sft.make_parser(), [str(flag) for flag in flags]))
-    assert [file.name for file in folder.iterdir()] == ["tokenized.jsonl"]
+    written = {"tokenized.jsonl", "tokenizer.json", "tokenizer_config.json", "chat_template.jinja"}
+    assert {file.name for file in folder.iterdir()} == written  # recipes/view.py needs no more
     samples = [json.loads(line) for line in (folder / "tokenized.jsonl").read_text().splitlines()]
     assert samples[2] == dict(zip(("query_id", "input_ids", "labels"), ("q2", *by_hand(GLM_PLAIN, GLM))))
 
@@ -895,6 +945,28 @@ def test_full_disk_leaves_the_old_export(stage, glm_base, glm_run, tmp_path):
 GOOD = {"query_id": "q", "messages": [user("U"), assistant("D")]}
 
 
+CALL = assistant("", ("f", {}))
+CALLED = CALL["tool_calls"][0]
+
+
+@pytest.mark.parametrize(
+    "keys, told",
+    [
+        ({"system": "S"}, "system: not read by 03; a row has messages and tools"),
+        ({"functions": TOOLS}, "functions: not read by 03"),  # beside the tools: which of them?
+        ({"loss_mask": [0, 1]}, "loss_mask: not read by 03"),
+        ({"tools": TOOLS[:1] * 2}, "tools: two of them are named f"),
+        ({"tools": [TOOLS[0]["function"]]}, 'tools[0]: must be {"type": "function", "function": {"name": ...}}'),
+        ({"tools": [schema("\ud83d")]}, "tools: half a character in it"),
+    ],
+)
+def test_what_else_a_row_says_is_read_or_refused(stage, tmp_path, keys, told):
+    path = write_rows(tmp_path / "train.jsonl", [GOOD | {"meta": {"a": 1}, "source": "s"}, GOOD | keys])
+    rows, refused = stage("03_sft").read_rows(path)
+    assert len(rows) == 1 and len(refused) == 1
+    assert refused[0].startswith(f"{path}:2: {told}")
+
+
 @pytest.mark.parametrize(
     "messages, told",
     [
@@ -906,6 +978,13 @@ GOOD = {"query_id": "q", "messages": [user("U"), assistant("D")]}
         ([user("U")], "no assistant message"),
         ("hello", "messages: must be a list"),
         ([], "no assistant message"),
+        ([user("U"), tool("T"), assistant("D")], "messages[1]: a result without its call before it"),
+        ([user("U"), assistant("", ("f", {})), tool("T"), tool("T"), assistant("D")], "messages[3]: a result without"),
+        ([user("U") | {"reasoning_content": "R"}, assistant("D")], "messages[0].reasoning_content: not read by 03"),
+        ([user("U") | {"name": "Ann"}, assistant("D")], "messages[0].name: not read by 03; take it out"),
+        ([user("U"), assistant("", ("f", {})), tool("T", [1]) | {"tool_call_id": 1}, assistant("D")], "[2].tool_call_id: must"),
+        ([user("U"), CALL | {"tool_calls": [CALLED | {"id": 5}]}, tool("T"), assistant("D")], "the call's id"),
+        ([user("U"), CALL | {"tool_calls": [CALLED | {"weight": 1}]}, tool("T"), assistant("D")], "[0].weight: not read"),
     ],
 )
 def test_bad_rows_are_named(stage, tmp_path, messages, told):
@@ -1179,7 +1258,7 @@ def test_a_template_that_drops_the_thought_says_what_to_do(stage, qwen_base, tra
     rows, _ = sft.read_rows(train_file)
     samples, _, refused = sft.tokenize(tok, rows, 10_000)
     assert len(samples) == 2  # those without a thought
-    told = "messages[2].reasoning_content: the chat template leaves it out; --no_reasoning trains without it"
+    told = "messages[2].reasoning_content: chat template or tokenizer leave it out; --no_reasoning trains without it"
     assert refused[0] == f"{train_file}:1: {told}" and len(refused) == 3
     samples, _, refused = sft.tokenize(tok, rows, 10_000, no_reasoning=True)
     assert len(samples) == 5 and not refused
@@ -1289,6 +1368,8 @@ use_cpu dataloader_num_workers dataloader_pin_memory dataloader_persistent_worke
 dataloader_multiprocessing_context dataloader_in_order ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers
 ddp_static_graph ddp_backend ddp_timeout debug skip_memory_metrics resume_from_checkpoint router_aux_loss_coef max_length
 activation_offloading loss_type local_rank""".split()
+OWN = """model_name_or_path train_file global_batch_size dry_run max_refused chat_template_kwargs lora lora_r lora_experts
+lora_target_modules bf16_master eval_command zero_first_update no_stop_token no_reasoning""".split()
 OTHER = {"save_strategy": "epoch", "logging_strategy": "no", "eval_strategy": "steps", "fsdp": "full_shard",
          "train_sampling_strategy": "group_by_length", "hub_strategy": "end", "deepspeed": {"zero_optimization": {}},
          "truncation_mode": "keep_end", "packing_strategy": "wrapped"}  # fmt: skip
@@ -1300,8 +1381,11 @@ def test_every_setting_works_or_is_refused(stage):
 
     sft = stage("03_sft")
     refused = " ".join(sft.REFUSED.values()).split()
-    names = [item.name for item in dataclasses.fields(sft.SFTConfig)]
-    assert sorted(WORKS + refused) == sorted(names)
+    own = [item.name for item in dataclasses.fields(sft.Settings)]
+    names = {action.dest for action in sft.make_parser()._actions} - {"help"}
+    assert sorted(WORKS + OWN + refused) == sorted(names)
+    assert sorted(OWN) == sorted(own)
+    assert {*WORKS, *OWN} - {*sft.HARMLESS} == {*CHANGES}  # each of them is tried on a run that goes on
     settings, args = sft.read_settings(sft.make_parser(), [])
     sft.check_flags(settings, args)
     for name in refused:
@@ -1321,6 +1405,18 @@ def test_every_setting_works_or_is_refused(stage):
         (["--lora_r", "8"], "--lora_r needs --lora"),
         (["--eval_steps", "2"], "--eval_steps needs --eval_command"),
         (["--bf16_master", "--optim", "sgd"], "leave out --optim"),
+        (["--optim_args", "a=b"], "--optim_args does nothing for --optim adamw_torch_fused"),
+        (["--optim_target_modules", "all-linear"], "--optim_target_modules does nothing for --optim adamw"),
+        (["--adam_beta1", "2"], "--optim: Invalid beta parameter at index 0: 2.0"),
+        (["--activation_offloading", "true"], "--activation_offloading needs a GPU"),
+        (["--global_batch_size", "0"], "--global_batch_size 0: at least 1"),
+        (["--max_refused", "-1"], "--max_refused -1: at least 0"),
+        (["--dry_run", "--torch_compile_backend", "x"], "no run with these settings: ValueError: 'X' is not a valid"),
+        (["--dry_run", "--router_aux_loss_coef", "0.1"], "no run with these settings: AttributeError: 'Glm4MoeC"),
+        (["--dry_run", "--lora", "--lora_target_modules", "query"], "Target modules {'query'} not found"),
+        (["--dry_run", "--resume_from_checkpoint", "x"], "--resume_from_checkpoint x: not a whole checkpoint"),
+        (["--eval_file", "x"], "no such setting: --eval_file; nearest: --train_file"),
+        (["--eval_strategy", "steps"], "--eval_strategy has no place here: --eval_command measures while training"),
         (["--max_steps", "0"], "--max_steps 0: at least 1"),
         (["--learning_rate", "0"], "--learning_rate 0.0: must be above 0"),
         (["--report_to", "trackio"], "--report_to trackio: pip install trackio"),
@@ -1383,6 +1479,7 @@ CHANGES = dict(
     max_length=1000, seed=1, global_batch_size=2, bf16="true", tf32="false", full_determinism="true",
     torch_compile="true", zero_first_update="true", no_stop_token="true", no_reasoning="true", lora="true",
     bf16_master="true", chat_template_kwargs='{"enable_thinking": false}', optim_target_modules="all-linear",
+    lora_experts="true", lora_r=8, lora_target_modules="q_proj", torch_compile_backend="eager", torch_compile_mode="default",
 )  # fmt: skip
 SAME = dict(
     save_steps=1, save_total_limit=1, logging_steps=2, disable_tqdm="true", per_device_train_batch_size=2,
@@ -1407,7 +1504,8 @@ def test_a_run_goes_on_only_with_its_own_settings(stage, monkeypatch, glm_base, 
     if name in SAME:
         sft.refuse_another_run(folder, run)
     else:
-        with pytest.raises(sft.InputError, match=f"is of another run .{name} was "):
+        first = name.removesuffix("_backend").removesuffix("_mode")  # that of torch_compile set torch_compile too
+        with pytest.raises(sft.InputError, match=f"is of another run .{first} was "):
             sft.refuse_another_run(folder, run)
 
 
@@ -1498,6 +1596,8 @@ def test_dry_run_says_updates_rates_and_split(stage, glm_base, train_file, tmp_p
     assert "3 updates of 4 samples = 1 data-parallel x 1 x 4 accumulated\n" in told
     assert "5 samples are seen, each 2 to 3 times\n" in told
     assert "learning rates: 0.0005, 0.001, 0.0005\n" in told
+    measured = re.search(r"one sample of 167 tokens takes (\S+) s on cpu, measured on 1 and 2 of 2 layers\n", told)
+    assert float(measured[1]) > 0
 
 
 @pytest.mark.parametrize("flags", [[], ["--lora_experts"]])
