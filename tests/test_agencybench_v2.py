@@ -393,7 +393,7 @@ def test_a_program_of_the_model_changes_no_module_of_the_grader(endpoint, run, t
 def judged(run, v2, make_endpoint, monkeypatch):
     """judged(answer) -> as run, with a judge whose answers are answer(body); its requests."""
     server = make_endpoint()
-    known = {"scenarios": {"MCP/scenario2": {"judge": True}}, "refused": {}}
+    known = {"scenarios": {"MCP/scenario2": {"judge": "score of 10"}}, "refused": {}}
     monkeypatch.setattr(v2, "KNOWN", known)
 
     def judged(answer, patience_of_grader=60, **settings):
@@ -436,8 +436,21 @@ def dies(body):
         (lambda body: say(""), "judge_undecided", 3),
         (lambda body: say(None), "judge_undecided", 3),
         (lambda body: say('{"score": '), "judge_undecided", 3),
+        (lambda body: say('{"verdict": 7}'), "judge_undecided", 3),
+        (lambda body: say('{"score": 70}'), "judge_undecided", 3),
     ],
-    ids=["dead", "broken", "no JSON", "no choice", "prose", "empty", "null", "cut"],
+    ids=[
+        "dead",
+        "broken",
+        "no JSON",
+        "no choice",
+        "prose",
+        "empty",
+        "null",
+        "cut",
+        "no score",
+        "of 100",
+    ],
 )
 def test_a_judge_that_does_not_decide_is_no_score(judged, answer, reason, asked):
     (rows, summary, _, code), requests = judged(answer)
@@ -460,6 +473,36 @@ def test_a_judge_that_is_slower_than_the_grader_waits_is_no_score(judged, tmp_pa
     assert rows == [] and summary["not_run"] == {"endpoint_error": 1} and code == 1
     [entry] = map(json.loads, tmp_path.joinpath("out/not_run.jsonl").read_text().splitlines())
     assert entry["detail"] == "the judge takes longer than the grader waits for it"
+
+
+@pytest.mark.parametrize(
+    "kind, text, read",
+    [
+        (
+            "score of 10",
+            'So:\n```json\n{"score": 7, "reason": "{}"}\n``` {x}',
+            '{"score": 7, "reason": "{}"}',
+        ),
+        ("score of 10", '{"score": "7.5"}', '{"score": "7.5"}'),
+        ("score of 10", '{"score": 0}', '{"score": 0}'),
+        ("score of 10", '{"score": "7/10"}', None),
+        ("score of 10", '{"score": true}', None),
+        ("score of 10", '{"score": NaN}', None),
+        ("score of 10", '{"score": -1}', None),
+        ("score of 10", '{"score": null}', None),
+        ("score of 10", "[7]", None),
+        ("score of 1", '{"score": 0.5}', '{"score": 0.5}'),
+        ("score of 1", '{"score": 5}', None),
+        ("yes or no", "**Yes**, it says so.", "yes: it says so."),
+        ("yes or no", "No. It does not say yes.", "no: It does not say yes."),
+        ("yes or no", "The response covers it: yes", None),
+        ("yes or no", "Nothing of it.", None),
+        ("text", " as it is ", "as it is"),
+        ("text", " ", None),
+    ],
+)
+def test_what_a_grader_would_misread_is_no_answer_of_a_judge(v2, kind, text, read):
+    assert v2.as_asked(text, kind) == read
 
 
 def test_a_scenario_with_a_judge_is_left_out_without_one(v2, tmp_path):
@@ -559,7 +602,7 @@ SAID |= {
 def test_a_page_of_the_model_reaches_nothing_but_itself(endpoint, run, v2, tmp_path, monkeypatch):
     """In chromium, shown as the graders do it, by the stand-in of their container."""
     pytest.importorskip("websockets")
-    known = {"scenarios": {"MCP/scenario2": {"browser": True, "judge": True}}, "refused": {}}
+    known = {"scenarios": {"MCP/scenario2": {"browser": True, "judge": "text"}}, "refused": {}}
     monkeypatch.setattr(v2, "KNOWN", known)
     place = "/workspace/scenario2/agent/subtask1/workspace/attempt_01/index.html"
     page = PAGE.replace("PORT", endpoint.url.split(":")[2].split("/")[0])

@@ -22,6 +22,7 @@ import fnmatch
 import importlib
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -317,12 +318,11 @@ class Scenario(stage.Episode):
             if isinstance(message["content"], list):  # a video of no length: there is no ffmpeg
                 kept = [part for part in message["content"] if not str(part).endswith(";base64,'}}")]
                 message["content"] = kept
-        wants_json = "json" in json.dumps(messages).lower()
         for seed in range(3):
             reply = await self.bench.judge.complete(messages, [], seed)
             text = reply.message["content"] if reply.message else ""
-            if text.strip() and (not wants_json or has_json(text)):
-                return text
+            if answer := as_asked(text, self.task["meta"]["judge"]):
+                return answer
         raise NotRun("judge_undecided", f"no answer that the grader could read: {text[:200] or reply.stop}")
 
 
@@ -337,14 +337,30 @@ def outcome(reply):
     return int(code), output
 
 
-def has_json(text):
-    """Is there a JSON object in the text?"""
+def as_asked(text, kind):
+    """A judge's answer, bare, in the form that its grader asks for; None if it is not: the grader would read
+    a 0 in it, or a "yes" anywhere, or more than full marks. kind: as in scenarios.yaml."""
+    if kind == "yes or no":
+        found = re.match(r"\W*(yes|no)\b\W*(.*)", text, re.IGNORECASE | re.DOTALL)
+        return f"{found[1].lower()}: {found[2]}" if found else None
+    if kind == "text":
+        return text.strip() or None
+    answer = json_in(text)
+    with contextlib.suppress(TypeError, ValueError):
+        score = float(answer["score"])
+        if 0 <= score <= float(kind.removeprefix("score of ")) and answer["score"] is not True:
+            return json.dumps(answer)
+    return None
+
+
+def json_in(text):
+    """The first JSON object in the text, or {"score": None}."""
     start = text.find("{")
     while start >= 0:
         with contextlib.suppress(ValueError):
-            return isinstance(json.JSONDecoder().raw_decode(text, start)[0], dict)
+            return {"score": None} | json.JSONDecoder().raw_decode(text, start)[0]
         start = text.find("{", start + 1)
-    return False
+    return {"score": None}
 
 
 def record_of(turn, attempt, stop, score):
