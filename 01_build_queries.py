@@ -40,6 +40,7 @@ import tempfile
 import time
 import warnings
 import zlib
+from argparse import RawDescriptionHelpFormatter
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -156,6 +157,9 @@ class InputError(ValueError):
 def parse_settings(parser):
     """Defaults < --config YAML < flags; an unknown or misspelt one is an error."""
     parser.allow_abbrev = False
+    parser.usage = "%(prog)s [--config FILE.yaml] [--setting VALUE ...]"
+    parser.description = __doc__.partition("\n\nReads")[0]
+    parser.formatter_class = type("Help", (RawDescriptionHelpFormatter, parser.formatter_class), {})
     try:
         return parser.parse_args_and_config()
     except (ValueError, IndexError, yaml.YAMLError) as error:

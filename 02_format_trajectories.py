@@ -33,6 +33,7 @@ import tempfile
 import unicodedata
 import zipfile
 import zlib
+from argparse import RawDescriptionHelpFormatter
 from array import array
 from collections import Counter, defaultdict
 from dataclasses import asdict, dataclass, field
@@ -86,6 +87,9 @@ MALFORMED = (AttributeError, IndexError, KeyError, RecursionError, TypeError, Va
 def parse_settings(parser):
     """Defaults < --config YAML < flags; an unknown or misspelt one is an error."""
     parser.allow_abbrev = False
+    parser.usage = "%(prog)s [--config FILE.yaml] [--setting VALUE ...]"
+    parser.description = __doc__.partition("\n\nReads")[0]
+    parser.formatter_class = type("Help", (RawDescriptionHelpFormatter, parser.formatter_class), {})
     try:
         return parser.parse_args_and_config()
     except (ValueError, IndexError, yaml.YAMLError) as error:

@@ -212,7 +212,7 @@ def make_parser() -> TrlParser:
     nearest."""
     on_gpu = torch.cuda.is_available()
     parser = TrlParser((Settings, SFTConfig), usage="03_sft.py [--config x.yaml] [--setting value ...]")
-    parser.description = "Fine-tune a model on the rows of 02_format_trajectories.py."
+    parser.description = "Fine-tune a model on rows of stage 2: 03_sft.py --config recipes/qwen3-8b/sft.yaml --dry_run"
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16" if on_gpu else "no")
     offload = {"offload": True} if on_gpu else None  # of gradient checkpoints to the host's memory
     parser.set_defaults(**RECIPE, use_cpu=not on_gpu, bf16=precision == "bf16")

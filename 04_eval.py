@@ -41,6 +41,7 @@ import sys
 import tempfile
 import time
 import uuid
+from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
@@ -176,6 +177,9 @@ class NotRun(Exception):
 def parse_settings(parser):
     """Defaults < --config YAML < flags; an unknown or misspelt one is an error."""
     parser.allow_abbrev = False
+    parser.usage = "%(prog)s [--config FILE.yaml] [--setting VALUE ...]"
+    parser.description = __doc__.partition("\n\nReads")[0]
+    parser.formatter_class = type("Help", (RawDescriptionHelpFormatter, parser.formatter_class), {})
     try:
         return parser.parse_args_and_config()
     except (ValueError, IndexError, yaml.YAMLError) as error:

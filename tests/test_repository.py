@@ -37,8 +37,17 @@ def test_help_imports_nothing_heavy(name):
     code += "print('HEAVY', [m for m in ('torch', 'transformers', 'datasets', 'vllm', 'sklearn', 'matplotlib') "
     code += "if m in sys.modules])"
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
-    assert "--config" in result.stdout or "show this help" in result.stdout, result.stderr
+    usage, told, *_ = result.stdout.split("\n\n    ")[0].split("\n\n")  # then come the examples
+    assert "--config" in usage and told.startswith("Stage "), result.stderr
+    assert f"\n    python {name}.py " in result.stdout
     assert result.stdout.rstrip().endswith("HEAVY []"), result.stdout[-200:]
+
+
+def test_help_of_training_begins_with_what_it_does_and_what_people_set_first(stage):
+    text = stage("03_sft").make_parser().format_help()
+    usage, told, first, *_ = text.split("\n\n")
+    assert "--config" in usage and "03_sft.py --config recipes/qwen3-8b/sft.yaml --dry_run" in " ".join(told.split())
+    assert first.startswith("used first:\n  --model_name_or_path ") and first.count("\n  --") == 10
 
 
 def readme_commands():
