@@ -502,7 +502,7 @@ def test_a_judge_that_is_slower_than_the_grader_waits_is_no_score(judged, tmp_pa
     ],
 )
 def test_what_a_grader_would_misread_is_no_answer_of_a_judge(v2, kind, text, read):
-    assert v2.as_asked(text, kind) == read
+    assert v2.episode.as_asked(text, kind) == read
 
 
 def test_a_scenario_with_a_judge_is_left_out_without_one(v2, tmp_path):
@@ -627,7 +627,7 @@ def test_a_browser_that_does_not_start_is_no_score(endpoint, run, v2, monkeypatc
     api.write_text(api.read_text().replace('"/usr', '"/nowhere'))
     start = here / "start.sh"
     start.write_text(start.read_text().replace("seq 100", "seq 5"))
-    monkeypatch.setattr(v2, "HERE", here)
+    monkeypatch.setattr(v2.episode, "HERE", here)
     rows, summary, _, code = run("page", subtasks=1)
     assert rows == [] and summary["not_run"] == {"check_not_started": 1} and code == 1
     [entry] = map(json.loads, tmp_path.joinpath("out/not_run.jsonl").read_text().splitlines())
@@ -765,42 +765,67 @@ SCORES = {
 }
 
 
-@pytest.mark.skipif(
+needs_clone = pytest.mark.skipif(
     "AGENCYBENCH" not in os.environ or "AGENCYBENCH_VENV" not in os.environ,
     reason="needs AGENCYBENCH=CLONE of GAIR-NLP/AgencyBench, AGENCYBENCH_VENV=ENVIRONMENT with its packages",
 )
-def test_the_real_graders(endpoint, tmp_path, run_stage):
+
+
+@pytest.fixture
+def real(endpoint, tmp_path, run_stage):
+    """real(answer, *scenarios, judge flags) -> {scenario: [score of 10 of each attempt]}; answer(body) is the
+    model's, or the judge's."""
+
+    class Script(dict):
+        def get(self, first):
+            return self["answer"]
+
+    def run(answer, scenarios, *flags):
+        endpoint.script = Script(answer=answer)
+        flags += ("--model", "x", "--base_url", endpoint.url, "--patience", 0, "--concurrency", 2)
+        flags += ("--clone", os.environ["AGENCYBENCH"], "--venv", os.environ["AGENCYBENCH_VENV"])
+        flags += ("--output_dir", tmp_path / "out", "--scenarios", *scenarios)
+        result = run_stage("recipes/benchmarks/agencybench_v2.py", *flags, timeout=1800)
+        assert result.returncode == 0, result.stderr
+        scores = {}
+        for line in tmp_path.joinpath("out/episodes.jsonl").read_text().splitlines():
+            episode = json.loads(line)
+            name = "/".join(episode["query_id"].removeprefix("agencybench-v2-").rsplit("-", 1))
+            graded = [record for record in episode["rounds"] if record["stop"] != "skipped"]
+            scores[name] = [10 * record["score"] for record in graded]
+        return scores
+
+    return run
+
+
+@needs_clone
+def test_the_real_graders(real):
     def solve(body):
         users = [message["content"] for message in body["messages"] if message["role"] == "user"]
         commands = [command for words, command in PLANS.items() if words in users[-1]]
         asked = body["messages"][-1]["role"] == "user"
         return shell(commands[0]) if commands and asked else say("done")
 
-    class Script(dict):
-        def get(self, first):
-            return solve
+    assert real(solve, SCORES) == SCORES
 
-    endpoint.script = Script()
-    flags = [
-        "--model",
-        "x",
-        "--base_url",
-        endpoint.url,
-        "--patience",
-        0,
-        "--output_dir",
-        tmp_path / "out",
-    ]
-    flags += ["--clone", os.environ["AGENCYBENCH"], "--venv", os.environ["AGENCYBENCH_VENV"]]
-    flags += ["--concurrency", 2]
-    result = run_stage(
-        "recipes/benchmarks/agencybench_v2.py", *flags, "--scenarios", *SCORES, timeout=1800
-    )
-    assert result.returncode == 0, result.stderr
-    scores = {}
-    for episode in map(
-        json.loads, tmp_path.joinpath("out/episodes.jsonl").read_text().splitlines()
-    ):
-        name = "/".join(episode["query_id"].removeprefix("agencybench-v2-").rsplit("-", 1))
-        scores[name] = [10 * r["score"] for r in episode["rounds"] if r["stop"] != "skipped"]
-    assert scores == SCORES
+
+@needs_clone
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium (apt install chromium)")
+def test_a_real_grader_of_pages_shows_them_to_its_judges(real, endpoint):
+    """A page for each of five subtasks; one attempt each, since both judges give 7."""
+    page = "<title>Gomoku</title><body style='background: teal'><h1 id='board'>Board</h1></body>"
+    files = [{"path": name, "content": page} for name in ("index.html", "styles.css", "app.js")]
+
+    def answer(body):
+        if body["model"] == "J":
+            return say('{"score": 7, "confidence": 0.9, "reason": "ok"}')
+        return say(json.dumps({"files": files}))
+
+    judge = ("--judge_model", "J", "--judge_base_url", endpoint.url)
+    assert real(answer, ["Game/scenario1"], *judge) == {"Game/scenario1": [7, 7, 7, 7, 7]}
+    shown = []
+    for body in endpoint.requests:
+        for message in body["messages"]:
+            parts = message["content"] if isinstance(message["content"], list) else []
+            shown += [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    assert len(shown) >= 5 and all(url.startswith("data:image/png;base64,iVBOR") for url in shown)
