@@ -105,6 +105,7 @@ ROLES = {
     "tool": "tool", "function": "tool", "environment": "tool", "ipython": "tool", "observation": "tool",
     "tool_response": "tool", "function_response": "tool", "tool_result": "tool", "toolResult": "tool",
     "function_call": "call", "tool_call": "call",  # ShareGPT, ms-swift: the content is the call
+    "thinking": "thought", "reasoning": "thought", "thought": "thought",
 }  # fmt: skip
 ITEMS = {  # Responses API: an item has a type where a message has a role
     "function_call": "assistant", "custom_tool_call": "assistant", "reasoning": "thought",
@@ -266,7 +267,9 @@ def role_of(message):
     name = first_of(message, ("role", "from", "type"))
     if not isinstance(name, str) or name not in ROLES:
         raise Reject(f"unknown_role: {name}")
-    return ROLES[name]
+    if message.get("recipient", "all") not in ("all", None):  # harmony's calls
+        raise Reject(f"unsupported_call: to {message['recipient']}")
+    return "thought" if message.get("channel") == "analysis" else ROLES[name]
 
 
 def refuse_media(holder, keys):
@@ -483,6 +486,8 @@ def mark_greeting(turns, notes):
     users = [number for number, turn in enumerate(turns) if turn["role"] == "user"]
     if not users:
         raise Reject("no_user_message")
+    if not turns[users[0]]["content"].strip():
+        raise Reject("missing_text: the first user message is empty")
     for turn in turns[: users[0]]:
         if turn["calls"]:
             raise Reject("starts_with: assistant")
@@ -633,12 +638,14 @@ def fits_row(record):
 def take_messages(columns):
     """Remove the conversation's columns and return its messages."""
     for key in MESSAGE_COLUMNS:
-        if as_list(columns.get(key)) is not None:
+        if as_list(columns.get(key)):
             return as_list(columns.pop(key))
     if "chosen" in columns:
         raise Reject("not_supported: a preference pair (chosen, rejected)")
     if "completion" in columns:  # TRL
         sides = {"user": columns.pop("prompt"), "assistant": columns.pop("completion")}
+    elif "answers" not in columns:
+        return []
     else:  # xLAM: calls without results
         sides = {"user": columns.pop("query"), "function_call": columns.pop("answers")}
     messages = []
@@ -1255,6 +1262,7 @@ OUTCOME_WORDS = ("result", "status", "outcome", "verdict", "resolved_status")
 GOOD_ENDS = {
     "stop", "end_turn", "tool_calls", "tool_use", "function_call", "stop_sequence", "submitted", "submit",
     "completed", "complete", "success", "successful", "ok", "done", "finished", "finish", "resolved", "",
+    "tooluse", "unknown",
 }  # fmt: skip
 BAD_RESULT = re.compile(r"(?i)(?:not[ _-]\w+|\w*(?:error|exception|time_?out|fail|failed|failure|unresolved"
                         r"|unsolved|resolved_no|incorrect|wrong|cancell?ed|aborted|killed))")  # fmt: skip
@@ -1269,11 +1277,10 @@ def is_compacted(text):
 def outcome(columns, depth=0):
     """Why a log says that its task was not solved: "COLUMN=VALUE"; None: it was, or nobody knows."""
     for key, value in columns.items():
-        if isinstance(value, dict) and depth < 3:
-            if found := outcome(value, depth + 1):
-                return f"{key}.{found}"
-        elif tells_failure(key, value):
+        if tells_failure(key, value):
             return f"{key}={value}"
+        if isinstance(value, dict) and depth < 3 and (found := outcome(value, depth + 1)):
+            return f"{key}.{found}"
     return None
 
 
@@ -1290,9 +1297,9 @@ def tells_failure(key, value):
     if key.endswith("reward"):
         return number is not None and number <= 0
     if key in ("exit_status", "exit_code", "finish_reason", "stop_reason"):
-        return number != 0 if number is not None else text not in GOOD_ENDS
+        return text.replace("-", "_") not in GOOD_ENDS if number is None else number != 0
     if key == "error":
-        return isinstance(value, str) and bool(text)
+        return isinstance(value, str | dict) and bool(value)
     return key in OUTCOME_WORDS and (value is False or bool(BAD_RESULT.fullmatch(text)))
 
 
@@ -1858,19 +1865,23 @@ class Card:
     tokens: int
 
 
+def said(message):
+    """What a message says, without its ids: role, text, reasoning, calls."""
+    calls = [json.dumps(call["function"], sort_keys=True) for call in message.get("tool_calls", [])]
+    return [message["role"], message["content"], message.get("reasoning_content", ""), *calls]
+
+
 def line_hashes(messages):
     lines = set()
-    for message in messages:
-        if message["role"] != "system":
-            calls = [json.dumps(call["function"], sort_keys=True) for call in message.get("tool_calls", [])]
-            text = f"{message['content']}\n{message.get('reasoning_content', '')}"
-            lines |= {line.strip() for line in text.splitlines()} | set(calls)
+    for role, text, reasoning, *calls in map(said, messages):
+        if role != "system":
+            lines |= {line.strip() for line in f"{text}\n{reasoning}".splitlines()} | set(calls)
     return array("I", sorted(zlib.crc32(line.encode()) for line in lines if line))
 
 
 def make_card(source, name, row, place):
     messages = row["messages"]
-    key = hashlib.sha256(json.dumps(messages, sort_keys=True).encode()).hexdigest()
+    key = hashlib.sha256(json.dumps([*map(said, messages)]).encode()).hexdigest()
     domain = str(row["meta"].get("domain", "unknown"))
     tokens = row["meta"].get("n_tokens", 0)
     numbers = (len(messages), len(called_names(messages)), tokens)

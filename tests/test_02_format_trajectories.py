@@ -244,6 +244,13 @@ SPELLINGS = {
         ONE_CALL[2],
         ONE_CALL[3] | {"date": "Wed, 01 Jan 2025 10:00:00 GMT"},
     ],
+    "harmony": [
+        ONE_CALL[0],
+        {"role": "assistant", "channel": "analysis", "content": "Read it."},
+        {"role": "assistant", "channel": "commentary", "content": "I look.", "tool_calls": [call()]},
+        ONE_CALL[2],
+        ONE_CALL[3] | {"channel": "final", "recipient": "all"},
+    ],
     "Inspect": [
         ONE_CALL[0],
         {"role": "assistant", "content": [{"type": "reasoning", "reasoning": "Read it."}, {"type": "text", "text": "I look."}],
@@ -444,6 +451,8 @@ FAULTS = {
     "secret: huggingface-token": row(meta={"env": {"HF_TOKEN": "hf_" + "abcDEF123456" * 3}}),
     "lost_content: messages.refusal": edited(4, refusal="I cannot help you with that file."),
     "not_strict_json": row(meta={"x": float("nan")}),
+    "missing_text: the first user message is empty": row(messages=[USER | {"content": " "}, DONE]),
+    "unsupported_call: to functions.f": row(messages=[USER, DONE | {"recipient": "functions.f", "channel": "commentary"}]),
     "malformed": row(messages=[{"role": "assistant", "content": "x", "tool_calls": [7]}]),
 }  # fmt: skip
 
@@ -590,7 +599,8 @@ def test_loops(case):
      ({"stop_reason": "max_tokens"}, "stop_reason=max_tokens"), ({"status": "failed"}, "status=failed"),
      ({"status": 200}, None), ({"outcome": "not solved"}, "outcome=not solved"), ({"verdict": "incorrect"}, "verdict=incorrect"),
      ({"resolved_status": "RESOLVED_NO"}, "resolved_status=RESOLVED_NO"), ({"error": "it broke"}, "error=it broke"),
-     ({"error": None}, None), ({"result": "A failure of the old code was found"}, None)],
+     ({"error": None}, None), ({"error": {"message": "m"}}, "error={'message': 'm'}"), ({"finish_reason": "tool-calls"}, None),
+     ({"finish_reason": "unknown"}, None), ({"result": "A failure of the old code was found"}, None)],
     ids=str,
 )  # fmt: skip
 def test_outcomes_of_a_log(columns, reason):
@@ -691,6 +701,15 @@ def test_two_tasks_with_the_same_commands_are_none(tmp_path):
         return made
 
     assert len(format_rows(tmp_path, work("the boats"), work("the oars"))[0]) == 2
+
+
+def test_ids_make_no_difference_between_two_conversations(tmp_path):
+    other = json.loads(json.dumps(row()).replace('"c1"', '"toolu_9"'))
+    assert format_rows(tmp_path, row(), other)[1] == {2: [f"duplicate: of {tmp_path}/in.jsonl:1"]}
+
+
+def test_a_column_without_messages_is_passed_over():
+    assert format_one({"messages": [], "conversations": [USER, DONE]})[0]["messages"] == [USER, DONE]
 
 
 def test_equal_conversations_are_duplicates(tmp_path):

@@ -175,7 +175,7 @@ def test_claude_joins_the_lines_of_one_answer_and_its_parallel_results():
     ]
     row = read("claude_code", log)
     assert row["tools"] is None and row["checked"] == log
-    assert row["meta"] == {"query_id": "S1", "version": "2.1.0", "model": "claude-x"}
+    assert row["meta"] == {"query_id": "S1", "version": "2.1.0", "model": "claude-x", "stop_reason": None}
 
 
 def test_claude_bridges_a_parent_that_was_never_written_and_lines_that_are_no_turns():
@@ -374,7 +374,8 @@ def test_claude_a_stream_may_lack_the_prompt_and_says_so():
             "session_id": "S2",
             "uuid": "c",
             "parent_tool_use_id": None,
-            "message": {"id": "n", "role": "assistant", "model": "c", "content": [text("done")]},
+            "message": {"id": "n", "role": "assistant", "model": "c", "content": [text("done")],
+                        "stop_reason": "max_tokens"},
         },
         {
             "type": "result",
@@ -392,7 +393,7 @@ def test_claude_a_stream_may_lack_the_prompt_and_says_so():
     row = read("claude_code", log)
     assert row["tools"] is None
     assert row["lacks_prompt"] is True
-    assert row["meta"] == {"query_id": "S2", "model": "c", "success": False}
+    assert row["meta"] == {"query_id": "S2", "model": "c", "success": False, "stop_reason": "max_tokens"}
     prompt = {"type": "user", "session_id": "S2", "uuid": "p", "message": {"role": "user", "content": "List."}}
     assert read("claude_code", [log[0], prompt, *log[1:]])["lacks_prompt"] is False
 
@@ -778,7 +779,14 @@ def test_opencode_a_step_is_a_response_and_undone_or_unsent_parts_go():
     row = read("opencode", log)
     weights = [message.get("weight") for message in row["messages"] if message["role"] == "assistant"]
     assert weights == [None, None, None, 0, None]
-    assert row["meta"] == {"query_id": "ses", "title": "a title", "model": "m", "exit_status": ""}
+    assert row["meta"] == {"query_id": "ses", "title": "a title", "model": "m", "exit_status": "", "finish_reason": ""}
+    # undone from a part on: what the answer had before it stays, and is the log's end
+    halves = {"parts": [text("B") | {"id": "p1"}, text("undone") | {"id": "p2"}]}
+    revert = {"messageID": "m9", "partID": "p2"}
+    log["messages"][-2:] = [entry("assistant", id="m9", finish="length") | halves, entry("user", text("undone too"))]
+    log["info"]["revert"] = revert
+    assert said("opencode", log)[-1] == ("assistant", "B", "", [])
+    assert read("opencode", log)["meta"]["finish_reason"] == "length"
 
 
 def test_opencode_compactions_images_and_unknown_parts_reject_by_name():
@@ -1201,7 +1209,7 @@ def test_pi_follows_the_tree_and_leaves_out_what_was_stopped():
         ("user", "what the other branch did"),
         ("assistant", "done", "", []),
     ]
-    assert read("pi", log)["meta"] == {"query_id": "P", "harness": "pi", "cwd": "/w"}
+    assert read("pi", log)["meta"] == {"query_id": "P", "harness": "pi", "cwd": "/w", "stop_reason": "stop"}
     compacted = [
         pi("compaction", "11", "10", summary="s"),
         pi("message", "12", "11", message={"role": "user"}),
@@ -1259,6 +1267,8 @@ def test_goose_reads_exports_and_sessions():
         "c1",
         "no",
     )
+    summary = {"role": "user", "content": [text("so far")], "metadata": {"userVisible": False}}
+    assert rejected("goose", [header, *messages, summary]).startswith("compacted")
     new = {"role": "user", "content": [{"type": "image", "data": "A"}]}
     assert rejected("goose", [header, *messages, new]) == "non_text_content: image"
 
@@ -1339,7 +1349,7 @@ def test_langsmith_runs_hold_messages_of_langchain_plain_or_serialised():
     ]
     row = read("langsmith", run)
     assert row["tools"] == [{"name": "ls"}]
-    assert row["meta"] == {"id": "r", "name": "agent", "run_type": "chain", "exit_status": ""}
+    assert row["meta"] == {"id": "r", "name": "agent", "run_type": "chain", "exit_status": "", "finish_reason": None}
     chat = run | {
         "run_type": "llm",
         "outputs": {"generations": [[{"message": {"type": "ai", "content": "hi"}}]]},
@@ -1386,7 +1396,8 @@ def test_otel_spans_hold_parts():
     attributes = {
         "gen_ai.system_instructions": json.dumps([{"type": "text", "content": "S"}]),
         "gen_ai.input.messages": json.dumps(given),
-        "gen_ai.output.messages": [{"role": "assistant", "parts": [{"type": "text", "content": "done"}]}],
+        "gen_ai.output.messages": [{"role": "assistant", "finish_reason": "length",
+                                    "parts": [{"type": "text", "content": "done"}]}],
         "gen_ai.tool.definitions": json.dumps([{"name": "ls"}]),
         "gen_ai.request.model": "m",
     }
@@ -1400,7 +1411,8 @@ def test_otel_spans_hold_parts():
     span = {"name": "chat m", "attributes": attributes}
     assert said("otel_genai", span) == expected
     row = read("otel_genai", span)
-    assert row["tools"] == [{"name": "ls"}] and row["meta"] == {"name": "chat m", "model": "m"}
+    assert row["tools"] == [{"name": "ls"}] and row["meta"]["model"] == "m"
+    assert row["meta"]["finish_reason"] == "length"
     listed = [{"key": key, "value": {"stringValue": value}} for key, value in attributes.items()]
     assert read("otel_genai", {"name": "chat m", "attributes": listed})["messages"] == row["messages"]
     attributes["gen_ai.output.messages"] = [

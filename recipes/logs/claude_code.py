@@ -215,6 +215,7 @@ def meta_of(lines, log):
         meta |= {key: line[key] for key in ("version", "gitBranch", "cwd") if key in line}
         if line["type"] == "assistant":
             meta["model"] = line["message"].get("model")
+            meta["stop_reason"] = line["message"].get("stop_reason")
     for line in log:
         if line["type"] == "result":
             meta["success"] = line["subtype"] == "success"

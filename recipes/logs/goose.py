@@ -47,7 +47,10 @@ def block_of(block):
 def read(record):
     messages, checked, left_out = [], [], []
     for message in messages_of(record):
-        if (message.get("metadata") or {}).get("agentVisible") is False:
+        seen_by = message.get("metadata") or {}
+        if seen_by.get("userVisible") is False:
+            raise ValueError("compacted: what the model saw is a summary")
+        if seen_by.get("agentVisible") is False:
             continue
         blocks = []
         for block in message["content"]:

@@ -41,13 +41,17 @@ def read(run):
     asked = messages_of(run["inputs"])
     answered = messages_of(run["outputs"] or {})
     texts = [message["content"] for message in asked]
-    repeated = [message["content"] for message in answered[: len(asked)]]
-    if texts == repeated:
+    repeated = [message["content"] for message in answered]
+    if texts == repeated[: len(texts)]:
         asked = []  # a graph's state holds what it was given
     extra = run.get("extra") or {}
     parameters = extra.get("invocation_params") or {}
     left = {"inputs", "outputs", "extra", "serialized", "events"}
     meta = {key: run[key] for key in run.keys() - left}
     meta["exit_status"] = "error" if run.get("error") else ""
-    return {"messages": asked + answered, "tools": parameters.get("tools"), "meta": meta,
-            "checked": [run["inputs"], run["outputs"]]}  # fmt: skip
+    told = (answered or [{}])[-1].get("response_metadata") or {}
+    meta["finish_reason"] = told.get("finish_reason")
+    row = {"messages": asked + answered, "meta": meta}
+    row["tools"] = parameters.get("tools")
+    row["checked"] = [run["inputs"], run["outputs"]]
+    return row

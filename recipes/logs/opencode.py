@@ -15,6 +15,7 @@ LEFT_OUT = {
     "info.path": "of the working folder",
     "info.error": "told in meta",
     "parts.source": "where a prompt names a file",
+    "parts.url": "of a file, whose text is a part of its own",
 }
 TEXT_FILES = ("text/plain", "application/x-directory")  # their text is a part of its own
 
@@ -31,7 +32,13 @@ def kept_entries(log):
     revert = log["info"].get("revert")
     if revert:
         ids = [entry["info"].get("id") for entry in entries]
-        entries = entries[: ids.index(revert["messageID"])]
+        place = ids.index(revert["messageID"])
+        last = entries[place]
+        entries = entries[:place]
+        if revert.get("partID"):
+            ids = [part.get("id") for part in last["parts"]]
+            parts = last["parts"][: ids.index(revert["partID"])]
+            entries.append(last | {"parts": parts})
     return [entry for entry in entries if entry is entries[-1] or not is_failed(entry["info"])]
 
 
@@ -96,4 +103,5 @@ def read(log):
         checked.append(entry | {"parts": parts})
         meta["model"] = info.get("modelID")
         meta["exit_status"] = (info.get("error") or {}).get("name", "")
+        meta["finish_reason"] = info.get("finish", "")
     return {"messages": messages, "tools": None, "meta": meta, "checked": checked}

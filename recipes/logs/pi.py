@@ -63,4 +63,5 @@ def read(record):
             checked.append(entry)
     session = record[0]
     meta = {"query_id": session.get("id"), "harness": session.get("harness", "pi"), "cwd": session.get("cwd")}
+    meta["stop_reason"] = (messages or [{}])[-1].get("stopReason")
     return {"messages": messages, "tools": None, "meta": meta, "checked": checked}
