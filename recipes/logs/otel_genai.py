@@ -49,6 +49,6 @@ def read(span):
         blocks = [block_of(part) for part in message["parts"]]
         messages.append({"role": message["role"], "content": blocks})
     meta = {"name": span.get("name"), "model": attributes.get("gen_ai.request.model")}
-    meta["finish_reason"] = spoken[-1].get("finish_reason")
+    meta["finish_reason"] = (spoken or [{}])[-1].get("finish_reason")
     return {"messages": messages, "tools": given["tool.definitions"] or None, "meta": meta,
             "checked": [given[name] for name in NAMES]}  # fmt: skip
