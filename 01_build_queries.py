@@ -1,4 +1,4 @@
-"""Stage 1: tasks. Real-world queries are read; others are written from pull requests, or from papers.
+"""Stage 1: tasks. Real-world queries are read; others are written from pull requests, issues or papers.
 
     python 01_build_queries.py --real queries/ --repos clones/*               # 60 real + 18 mined
     python 01_build_queries.py --rule paper --repos clones/*                  # the paper's own funnel
@@ -8,6 +8,7 @@ Reads   --real      tasks, a line each as in data/queries.jsonl, or a folder of 
                     (domain, workspace, check, rubric ...; turns: if there are several), then the query
         --repos     git clones with history (git clone --mirror brings refs/pull: which numbers are PRs)
         --papers    a folder of *.md and *.txt, one paper each
+        --issues    issues of these clones: gh issue list --json number,title,body,url
 Writes  data/queries.jsonl            a task a line: {"query_id", "domain", "subdomain", "source", "turns":
                                       [{"query", "check"?, "rubric"?, "solution"?}], "workspace"?, "private"?,
                                       "venv"?, "needs"?, "meta"}; its first n lines are a fair subset
@@ -25,11 +26,10 @@ import ast
 import asyncio
 import base64
 import fcntl
-import functools
 import hashlib
 import importlib.metadata
-import importlib.util
 import json
+import keyword
 import os
 import re
 import shutil
@@ -54,7 +54,6 @@ from trl import TrlParser
 
 HERE = Path(__file__).resolve().parent
 EVALUATE = HERE / "04_eval.py"
-LEAKS = HERE / "recipes" / "leaks.py"
 LANGUAGES_FOLDER = HERE / "recipes" / "languages"
 # The paper's ten categories (appendix B) are the sub-domains of its two domains.
 CODING = ("algorithm", "application", "llm", "backend", "ui", "frontend", "build", "debugging")
@@ -97,7 +96,8 @@ REMEDIES = {
     "no permissive licence": "mine repositories with a permissive licence",
     "its tests pass without the change": "mine more pull requests",
     "the answer": "use a stronger --model, or --retry_bad",
-    "leaks": "use a stronger --model, or --retry_bad with another one"}
+    "leaks": "use a stronger --model, or --retry_bad with another one",
+    "the endpoint refused it": "give another --model or --base_url, with --retry_bad"}
 
 
 def setting(default, text):
@@ -108,11 +108,17 @@ def settings_list(default, text):
     return field(default_factory=lambda: list(default), metadata={"help": text})
 
 
+def structure(text):
+    """A setting that is written in YAML only: a mapping."""
+    return field(default_factory=dict, metadata={"help": f"In YAML: {text}"})
+
+
 @dataclass
 class Settings:
     real: str | None = setting(None, "Real-world queries: JSONL or a folder of markdown.")
     repos: list[str] = settings_list([], "Git clones to mine.")
     papers: str | None = setting(None, "A folder of papers (*.md, *.txt) that become research queries.")
+    issues: str | None = setting(None, "JSON of issues: gh issue list --json number,title,body,url.")
     output_file: str = setting("data/queries.jsonl", "Tasks; the rest goes beside it.")
     step: Literal["all", "mine", "verify", "write", "check", "select"] = setting(
         "all", "One step alone, or all.")
@@ -133,6 +139,7 @@ class Settings:
     model: str = setting("gpt-5", "Writes the queries (paper: GPT-5).")
     judge_model: str | None = setting(None, "Also asked whether a query leaks its solution.")
     base_url: str | None = setting(None, "OpenAI-compatible endpoint; key: OPENAI_API_KEY.")
+    request: dict = structure("merged into every request's body, e.g. {max_tokens: 4000}.")
     answers: str | None = setting(None, "An answers.jsonl to replay.")
     retry_bad: bool = setting(False, "Ask again where the answer was refused or is no draft.")
     concurrency: int = setting(8, "Calls under way at a time.")
@@ -231,15 +238,6 @@ def step_rows(work, name):
     return [row for _, row in read_jsonl(path)]
 
 
-@functools.cache
-def leak_rules():
-    """recipes/leaks.py as a module; another file of such functions may take its place."""
-    spec = importlib.util.spec_from_file_location("leaks", LEAKS)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def open_rows(rows):
     """Those that have no reason against them."""
     return [row for row in rows if not row["reasons"]]
@@ -249,7 +247,7 @@ def is_mined(row):
     return "pr" in row
 
 
-# ---- mine: real-world queries, papers, and pull requests by one `git log` a clone ----
+# ---- mine: real-world queries, papers, issues, and pull requests by one `git log` a clone ----
 # A source yields rows. What the writer turns into a query is a row's "material": "text" may be told, "secret"
 # is the solution to be hidden, "tests" is what will decide, "asked" are the texts that the tests ask for.
 
@@ -286,17 +284,13 @@ class Task(pydantic.BaseModel, extra="forbid"):
 def real_queries(source):
     """Real-world queries, each checked field by field; folders are relative to the file that names them."""
     source = Path(source)
-    if source.is_dir():
-        named = [(path, read_markdown) for path in sorted(source.glob("*.md"))]
-        folder = source
-    else:
-        named = [(where, row) for where, row in read_jsonl(source)]
-        folder = source.parent
+    folder = source if source.is_dir() else source.parent
+    named = ((path, path) for path in sorted(source.glob("*.md"))) if source.is_dir() else read_jsonl(source)
     tasks = []
     faults = []
     for where, row in named:
         try:
-            row = row(where) if callable(row) else row
+            row = read_markdown(row) if isinstance(row, Path) else row
             tasks.append(checked_task(where, row, folder) | {"reasons": []})
         except InputError as error:
             faults.append(str(error))
@@ -312,22 +306,24 @@ def checked_task(where, row, folder):
     try:
         task = Task(**row).model_dump(mode="json", exclude_none=True)
     except pydantic.ValidationError as error:
-        first = min(
-            error.errors(), key=lambda one: one["type"] != "extra_forbidden"
-        )
+        first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         raise InputError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
+    except TypeError:  # a key of YAML that is a number
+        raise InputError(f"{where}: the name of every field must be a word") from None
     for name in ("workspace", "private", "venv"):
         if name in task:
-            task[name] = os.path.abspath(folder / task[name])
-            if not Path(task[name]).exists():
-                raise InputError(f"{where}: {name}: {task[name]} does not exist")
+            path = Path(os.path.abspath(folder / task[name]))
+            if not path.is_dir() and not (name == "workspace" and path.suffix == ".tar" and path.is_file()):
+                what = "is neither a folder nor a .tar" if path.exists() else "does not exist"
+                raise InputError(f"{where}: {name}: {path} {what}")
+            task[name] = str(path)
     return task
 
 
 def read_markdown(path):
     """A task from a markdown file; check, rubric, solution and licence may stand in the front matter."""
     try:
-        parts = re.fullmatch(r"---\n(.*?)^---\n(.*)", path.read_text(encoding="utf-8"), re.S | re.M)
+        parts = re.fullmatch(r"---\n(.*?)^---\n(.*)", path.read_text(encoding="utf-8-sig"), re.S | re.M)
         task = yaml.safe_load(parts[1]) if parts else None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}") from None
@@ -341,23 +337,44 @@ def read_markdown(path):
     return {"query_id": re.sub(r"[^\w.@#-]", "-", path.stem)} | task
 
 
+def source_row(query_id, domain, subdomain, source, text, **meta):
+    """A query is to be written from a text; its solution is nobody's secret, a rubric judges the answer."""
+    material = {"text": text[:40_000], "secret": "", "tests": "", "asked": []}
+    return {"query_id": re.sub(r"[^\w.@#-]", "-", query_id).lstrip(".@#-"), "domain": domain,
+            "subdomain": subdomain, "source": source, "turns": [], "meta": meta, "reasons": [],
+            "material": material}
+
+
 def papers(folder):
-    """A research query is to be written from every *.md and *.txt of a folder; a rubric judges the answer."""
+    """A research query from every *.md and *.txt of a folder."""
     paths = sorted(path for path in Path(folder).glob("*") if path.suffix in (".md", ".txt"))
     if not paths:
         raise InputError(f"--papers {folder}: no *.md or *.txt in it; convert PDFs to text first (pdftotext)")
     for path in paths:
         text = path.read_text(encoding="utf-8", errors="replace")
-        yield {
-            "query_id": re.sub(r"[^\w.@#-]", "-", path.stem),
-            "domain": "research",
-            "subdomain": "research",
-            "source": "paper",
-            "turns": [],
-            "meta": {"paper": path.name},
-            "reasons": [],
-            "material": {"text": text[:40_000], "secret": "", "tests": "", "asked": []},
-        }
+        yield source_row(path.stem, "research", "research", "paper", text, paper=path.name)
+
+
+def issues(path, clones):
+    """A query on the newest tree from every issue of `gh issue list --json number,title,body,url`.
+
+    clones: {owner/name: clone}; an issue of another repository has no tree to work on.
+    """
+    try:
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = [(*one["url"].split("/")[-4:], f"{one['title']}\n\n{one['body'] or ''}") for one in found]
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"--issues {path}: no list of number, title, body, url: {error!r}") from None
+    for owner, name, kind, number, text in found:
+        if kind != "issues":  # GitHub's REST interface lists pull requests too
+            continue
+        repo = f"{owner}/{name}"
+        row = source_row(f"{owner}__{name}-issue-{number}", None, "", "issue", text, repo=repo)
+        if repo in clones:
+            row["tree"] = [clones[repo], git(clones[repo], "rev-parse", "HEAD").decode().strip()]
+        else:
+            row["reasons"].append("its repository is not among --repos")
+        yield row
 
 
 def git_command(clone, *args):
@@ -387,17 +404,21 @@ def show(clone, commit, path):
     return git(clone, "show", f"{commit}:{path}").decode(errors="replace")
 
 
-def checkout(clone, commit, folder, paths=("",)):
+def paths_of(clone, commit):
+    """The paths of a commit's files, without submodules; a name that is no UTF-8 keeps its bytes."""
+    entries = git(clone, "ls-tree", "-r", "-z", commit).split(b"\0")[:-1]
+    return [os.fsdecode(entry.split(b"\t", 1)[1]) for entry in entries if b" blob " in entry.split(b"\t")[0]]
+
+
+def checkout(clone, commit, folder, paths=None):
     """Write the tree of commit, or some of its paths, into folder; no attribute leaves a file out."""
     Path(folder).mkdir(parents=True, exist_ok=True)
+    names = "\0".join(paths_of(clone, commit) if paths is None else paths)
     with tempfile.TemporaryDirectory() as index:
-        for args in (
-            ("read-tree", commit),
-            ("checkout-index", "-f", "-q", *(("--", *paths) if any(paths) else ("-a",))),
-        ):
+        for args in (("read-tree", commit), ("checkout-index", "-f", "-q", "-z", "--stdin")):
             argv, env = git_command(clone, f"--work-tree={os.path.abspath(folder)}", *args)
             env["GIT_INDEX_FILE"] = f"{index}/index"
-            done = subprocess.run(argv, env=env, capture_output=True)
+            done = subprocess.run(argv, env=env, capture_output=True, input=os.fsencode(names))
             if done.returncode:
                 raise InputError(f"{clone}: git {args[0]}: {done.stderr.decode(errors='replace').strip()}")
 
@@ -440,7 +461,8 @@ def log_records(clone):
         clone, "HEAD", "--diff-merges=first-parent", "-p", "-M", "--no-color", "--no-ext-diff", "-U3",
         "--no-textconv", "--full-index", "--diff-algorithm=myers", "--src-prefix=a/", "--dst-prefix=b/",
         "--min-parents=1", "--extended-regexp", "--grep=^(Auto m|M)erge (pull request )?(of )?#[0-9]+",
-        r"--grep=\(#[0-9]+\)", f"--format={mark}%n%H%n%P%n%an <%ae>%n%cs%n%B%n{mark}")
+        r"--grep=\((pull request )?#[0-9]+\)", "--grep=^Merged PR [0-9]+:", "--grep=^See merge request .*!",
+        f"--format={mark}%n%H%n%P%n%an <%ae>%n%cs%n%B%n{mark}")
     header = None
     files = {}
     for line in lines:
@@ -461,47 +483,48 @@ def joined(files):
     return {path: "".join(lines) for path, lines in files.items()}
 
 
-def pull_requests(clone):
-    """Every merged pull request in the history of HEAD, newest first, with its diff from the first parent.
+# How the message of a commit says that it merges a pull request; the number of the last may be an issue's.
+MERGES = [
+    r"Merge pull request #(?P<number>\d+)(?: from (?P<branch>\S+)|\b)",
+    r"(?:Auto merge of|Merge) #(?P<number>\d+)\b",  # bors
+    r"Merge pull request '(?P<title>.*)' \(#(?P<number>\d+)\) from (?P<branch>\S+)",  # Gitea
+    r"Merged in (?P<branch>\S+) \(pull request #(?P<number>\d+)\)",  # Bitbucket
+    r"Merged PR (?P<number>\d+): (?P<title>.*)",  # Azure DevOps
+    r"(?s:Merge branch '(?P<branch>\S+)' into .*\nSee merge request \S*!(?P<number>\d+)\s*$)",  # GitLab
+    r"(?P<title>.*?)\s*\(#(?P<number>\d+)\)\s*(?:\((?:close|fixe?|resolve)[sd]? #\d+\)\s*)*\n",
+]
 
-    "Merge pull request #N from ..." (GitHub), "Merge #N" and "Auto merge of #N" (bors), two parents and
-    "Title (#N)", one parent and "Title (#N)" (squash), the last two also with "(closes #M)" behind.
-    """
+
+def pull_requests(clone):
+    """Every merged pull request in the history of HEAD, newest first, with its diff from the first parent."""
     for (commit, parents, author, date, subject, *body), files in log_records(clone):
         parents = parents.split()
         body = "\n".join(body).strip()
-        if merge := re.match(r"(?:Auto merge|Merge) (?:pull request |of )?#(\d+)(?: from (\S+)|\b)", subject):
-            number = merge[1]
-            shape = "merge commit"
-            title = body.split("\n")[0]
-            title = title if merge[2] else re.sub(r"^#?\d+: *", "", title)  # bors puts the number before it
-            author = merge[2] or author  # the branch names a bot whose pull request a person merged
-        elif named := re.fullmatch(
-            r"(.*?)\s*\(#(\d+)\)\s*(?:\((?:close|fixe?|resolve)[sd]? #\d+\)\s*)*", subject, re.I
-        ):
-            title, number = named.groups()
-            shape = "two parents" if len(parents) > 1 else "squash"
-        else:
+        found = [re.match(pattern, f"{subject}\n{body}", re.I) for pattern in MERGES]
+        named = next(filter(None, found), None)
+        if not named:
             continue
+        shape = "squash" if len(parents) == 1 else "two parents" if named is found[-1] else "merge commit"
+        merge = {"title": None, "branch": None} | named.groupdict()
+        title = body.split("\n")[0] if merge["title"] is None else merge["title"]
+        if not merge["branch"]:
+            title = re.sub(r"^#?\d+: *", "", title)  # bors puts the number before it
+        author = merge["branch"] or author  # the branch names a bot whose pull request a person merged
         if len(parents) > 1 and re.search(BOT, author):  # a merge queue is no author
             author = git(clone, "log", "-1", "--format=%an <%ae>", parents[1]).decode(errors="replace")
-        yield {
-            "number": int(number),
-            "shape": shape,
-            "title": title,
-            "body": body,
-            "author": author,
-            "date": date,
-            "commit": commit,
-            "base": parents[0],
-            "files": files,
-        }
+        yield {"number": int(merge["number"]), "shape": shape, "title": title, "body": body, "author": author,
+               "date": date, "commit": commit, "base": parents[0], "files": files}
+
+
+def syntax_tree(source):
+    """Of Python source, without a word about old escapes in its strings."""
+    with warnings.catch_warnings(action="ignore"):
+        return ast.parse(source)
 
 
 def meaning(source):
     """The syntax tree of Python source without docstrings: equal where only comments or layout differ."""
-    with warnings.catch_warnings(action="ignore"):  # of old escapes in strings
-        tree = ast.parse(source)
+    tree = syntax_tree(source)
     for node in ast.walk(tree):
         documented = isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
         if documented and ast.get_docstring(node, clean=False) is not None:
@@ -524,10 +547,12 @@ def licence(clone, commit):
 
 
 def numbers_reverted(pull):
-    """Numbers (as text) and titles that a pull request takes back; None if it is no revert."""
+    """Numbers (as text), titles and commits that a pull request takes back; None if it is no revert."""
     if not re.match(r"(?i)revert\b", pull["title"]) and "This reverts commit" not in pull["body"]:
         return None
-    return {*re.findall(r"#(\d+)", pull["title"] + pull["body"]), *re.findall('"(.*)"', pull["title"])}
+    text = pull["title"] + pull["body"]
+    commits = re.findall(r"This reverts commit ([0-9a-f]{40,64})", text)
+    return {*re.findall(r"#(\d+)", text), *re.findall('"(.*)"', pull["title"]), *commits}
 
 
 def changes(pull):
@@ -557,14 +582,16 @@ def language_of(path):
 def why_not(pull, seen, refs):
     """The reason why a pull request makes no task under any rule, or None.
 
-    seen: numbers, and digests of the changes, so far; refs: the numbers in refs/pull.
+    seen: digests of the changes, and (number, title), so far; refs: the numbers in refs/pull.
     """
-    if pull["number"] in seen:
-        return "the same number again (a backport, or a merge of branches)"
+    if pull["title"] and (pull["number"], pull["title"]) in seen:
+        return "the same number and title again (a back-port)"
     if pull["shape"] != "merge commit" and refs and pull["number"] not in refs:
         return "the number of an issue: no such refs/pull"
     if not pull["files"]:
         return "changes no file"
+    if any("\ufffd" in path for path in pull["files"]):
+        return "changes a file whose name is no UTF-8"
     return "the same change as another pull request" if changes(pull) in seen else None
 
 
@@ -574,7 +601,7 @@ def why_not_tests(clone, pull, kinds, reverted, max_tokens):
         return "made by a bot"
     if numbers_reverted(pull) is not None:
         return "a revert"
-    if {str(pull["number"]), pull["title"]} & reverted:
+    if {str(pull["number"]), pull["title"], pull["commit"]} & reverted:
         return "reverted later"
     if not kinds["code"]:
         return "no code file changed"
@@ -619,22 +646,21 @@ def blob_of(clone, commit, path):
 
 def attach_material(row, clone, pull, kinds):
     """Give a row that passed the rule its "pr" (what verify needs) and its "material" (what write needs)."""
-    base = pull["base"]
-    commit = pull["commit"]
-    code = kinds["code"]
+    base, commit, code = pull["base"], pull["commit"], kinds["code"]
     messages = pull["body"]
     if pull["shape"] != "squash":
         messages = git(clone, "log", "--no-merges", "--reverse", "--format=%B", f"{base}..{commit}")
         messages = messages.decode(errors="replace")
     row["meta"]["licence"] = licence(clone, base)
-    row["pr"] = {"clone": os.path.abspath(clone), "code": code, "run": kinds["run"]}
+    row["tree"] = [os.path.abspath(clone), base]
+    row["pr"] = {"code": code, "run": kinds["run"]}
     row["pr"]["blobs"] = [blob_of(clone, at, code[0]) if code else "" for at in (base, commit)]
     tests = "".join(pull["files"][path] for path in kinds["test"] if code)
     row["material"] = {"text": f"Title: {pull['title']}\nMessages of its commits:\n{messages.strip()}"[:8000],
                        "secret": "".join(pull["files"][path] for path in code or pull["files"]),
                        "tests": tests, "asked": []}
     for path in kinds["run"]:
-        row["material"]["asked"] += leak_rules().asked_texts(show(clone, commit, path), tests)
+        row["material"]["asked"] += asked_texts(show(clone, commit, path), tests)
 
 
 def mine_clone(settings, clone):
@@ -644,10 +670,12 @@ def mine_clone(settings, clone):
     refs = {int(ref.split("/")[2]) for ref in refs}
     seen = set()
     reverted = set()
+    numbers = Counter()
     rows = []
     passed = []
     for pull in pull_requests(clone):
-        row = row_of(name, pull)
+        numbers[pull["number"]] += 1
+        row = row_of(name, pull, numbers[pull["number"]])
         kinds = kinds_of(pull["files"])
         by_rule = why_not_paper(pull)
         if settings.rule == "tests":
@@ -656,7 +684,7 @@ def mine_clone(settings, clone):
             row["reasons"].append(reason)
         else:
             passed.append((row, pull, kinds))
-        seen |= {pull["number"], changes(pull)}
+        seen |= {(pull["number"], pull["title"]), changes(pull)}
         reverted |= numbers_reverted(pull) or set()
         rows.append(row)
     if settings.rule == "paper":
@@ -679,33 +707,44 @@ def allowed_name(clone, deny):
     return names[0]
 
 
-def row_of(name, pull):
+def row_of(name, pull, times):
+    """times: how often the number has been met: it starts anew where a repository moves."""
     meta = {key: pull[key] for key in ("number", "title", "date", "base", "commit", "shape")}
-    return {"query_id": f"{name.replace('/', '__')}-{pull['number']}", "domain": None, "subdomain": "",
-            "source": "pull_request", "turns": [], "meta": {"repo": name} | meta, "reasons": []}
+    query_id = f"{name.replace('/', '__')}-{pull['number']}" + (f".{times}" if times > 1 else "")
+    return {"query_id": query_id, "domain": None, "subdomain": "", "source": "pull_request", "turns": [],
+            "meta": {"repo": name} | meta, "reasons": []}
 
 
 def mine(settings, work, rows):
     """Rows of all sources."""
     rows = real_queries(settings.real) if settings.real else []
     rows += papers(settings.papers) if settings.papers else []
+    clones = {}
     live = []
     faults = []
-    for name, mined in mine_clones(settings.repos, settings, faults):
+    for name, clone, mined in mine_clones(settings, faults):
+        if name in clones:
+            raise InputError(f"{clone} and {clones[name]} are both called {name}: give each repository once")
+        clones[name] = os.path.abspath(clone)
         live += enumerate(open_rows(mined))
         rows += mined
+    rows += issues(settings.issues, clones) if settings.issues else []
     if faults and not rows:
         raise InputError(faults[0])
+    taken = set()
+    for row in open_rows(rows):
+        if row["query_id"] in taken:
+            row["reasons"].append("its query_id is taken")
+        taken.add(row["query_id"])
     live = [row for _, row in sorted(live, key=lambda ranked: ranked[0])]  # the newest of every clone first
     if settings.rule == "tests":
         leave_out(live, live[: settings.max_candidates], "beyond --max_candidates")
     return rows
 
 
-def mine_clones(clones, settings, faults):
-    """Yield (name, rows) of each; one that cannot be mined is named and added to faults, the others go on."""
-    names = {}
-    for clone in clones:
+def mine_clones(settings, faults):
+    """Yield (name, clone, rows) of each; one that cannot be mined is added to faults, the others go on."""
+    for clone in settings.repos:
         start = time.monotonic()
         try:
             name, mined = mine_clone(settings, clone)
@@ -713,18 +752,15 @@ def mine_clones(clones, settings, faults):
             faults.append(str(error))
             print(f"left out: {error}")
             continue
-        if name in names:
-            raise InputError(f"{clone} and {names[name]} are both called {name}: give each repository once")
-        names[name] = clone
         print_clone(name, mined, time.monotonic() - start)
-        yield name, mined
+        yield name, clone, mined
 
 
 def print_clone(name, mined, seconds):
     shapes = Counter(row["meta"]["shape"] for row in mined)
     print(f"{name}: {len(mined)} pull requests ({', '.join(f'{n} {shape}' for shape, n in shapes.items())}), "
           f"{sum(not row['reasons'] for row in mined)} pass, {seconds:.1f} s")
-    print_counts(Counter(row["reasons"][0] for row in mined if row["reasons"]))
+    print_counts(Counter(row["reasons"][0] for row in mined if row["reasons"]).most_common())
 
 
 def leave_out(rows, chosen, reason):
@@ -736,9 +772,9 @@ def leave_out(rows, chosen, reason):
     return [row for row in rows if row["query_id"] in ids]
 
 
-def print_counts(reasons):
-    for reason, count in reasons.most_common():
-        print(f"  {count:5d}  {reason}")
+def print_counts(pairs):
+    for name, count in pairs:
+        print(f"  {count:7,d}  {name}")
 
 
 # ---- verify: an environment a repository, then 04 says what a solution and what doing nothing is worth ----
@@ -791,7 +827,7 @@ def environment_of(settings, language, rows, work):
     print(f"environment of {name} ({language}) ...", flush=True)
     # What the newest declares may be gone from the registry: one in the middle and the oldest are tried too.
     for row in (rows[0], rows[len(rows) // 2], rows[-1]):
-        made = build_environment(settings, language, row["pr"]["clone"], row["meta"]["base"], folder)
+        made = build_environment(settings, language, *row["tree"], folder)
         if not made["problem"]:
             break
     made |= {"made_by": made_by, "id": os.urandom(8).hex()}
@@ -811,20 +847,20 @@ def package_of(path, paths):
 
 def place_task(row, environment, work, plan):
     """Write workspace.tar and private/ of a candidate; returns it as a task of 04."""
-    clone = row["pr"]["clone"]
+    clone, base = row["tree"]
     commit = row["meta"]["commit"]
     folder = work / "tasks" / row["query_id"]
     private = folder / "private"
     shutil.rmtree(private, ignore_errors=True)
-    paths = git(clone, "ls-tree", "-r", "--name-only", commit).decode(errors="replace").splitlines()
-    checkout(clone, commit, private / "tests", [path for path in paths if re.search(KINDS["test"], path)])
+    tests = [path for path in paths_of(clone, commit) if re.search(KINDS["test"], path)]
+    checkout(clone, commit, private / "tests", tests)
     checkout(clone, commit, private / "solution", row["pr"]["code"])
     (private / "check.py").write_text(environment["program"])
     (private / "plan.json").write_text(json.dumps(plan, indent=1))
     workspace = folder / f"workspace-{environment['id']}.tar"
     if not workspace.exists():
         with tempfile.TemporaryDirectory() as tree:
-            checkout(clone, row["meta"]["base"], tree)
+            checkout(clone, base, tree)
             shutil.copytree(environment["folder"] / "made", tree, symlinks=True, dirs_exist_ok=True)
             write_tar(tree, workspace)
     turn = {"query": row["meta"]["title"] or row["query_id"], "check": "python3 -I /private/check.py",
@@ -851,29 +887,16 @@ def write_tar(folder, path):
 
 def plan_of(settings, row, environment):
     """What private/check.py has to do, before it is known which tests fail before and pass after."""
-    code = row["pr"]["code"]
-    paths = git(row["pr"]["clone"], "ls-tree", "-r", "--name-only", row["meta"]["base"]).decode(
-        errors="replace"
-    )
-    paths = set(paths.splitlines())
-    packages = [package_of(path, paths) for path in code if path.endswith(".py")]
-    plan = {
-        "runner": environment["runner"],
-        "files": row["pr"]["run"],
-        "seconds": settings.timeout,
-        "packages": [name for name in packages if name.isidentifier()],
-        "fail_to_pass": None,
-        "pass_to_pass": None,
-    }
+    paths = set(paths_of(*row["tree"]))
+    packages = [package_of(path, paths) for path in row["pr"]["code"] if path.endswith(".py")]
+    plan = {"runner": environment["runner"], "files": row["pr"]["run"], "seconds": settings.timeout,
+            "packages": [name for name in packages if name.isidentifier()],
+            "fail_to_pass": None, "pass_to_pass": None}
     return plan | ({"command": settings.test_command} if settings.test_command else {})
 
 
 def run_agents(folder, tasks, runs):
     """04's two agents on these tasks: {agent: {query_id: [episode]}}, {query_id: why it was not run}."""
-    if not EVALUATE.exists():
-        raise InputError(
-            f"verify runs {EVALUATE.name}, which is not beside this script"
-        )
     write_jsonl(folder / "tasks.jsonl", tasks)
     done = {"nothing": defaultdict(list), "solution": defaultdict(list)}
     lost = {}
@@ -975,7 +998,7 @@ def lines_of(folder):
 
 def stands_in(known_lines, diff):
     """Are most of the longer lines that a diff adds among these?"""
-    added = [line for line in leak_rules().added_lines(diff) if len(line) > 20]
+    added = [line for line in added_lines(diff) if len(line) > 20]
     return sum(hash(line) in known_lines for line in added) > len(added) / 2
 
 
@@ -1118,7 +1141,8 @@ def chains(rows, longest):
 
 def join(chain, work):
     """One task of several: the tree of the first, a private folder with a part for each turn."""
-    name = f"{chain[0]['query_id']}-to-{chain[-1]['meta']['number']}"
+    first = chain[0]
+    name = f"{first['query_id']}-to-{chain[-1]['meta']['number']}"
     private = work / "tasks" / name / "private"
     shutil.rmtree(private, ignore_errors=True)
     turns = []
@@ -1126,19 +1150,10 @@ def join(chain, work):
         shutil.copytree(row["task"]["private"], private / str(number), symlinks=True)
         turn = row["task"]["turns"][0]
         turns.append({key: text.replace("/private/", f"/private/{number}/") for key, text in turn.items()})
-    task = chain[0]["task"] | {"query_id": name, "turns": turns, "private": str(private)}
-    return {
-        "query_id": name,
-        "domain": None,
-        "subdomain": "",
-        "source": "pull_requests",
-        "turns": [],
-        "reasons": [],
-        "meta": chain[0]["meta"] | {"numbers": [row["meta"]["number"] for row in chain]},
-        "pr": {},
-        "task": task,
-        "parts": [row["query_id"] for row in chain],
-    }
+    meta = first["meta"] | {"numbers": [row["meta"]["number"] for row in chain]}
+    task = first["task"] | {"query_id": name, "turns": turns, "private": str(private)}
+    return {"query_id": name, "domain": None, "subdomain": "", "source": "pull_requests", "turns": [],
+            "meta": meta, "reasons": [], "pr": {}, "task": task, "parts": [row["query_id"] for row in chain]}
 
 
 def add_chains(settings, work, rows):
@@ -1180,6 +1195,18 @@ what to hand in (a report, an analysis, an experiment). Do not name the paper, i
 reason: one sentence on what the paper shows. answerable: false when it takes the paper's own data.
 interfaces: empty. rubric: three to six requirements, each one sentence that a grader can check in the answer.
 """
+SYSTEM_ISSUE = """You turn an issue of a repository into the task that a developer gives to a coding agent. \
+The agent sees your text and the repository, not the issue.
+
+Write the query in the voice of the developer who needs it done, 60 to 200 words of plain English: the \
+problem as someone meets it, the behaviour expected, the constraints that matter, a short example. No \
+issue, link, image or person; no guess where in the code to look.
+
+reason: one sentence on what is wanted. answerable: false when the issue is a question, needs a decision, or \
+says too little. interfaces: empty. rubric: two to five requirements, each one sentence on observable \
+behaviour that a grader can check.
+"""
+SYSTEMS = {"paper": SYSTEM_PAPER, "issue": SYSTEM_ISSUE}
 FORM = """Answer with one JSON object: {"reason": str, "answerable": true or false, "query": str, \
 "interfaces": [str], "rubric": [str], "subdomain": one of SUBDOMAINS, \
 "difficulty": "easy", "medium" or "hard"}."""
@@ -1210,18 +1237,14 @@ class Draft(pydantic.BaseModel, extra="ignore"):
 def prompt_of(row, rule):
     """The messages that ask for a row's query."""
     material = row["material"]
-    form = FORM.replace("SUBDOMAINS", ", ".join(DOMAINS))
-    if not material["secret"]:
-        return [
-            {"role": "system", "content": SYSTEM_PAPER + form},
-            {"role": "user", "content": material["text"]},
-        ]
-    judged_by, asked_by = JUDGED_BY[rule]
-    system = SYSTEM.format(judged_by=judged_by, asked_by=asked_by) + form
-    user = f"Repository: {row['meta']['repo']}\n{material['text']}\n\n"
-    user += f"The change (reference only, to be hidden):\n{material['secret']}\n"
-    if rule == "tests":
-        user += f"The hidden tests:\n{material['tests']}"
+    system, user = SYSTEMS.get(row["source"]), material["text"]
+    if not system:
+        judged_by, asked_by = JUDGED_BY[rule]
+        system = SYSTEM.format(judged_by=judged_by, asked_by=asked_by)
+        user = f"Repository: {row['meta']['repo']}\n{user}\n\n"
+        user += f"The change (reference only, to be hidden):\n{material['secret']}\n"
+        user += f"The hidden tests:\n{material['tests']}" if rule == "tests" else ""
+    system += FORM.replace("SUBDOMAINS", ", ".join(DOMAINS))
     return [{"role": "system", "content": system}, {"role": "user", "content": user}]
 
 
@@ -1232,57 +1255,39 @@ def write(settings, work, rows):
     if settings.max_usd is not None and not settings.price_in + settings.price_out:
         raise InputError("--max_usd needs the prices of the model: --price_in and --price_out")
     live = [row for row in open_rows(rows) if "material" in row]
-    requests = {}
-    for row in live:
-        messages = prompt_of(row, settings.rule)
-        row["answer_key"] = digest(settings.model, messages, row["query_id"])
-        requests[row["answer_key"]] = {
-            "query_id": row["query_id"],
-            "model": settings.model,
-            "messages": messages,
-            "form": Draft,
-        }
-    known = answers_to(settings, work, requests, "write")
-    for row in live:
-        row["answer"] = known[row.pop("answer_key")]
+    prompts = [prompt_of(row, settings.rule) for row in live]
+    for row, answer in zip(live, answers_to(settings, work, live, prompts, settings.model, Draft)):
+        row["answer"] = answer
     return rows
 
 
-def answers_to(settings, work, requests, name):
-    """{key: answer} for {key: {"query_id", "model", "messages", "form"}}: replayed, or asked for."""
+def answers_to(settings, work, rows, prompts, model, form):
+    """A model's answer to the prompt (messages) of each row: replayed, or asked for in a form of pydantic."""
+    requests = {}
+    for row, messages in zip(rows, prompts):
+        request = {"query_id": row["query_id"], "model": model, "messages": messages, "form": form}
+        requests[digest(model, messages, row["query_id"])] = request
     path = work / "answers.jsonl"
-    known = known_answers(settings, path)
-    missing = {key: request for key, request in requests.items() if key not in known}
-    if settings.dry_run:
-        dry_run(missing)
-    if missing and not (settings.base_url or os.environ.get("OPENAI_API_KEY")):
-        raise InputError(
-            f"{len(missing)} of {len(requests)} answers of {settings.model} are missing and no "
-            "endpoint is known: set OPENAI_API_KEY, or --base_url of a local server, or --answers "
-            "of another run"
-        )
-    if missing:
-        asyncio.run(ask_all(settings, missing, path, bill(settings, by_key(path).values())))
-        known |= by_key(path)
-    print_bill(settings, name, len(requests), [known[key] for key in missing])
-    return {key: known[key] for key in requests}
-
-
-def known_answers(settings, path):
     known = by_key(settings.answers or path) | by_key(path)
     if settings.retry_bad:
         known = {key: answer for key, answer in known.items() if find_object(answer.get("content"))}
-    return known
+    missing = {key: request for key, request in requests.items() if key not in known}
+    if settings.dry_run:
+        dry_run(missing)
+    if missing:
+        asyncio.run(ask_all(settings, missing, path, bill(settings, by_key(path).values())))
+        known |= by_key(path)
+    print_bill(settings, model, len(requests), [known[key] for key in missing])
+    return [known[key] for key in requests]
 
 
-def print_bill(settings, name, n, asked):
+def print_bill(settings, model, count, asked):
     tokens = Counter()
     for answer in asked:
         tokens.update(usage_of(answer))
-    print(
-        f"{name}: {len(asked)} answers asked for, {n - len(asked)} replayed; {tokens['prompt_tokens']} "
-        f"tokens in, {tokens['completion_tokens']} out, ${bill(settings, asked):.2f}"
-    )
+    sent, made = tokens["prompt_tokens"], tokens["completion_tokens"]
+    print(f"{model}: {len(asked)} answers asked for, {count - len(asked)} replayed; {sent} tokens in, "
+          f"{made} out, ${bill(settings, asked):.2f}")
 
 
 def dry_run(missing):
@@ -1343,13 +1348,15 @@ class Endpoint:
                 extra["response_format"]["json_schema"] = {"name": "Answer", "strict": True, "schema": schema}
             create = self.client.chat.completions.with_raw_response.create
             try:
+                extra["extra_body"] = self.settings.request
                 reply = await create(model=request["model"], messages=request["messages"], **extra)
                 return read_completion(reply.text)
             except openai.APIStatusError as error:
-                if error.status_code not in (400, 413, 422):
-                    raise
                 text = " ".join(str(error).split())[:300]
-            if form is None or not re.search(r"response_format|json|schema|grammar", text, re.I):
+                of_form = form and re.search(r"response_format|json|schema|grammar", text, re.I)
+                if error.status_code not in ((400, 413, 422, 500, 501) if of_form else (400, 413, 422)):
+                    raise
+            if not of_form:
                 return {"refused": text, "usage": usage_of({})}
             if self.forms[0] == form:  # another call may have found out meanwhile
                 self.forms.pop(0)
@@ -1375,6 +1382,10 @@ async def ask_all(settings, missing, path, dollars):
 
     dollars: what was spent before.
     """
+    if not (settings.base_url or os.environ.get("OPENAI_API_KEY")):
+        raise InputError(
+            f"{len(missing)} answers are missing and no endpoint is known: set OPENAI_API_KEY, or --base_url "
+            "of a local server, or --answers of another run")
     import openai
 
     endpoint, failures = Endpoint(settings, dollars), []
@@ -1400,9 +1411,7 @@ async def ask_all(settings, missing, path, dollars):
                 return
             finally:
                 endpoint.under_way -= expected
-            append_jsonl(
-                path, {"key": key, "query_id": request["query_id"], "model": request["model"]} | answer
-            )
+            append_jsonl(path, {"key": key} | without(request, "messages", "form") | answer)
             endpoint.dollars += cost(settings, **usage_of(answer))
             progress.update()
             progress.set_postfix_str(f"${endpoint.dollars:.2f}")
@@ -1416,6 +1425,206 @@ async def ask_all(settings, missing, path, dollars):
         )
 
 
+# ---- what a query must say because the tests ask for it, and what it gives away of the solution ----
+
+
+def added_lines(diff):
+    return [line[1:].strip() for line in diff.splitlines() if re.match(r"\+(?!\+\+ )", line)]
+
+
+def words_of(text):
+    """Words in lower case; a Chinese or Japanese character is a word."""
+    return re.findall(r"[\u3040-\u9fff]|[^\W\u3040-\u9fff]+", text.lower())
+
+
+def runs_of(items, length):
+    """Every run of so many items, as a tuple."""
+    return {tuple(items[i : i + length]) for i in range(len(items) - length + 1)}
+
+
+def says(text, fragment):
+    """Does a text say a fragment, whatever the case and the signs between its words?"""
+    return f" {' '.join(words_of(fragment))} " in f" {' '.join(words_of(text))} "
+
+
+def uses(text, name):
+    """Does a text have a name as a whole?"""
+    return re.search(rf"(?<![\w-]){re.escape(name)}(?!\w)", text) is not None
+
+
+# What a comparison in another language than Python has in quotes, on one line.
+ASSERTION = re.compile(
+    r"(?:==|!=|\b(?:toBe|toEqual|toStrictEqual|toThrow\w*|toMatch\w*|toContain|equal|strictEqual|deepEqual"
+    r"|throws|match|Contains|Equal\w*|EqualError|assert_eq!|contains|expect)\()"
+    r"""[^"'`\n]*(["'`])((?:\\.|(?!\1).)*)\1"""
+)
+
+
+def parts_of(node, is_regex):
+    """The constant texts of an expression: of a literal, an f-string, a sum, re.escape(...)."""
+    if isinstance(node, ast.Call) and node.args and ast.unparse(node.func) in ("re.escape", "re.compile"):
+        return parts_of(node.args[0], ast.unparse(node.func) == "re.compile")
+    if isinstance(node, (ast.BinOp, ast.JoinedStr)):
+        return sum((parts_of(child, is_regex) for child in ast.iter_child_nodes(node)), [])
+    if not isinstance(node, ast.Constant) or not isinstance(node.value, str):
+        return []
+    text = node.value
+    if is_regex:  # what stands between its signs
+        text = re.sub(r"\\[dDwWsSbBAZ]|(?<!\\)(\[[^\]]*\]|[.^$*+?{}()|])", "\n", text)
+        text = re.sub(r"\\(.)", r"\1", text)
+    return text.split("\n")
+
+
+def compared(node):
+    """[(expression, is it a regex)] that a node of a Python test compares with."""
+    if isinstance(node, ast.Compare):
+        return [(side, False) for side in (node.left, *node.comparators)]
+    if not isinstance(node, ast.Call):
+        return []
+    name = getattr(node.func, "attr", getattr(node.func, "id", ""))
+    asserts = re.match(r"assert|raises|warns", name, re.I)
+    found = [(side, "egex" in name or "aises" in name) for side in node.args if asserts]
+    return found + [(word.value, True) for word in node.keywords if word.arg in ("match", "expected_regex")]
+
+
+def asked_in(source):
+    """Yield (first line, last line, text) of what a test file compares with."""
+    try:
+        tree = syntax_tree(source)
+    except (SyntaxError, ValueError):  # another language: what a comparison on one line has in quotes
+        for number, line in enumerate(source.splitlines(), 1):
+            yield from ((number, number, match[2]) for match in ASSERTION.finditer(line))
+        return
+    for node in ast.walk(tree):
+        for side, is_regex in compared(node):
+            for part in parts_of(side, is_regex):
+                yield getattr(side, "lineno", 0), getattr(side, "end_lineno", 0), part
+
+
+def asked_texts(source, test_diff):
+    """Texts of three words or more that the lines added by the diff demand. source: the whole test file."""
+    added = set(added_lines(test_diff))
+    lines = source.splitlines()
+    asked = {}
+    for first, last, text in asked_in(source):
+        is_new = any(line.strip() in added for line in lines[first - 1 : last])
+        if is_new and len(words_of(text)) >= 3:
+            asked[text.strip()] = None
+    return list(asked)
+
+
+def demanded_names(secret, tests):
+    """Names and options that the added code defines and the added tests use."""
+    added, used = ["\n".join(added_lines(diff)) for diff in (secret, tests)]
+    defined = set(re.findall(r"\b(?:def|class|func|function|fn)\s+(?:\([^)]*\)\s*)?([A-Za-z_]\w+)", added))
+    for line in re.findall(r"(?m)^(?:async )?def .*|^\s+\w+: .*[,=].*", added):
+        defined.update(re.findall(r"(\w{3,})\s*(?::[^,=]+)?=", line))
+    defined.update(re.findall(r"(?<![\w-])--[a-z][\w-]+", added))
+    return sorted(name for name in defined if uses(used, name))
+
+
+def names_in(text):
+    """Words that can only be names in code: with _, a digit, an inner capital, in backticks, called."""
+    found = {word for word in re.findall(r"[A-Za-z_]\w+", text) if re.search(r"_|\d|[a-z][A-Z]", word)}
+    found.update(re.findall(r"`\.?([A-Za-z_]\w+)[^`\w]*`", text))
+    return found.union(re.findall(r"\b([A-Za-z_]\w+)\(", text))
+
+
+def bare(name):
+    """A name without case and underscores: atomicTypes, _ATOMIC_TYPES and atomic_types are one."""
+    return name.replace("_", "").lower()
+
+
+def tokens_of(text):
+    return re.findall(r"\w+|[^\w\s]", text)
+
+
+def shape_of(text):
+    """Tokens with every name replaced: equal for code whose variables were renamed."""
+    tokens = tokens_of(text)
+    return ["v" if token.isidentifier() and not keyword.iskeyword(token) else token for token in tokens]
+
+
+def code_like(run):
+    """Signs that prose does not have so close together."""
+    return sum(token in set("()[]{}=<>+*/%|&:._!") for token in run) >= 3 and len(set(run) - {"v"}) >= 3
+
+
+ADVICE = (
+    r"\b(?:use|using|call|calling|replace|wrap|switch|swap|return|pass|add|import|check|compare|convert|"
+    r"store|insert|make|via|with|inherit|change|turn|function|method|helper|module)\b[^.\n]{0,80}?\b(%s)\b"
+)
+PLACE = (
+    r"\b(?:change|modify|edit|fix|rewrite|patch|update|adjust|extend|touch|look at|body of|code of|lines? of)"
+    r"\b[^.\n]{0,30}?\b%s\b"
+)
+FUNCTION = r"\b(?:def|func|function|fn)\s+(?:\([^)]*\)\s*)?(\w+)"
+
+
+class Solution:
+    """The change of a pull request as a query must not tell it. material: its row's; old: the files before.
+
+    Mere ideas in other words are left to --judge_model.
+    """
+
+    def __init__(self, material, old, title=""):
+        diff, self.asked, self.title = material["secret"], material["asked"], title
+        old_lines = {line.strip() for line in old.splitlines()}
+        self.added = [line for line in added_lines(diff) if line and line not in old_lines]
+        public = old + material["tests"] + " ".join(self.asked)
+        self.public_runs = runs_of(tokens_of(public.lower()), 3)
+        self.public_shapes = runs_of(shape_of(public), 8)
+        self.read_names(diff, set(map(bare, tokens_of(public))))
+
+    def read_names(self, diff, public):
+        """paths, functions: what changes; names: new ones; called: those that are called or imported."""
+        code = re.sub(r"""(["'`])(?:\\.|(?!\1).)*\1""", '""', "\n".join(self.added))
+        self.names = {bare(name) for name in re.findall(r"[A-Za-z_]\w{2,}", code)} - public
+        called = re.findall(r"([A-Za-z_]\w{3,})\s*\(", code) + re.findall(r"\.([a-z_]\w{3,})\b", code)
+        called += re.findall(r"\bimport (\w+)", code)
+        self.called = sorted(name for name in set(called) if bare(name) in self.names)
+        self.paths = re.findall(r"(?m)^\+\+\+ b/(.+?)\t?$", diff)
+        self.functions = sorted(set(re.findall(rf"(?m)^(?:@@ .*@@|[ +-]).*?{FUNCTION}", diff)))
+
+    def leaks(self, text):
+        """Yield what a text gives away; the texts that the tests ask for may be given."""
+        for asked in self.asked:
+            text = re.sub(r"(?i)\b" + r"\W*".join(map(re.escape, words_of(asked))) + r"\b", "", text)
+        for name in sorted(names_in(text)):
+            if bare(name) in self.names:
+                yield f"leaks a new name of the solution: {name}"
+        for line in self.added:
+            if self.repeats(line, text):
+                yield f"repeats a line of the solution: {line}"
+        yield from self.leaked_place(text)
+        if len(words_of(self.title)) >= 5 and says(text, self.title):
+            yield "repeats the title of the pull request"
+        if self.called and (advice := re.search(ADVICE % "|".join(self.called), text, re.I)):
+            yield f"leaks a means of the solution: {advice[1]}"
+
+    def repeats(self, line, text):
+        """Does a text have half a line of the solution, word for word or with its variables renamed?"""
+        own = tokens_of(line.lower())
+        if any(map(code_like, runs_of(tokens_of(text.lower()), 6) & runs_of(own, 6))):
+            return True
+        for quoted in map(tokens_of, re.findall(r"`([^`\n]+)`", text.lower())):
+            is_public = runs_of(quoted, 3) <= self.public_runs
+            if len(quoted) >= 3 and not is_public and tuple(quoted) in runs_of(own, len(quoted)):
+                return True
+        shapes = runs_of(shape_of(text), 8) & runs_of(shape_of(line), 8)
+        return any(map(code_like, shapes - self.public_shapes))
+
+    def leaked_place(self, text):
+        """The file to change, a function that is nobody else's business, or an order which one to change."""
+        for path in self.paths:
+            if re.search(rf"(?<![\w/]){re.escape(path)}|(?<!\w){re.escape(Path(path).name)}\b", text):
+                yield f"names the file to change: {path}"
+        for name in self.functions:
+            is_inner = name.startswith("_") and not name.startswith("__") and uses(text, name)
+            if is_inner or re.search(PLACE % name, text, re.I):
+                yield f"says which function to change: {name}"
+
+
 # ---- check: rules that need no model ----
 
 def find_object(text):
@@ -1423,11 +1632,11 @@ def find_object(text):
     text = re.sub(r"(?s)^.*</think>", "", text or "")
     for start in re.finditer(r"\{", text):
         try:
-            found, _ = json.JSONDecoder().raw_decode(text[start.start():])
+            found, _ = json.JSONDecoder(strict=False).raw_decode(text[start.start():])  # line breaks in texts
         except (ValueError, RecursionError):
             continue
         if {"query", "leaks"} & found.keys():
-            return found
+            return {key: value for key, value in found.items() if value is not None}
     return None
 
 
@@ -1439,7 +1648,7 @@ def draft_of(answer):
     if found is None:
         return None, f"the answer ({answer['finish_reason']}) holds no draft: {answer['content'][:60]!r}"
     for key in ("subdomain", "difficulty"):
-        found[key] = str(found.get(key)).lower().replace(" ", "_")
+        found[key] = re.sub(r"\W+", "_", str(found.get(key)).lower())
     try:
         return Draft(**{"interfaces": [], "rubric": [], "reason": "", "answerable": True} | found), None
     except pydantic.ValidationError as error:
@@ -1501,14 +1710,12 @@ def stands_in_tree(clone, commit, text):
 
 def unstated(text, row):
     """Yield what the tests demand and nobody could know: texts, and names that the change brings."""
-    rules = leak_rules()
     material = row["material"]
-    where = (row["pr"]["clone"], row["meta"]["base"])
     for asked in material["asked"]:
-        if not rules.says(text, asked) and not stands_in_tree(*where, asked):
+        if not says(text, asked) and not stands_in_tree(*row["tree"], asked):
             yield f"the tests ask for a text it does not give: {asked}"
-    for name in rules.demanded_names(material["secret"], material["tests"]):
-        if not rules.uses(text, name) and not stands_in_tree(*where, name):
+    for name in demanded_names(material["secret"], material["tests"]):
+        if not uses(text, name) and not stands_in_tree(*row["tree"], name):
             yield f"the tests ask for a name it does not give: {name}"
 
 
@@ -1517,30 +1724,24 @@ def text_reasons(row):
     reasons = []
     for turn in row["turns"]:
         reasons += bounds(turn)
-    if is_mined(row):
-        reasons += secret_reasons(row) if "material" in row else []
+    if is_mined(row) and "material" in row:
+        reasons += secret_reasons(row)
+    if is_mined(row) or "tree" in row:
         reasons += [f"mentions {name}" for name, rule in TEXT_RULES.items() if re.search(rule, text_of(row))]
     return list(dict.fromkeys(reasons))
 
 
 def secret_reasons(row):
     """What a task gives away of its pull request, and what it keeps back although the tests ask for it."""
-    clone, base = row["pr"]["clone"], row["meta"]["base"]
     paths = re.findall(r"(?m)^--- a/(.+?)\t?$", row["material"]["secret"])
-    old = "\n".join(show(clone, base, path) for path in paths)
-    solution = leak_rules().Solution(row["material"], old, row["meta"]["title"])
+    old = "\n".join(show(*row["tree"], path) for path in paths)
+    solution = Solution(row["material"], old, row["meta"]["title"])
     yield from solution.leaks(text_of(row))
     for requirement in row["turns"][0].get("rubric", []):
         for reason in solution.leaks(requirement):
             yield f"its rubric {reason}"
     if "task" in row:
         yield from unstated(text_of(row), row)
-
-
-def ngrams(text, n):
-    """Runs of n words in lower case; a Chinese or Japanese character is a word."""
-    words = re.findall(r"[\u3040-\u9fff]|[^\W\u3040-\u9fff]+", text.lower())
-    return {tuple(words[i : i + n]) for i in range(len(words) - n + 1)}
 
 
 def benchmark_ngrams(paths):
@@ -1553,7 +1754,7 @@ def benchmark_ngrams(paths):
             raise InputError(f"--benchmark {path}: no such file, and no *.json, *.jsonl, *.md or *.txt in it")
         for file in files:
             for text in texts_in(file):
-                grams |= ngrams(text, 13)
+                grams |= runs_of(words_of(text), 13)
     return grams
 
 
@@ -1576,18 +1777,15 @@ def texts_in(file):
 
 def ask_judge(settings, work, rows):
     """Store another model's verdict beside the rules' own; a leak that it sees is a reason."""
-    requests = {}
+    prompts = []
     for row in rows:
-        text = text_of(row) + "\n" + "\n".join(row["turns"][0].get("rubric", []))
+        text = "\n".join([text_of(row), *row["turns"][0].get("rubric", [])])
         user = f"The task:\n{text}\n\nThe change:\n{row['material']['secret']}\n"
         user += f"Its tests:\n{row['material']['tests']}"
-        messages = [{"role": "system", "content": JUDGE}, {"role": "user", "content": user}]
-        row["answer_key"] = digest(settings.judge_model, messages)
-        requests[row["answer_key"]] = {"query_id": row["query_id"], "model": settings.judge_model,
-                                       "messages": messages, "form": Verdict}
-    known = answers_to(settings, work, requests, "judge")
-    for row in rows:
-        verdict = find_object(known[row.pop("answer_key")].get("content")) or {}
+        prompts.append([{"role": "system", "content": JUDGE}, {"role": "user", "content": user}])
+    answers = answers_to(settings, work, rows, prompts, settings.judge_model, Verdict)
+    for row, answer in zip(rows, answers):
+        verdict = find_object(answer.get("content")) or {}
         row["meta"]["judge"] = {"model": settings.judge_model} | verdict
         if verdict.get("leaks") is True:
             row["reasons"].append(f"leaks, says the judge: {verdict.get('why')}")
@@ -1614,13 +1812,13 @@ def check(settings, work, rows):
 def common_reasons(query, benchmark):
     if re.search(SECRET, query):
         yield "a secret or an e-mail address"
-    if ngrams(query, 13) & benchmark:
+    if runs_of(words_of(query), 13) & benchmark:
         yield "shares 13 words in a row with a benchmark"
 
 
 def fill_chains(rows):
     """The turns of a chain are those of its parts; it takes their place if all of them passed."""
-    by_id = {row["query_id"]: row for row in rows}
+    by_id = {row["query_id"]: row for row in reversed(rows)}  # of one number the first was proven
     for row in rows:
         if not is_chain(row) or row["reasons"]:
             continue
@@ -1636,16 +1834,9 @@ def fill_chains(rows):
 
 def mark_repetitions(rows):
     near = similarities([text_of(row) for row in rows])
-    ids = set()
     for i, row in enumerate(rows):
-        same = [
-            other["query_id"] for j, other in enumerate(rows[:i]) if near[i, j] > 0.8 and not other["reasons"]
-        ]
-        if row["query_id"] in ids:
-            row["reasons"] = ["its query_id is taken"]
-        elif same:
-            row["reasons"] = [f"nearly the same as another: {same[0]}"]
-        ids.add(row["query_id"])
+        same = [other for j, other in enumerate(rows[:i]) if near[i, j] > 0.8 and not other["reasons"]]
+        row["reasons"] += [f"nearly the same as another: {other['query_id']}" for other in same[:1]]
 
 
 # ---- select ----
@@ -1681,22 +1872,14 @@ def apply_reviews(rows, path, reject):
     """Use the reviewers' edits, which go through the rules again, and rejections; print their agreement."""
     found, edits = decisions(path)
     for row in rows:
-        name = row["query_id"]
-        apply_edits(row, edits[name])
-        given = list(found[name].values())
-        against = [one for one in given if one["decision"] == "reject"]
-        if against and (reject == "any" or len(against) > len(given) / 2):
-            row["reasons"] += [
-                f"rejected by a reviewer: {one.get('reason') or 'no reason'}" for one in against
-            ]
-    print_agreement(found)
-
-
-def print_agreement(found):
+        apply_edits(row, edits[row["query_id"]])
+        given = found[row["query_id"]].values()
+        against = [one.get("reason") or "no reason" for one in given if one["decision"] == "reject"]
+        if len(against) > (0 if reject == "any" else len(given) / 2):
+            row["reasons"] += [f"rejected by a reviewer: {reason}" for reason in against]
     units = []
-    for given in found.values():
-        if given:
-            units.append([one["decision"] for one in given.values()])
+    for given in filter(None, found.values()):
+        units.append([one["decision"] for one in given.values()])
     if units:
         alpha, n = agreement(units)
         print(f"review: {len(units)} tasks decided, {n} by two or more; Krippendorff's alpha {alpha:.2f}")
@@ -1707,17 +1890,11 @@ def agreement(units):
 
     units: the decisions on each task. alpha = 1 - observed / expected disagreement.
     """
-    observed, n = 0.0, 0
-    counts = Counter()
-    for unit in units:
-        if len(unit) < 2:
-            continue
-        own = Counter(unit)
-        observed += different_pairs(own) / (len(unit) - 1)
-        counts += own
-        n += 1
-    expected = different_pairs(counts) / max(counts.total() - 1, 1)
-    return (1 - observed / expected if expected else 1.0), n
+    units = [Counter(unit) for unit in units if len(unit) > 1]
+    values = sum(units, Counter())
+    observed = sum(different_pairs(unit) / (unit.total() - 1) for unit in units)
+    expected = different_pairs(values) / max(values.total() - 1, 1)
+    return (1 - observed / expected if expected else 1.0), len(units)
 
 
 def different_pairs(counts):
@@ -1764,13 +1941,12 @@ def diverse(rows, n, max_per_repo):
 def place_folders(row, output):
     """Put workspace and private beside the output: the folder can be moved as a whole."""
     if "task" in row:
-        row |= {
-            key: row["task"][key] for key in ("workspace", "private", "venv", "needs") if key in row["task"]
-        }
-    elif is_mined(row):  # of the paper's rule: a tree alone
+        proven = ("workspace", "private", "venv", "needs")
+        row |= {key: row["task"][key] for key in proven if key in row["task"]}
+    elif "tree" in row:  # no tests, no environment: a tree alone
         row["workspace"] = str(output.parent / "workspaces" / row["query_id"])
         shutil.rmtree(row["workspace"], ignore_errors=True)
-        checkout(row["pr"]["clone"], row["meta"]["base"], row["workspace"])
+        checkout(*row["tree"], row["workspace"])
     for name, folder in (("workspace", "workspaces"), ("private", "private")):
         if name in row:
             source = Path(row[name])
@@ -1785,6 +1961,8 @@ def place_folder(source, target):
     """Copy a folder or a .tar to where it is not yet."""
     if source.resolve() == target.resolve():
         return
+    if source.resolve() in target.resolve().parents:
+        raise InputError(f"{source}: this workspace holds the output: choose another --output_file")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(target, ignore_errors=True)
     if source.is_dir():
@@ -1808,7 +1986,7 @@ def select(settings, work, rows):
     mined = list(filter(is_mined, good))
     own = diverse([row for row in good if row not in mined], settings.n_real, len(good))
     mined = diverse(mined, settings.n_pr, settings.max_per_repo)
-    if (settings.real or settings.papers) and len(own) < settings.n_real:
+    if (settings.real or settings.papers or settings.issues) and len(own) < settings.n_real:
         print(f"select: --n_real {settings.n_real}, but only {len(own)} can be had")
     if settings.repos and len(mined) < settings.n_pr:
         print(f"select: --n_pr {settings.n_pr}, but only {len(mined)} can be had")
@@ -1833,18 +2011,16 @@ def finished(row):
     """The task alone, without what only the steps need; a mined one keeps its solution as a diff in meta."""
     if is_mined(row) and "material" in row:
         row["meta"]["code_diff"] = row["material"]["secret"]
-    return without(row, "pr", "material", "task", "answer", "parts")
+    return without(row, "pr", "tree", "material", "task", "answer", "parts")
 
 
 def what_to_do(rows):
     """The commonest reason and its remedy."""
     if not rows:
         return "no merged pull request was found: does the clone have a history with their numbers?"
-    (reason, count), = Counter(row["reasons"][0] for row in rows).most_common(1)
-    remedies = [remedy for start, remedy in REMEDIES.items() if reason.startswith(start)]
-    return (
-        f"mostly ({count} of {len(rows)}): {reason}: {remedies[0] if remedies else 'mine more repositories'}"
-    )
+    [(reason, count)] = Counter(row["reasons"][0] for row in rows).most_common(1)
+    known = [remedy for start, remedy in REMEDIES.items() if reason.startswith(start)]
+    return f"mostly ({count} of {len(rows)}): {reason}: {[*known, 'mine more repositories'][0]}"
 
 
 def print_funnel(rows, chosen):
@@ -1854,20 +2030,17 @@ def print_funnel(rows, chosen):
     drawn = [row for row in pulls if is_mined(row)]
     passed = len(drawn) + lost[NOT_DRAWN]
     short = passed + lost["only markdown"]
-    for count, step in (
-        (
+    print_counts({
+        "repositories (paper: 100 with over 10,000 stars each, which a clone does not know)":
             len({row["meta"]["repo"] for row in pulls}),
-            "repositories (paper: 100 with over 10,000 stars each, which a clone does not know)",
-        ),
-        (short + lost["not under 1,200 tokens"], "merged pull requests"),
-        (short, "under 1,200 tokens"),
-        (passed, "not only markdown"),
-        (len(drawn), "drawn, at most 100 a repository"),
-        (sum("answer" in row for row in pulls), "written"),
-        (sum(set(row["reasons"]) <= {OVER_QUOTA} for row in drawn), "passed the rules and the reviewers"),
-        (sum(map(is_mined, chosen)), "chosen (paper: 18)"),
-    ):
-        print(f"  {count:7,d}  {step}")
+        "merged pull requests": short + lost["not under 1,200 tokens"],
+        "under 1,200 tokens": short,
+        "not only markdown": passed,
+        "drawn, at most 100 a repository": len(drawn),
+        "written": sum("answer" in row for row in pulls),
+        "passed the rules and the reviewers": sum(set(row["reasons"]) <= {OVER_QUOTA} for row in drawn),
+        "chosen (paper: 18)": sum(map(is_mined, chosen)),
+    }.items())
 
 
 def write_settings(settings):
@@ -1875,14 +2048,13 @@ def write_settings(settings):
     inputs = {}
     for clone in filter(os.path.isdir, settings.repos):
         inputs[clone] = git(clone, "rev-parse", "HEAD").decode().strip()
-    for path in filter(os.path.isfile, [settings.real or "", settings.answers or "", __file__]):
+    for path in filter(None, (settings.real, settings.issues, settings.answers, __file__)):
+        if not os.path.isfile(path):
+            continue
         inputs[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     versions = {name: importlib.metadata.version(name) for name in ("openai", "pydantic", "scikit-learn")}
-    record = {
-        "settings": asdict(settings),
-        "versions": {"python": sys.version.split()[0]} | versions,
-        "inputs": inputs,
-    }
+    versions["python"] = sys.version.split()[0]
+    record = {"settings": asdict(settings), "versions": versions, "inputs": inputs}
     path = Path(settings.output_file).with_suffix(".settings.json")
     path.write_text(json.dumps(record, indent=1) + "\n")
 
@@ -1892,6 +2064,8 @@ def check_settings(settings):
         raise InputError(
             "nothing to read: give --real FILE_OR_DIR, --repos CLONE..., --papers DIR, or several"
         )
+    if settings.issues and not settings.repos:
+        raise InputError("--issues needs the clones of their repositories: --repos CLONE...")
     if min(settings.concurrency, settings.timeout, settings.call_seconds) < 1:
         raise InputError("--concurrency, --timeout and --call_seconds must be 1 or more")
     if settings.test_command and "{report}" not in settings.test_command:
@@ -1923,7 +2097,8 @@ def print_selection(settings, rows):
     chosen = open_rows(rows)
     if settings.rule == "paper":
         print_funnel(rows, chosen)
-    print_counts(Counter(f"{row['source']}, {row['domain']}, {row['subdomain']}" for row in chosen))
+    kinds = Counter(f"{row['source']}, {row['domain']}, {row['subdomain']}" for row in chosen)
+    print_counts(kinds.most_common())
     print(f"queries: {len(chosen)}\nrejected: {len(rows) - len(chosen)}\noutput_file: {settings.output_file}")
 
 
@@ -1936,7 +2111,7 @@ def print_step(name, live):
             counts[row["source"]][reason if reason.startswith("environment") else reason.split(": ")[0]] += 1
     for source, passed in groups.items():
         print(f"{name}: {sum(passed)} of {len(passed)} pass ({source})")
-        print_counts(counts[source])
+        print_counts(counts[source].most_common())
 
 
 if __name__ == "__main__":

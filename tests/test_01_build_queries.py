@@ -270,6 +270,74 @@ def test_the_licence_at_the_base_decides_and_any_file_of_it_counts(small_repo):
     ]
 
 
+FORGES = {
+    "Merge pull request #1 from ada/one": "Title\n\nMore",
+    "Merge pull request 'Title' (#2) from ada/two into main": "Reviewed-on: somewhere",
+    "Merge branch 'three' into 'main'": "Title\n\nMore\n\nSee merge request group/small!3",
+    "Merged in four (pull request #4)": "Title\n\nApproved-by: Eve",
+    "Merged PR 5: Title": "Related work items: #77",
+    "Title (#6)": "* work",
+    "Merge branch 'old' into 'main'": "no request",
+}
+
+
+def test_merges_of_github_gitea_gitlab_bitbucket_and_azure(small_repo):
+    repo, commit = small_repo
+    for number, (subject, body) in enumerate(FORGES.items(), 1):
+        git(repo, "checkout", "-q", "-b", f"b{number}")
+        commit({"a.py": f"x = {number + 1}\n", "test_a.py": f"# {number}\n"}, "work")
+        git(repo, "checkout", "-q", "main")
+        git(repo, "merge", "-q", "--no-ff", "-m", f"{subject}\n\n{body}", f"b{number}")
+    rows = {row["meta"]["number"]: row for row in mined(repo)}
+    assert sorted(rows) == [1, 2, 3, 4, 5, 6]
+    assert {row["meta"]["title"] for row in rows.values()} == {"Title"}
+    assert [row["reasons"] for row in rows.values()] == [[]] * 6
+
+
+def test_what_a_commit_takes_back_by_its_hash_is_left_out(small_repo):
+    repo, commit = small_repo
+    commit({"a.py": "x = 2\n", "test_a.py": "# 1\n"}, "One (#1)")
+    head = git(repo, "rev-parse", "HEAD").strip()
+    commit({"a.py": "x = 1\n", "test_a.py": "# 2\n"}, f"Undo it (#2)\n\nThis reverts commit {head}.")
+    assert [row["reasons"] for row in mined(repo)] == [["a revert"], ["reverted later"]]
+
+
+def test_a_file_name_that_is_no_utf8_and_a_submodule_stop_nothing(small_repo, tmp_path):
+    """Strange names beside the change come along; a pull request that changes such a file is left out."""
+    repo, commit = small_repo
+    strange = os.fsdecode(b"tests/caf\xe9 \"one\".txt")
+    link = git(repo, "rev-parse", "HEAD").strip()
+    (repo / "tests" / "empty").mkdir(parents=True)
+    git(repo, "update-index", "--add", "--cacheinfo", f"160000,{link},tests/module")
+    (repo / "tests" / "bin.dat").write_bytes(bytes(range(256)))
+    commit({strange: "1\n", "tests/tab\there": "x\r\ny\r\n"}, "Names (#1)")
+    git(repo, "update-index", "--add", "--cacheinfo", f"160000,{link},tests/module")
+    commit({"a.py": "x = 2\r\n", "test_a.py": "# 2\n"}, "Two (#2)")
+    rows = mined(repo)
+    assert [row["reasons"] for row in rows] == [[], ["changes a file whose name is no UTF-8"]]
+    head = rows[0]["meta"]["commit"]
+    stage.checkout(repo, head, tmp_path / "tree")
+    expected = {strange, "tests/bin.dat", "tests/tab\there", "LICENSE", "a.py", "test_a.py"}
+    found = {str(path.relative_to(tmp_path / "tree")) for path in (tmp_path / "tree").rglob("*")}
+    assert found - {"tests"} == expected == set(stage.paths_of(repo, head))
+    assert (tmp_path / "tree" / "tests" / "bin.dat").read_bytes() == bytes(range(256))
+    assert (tmp_path / "tree" / "a.py").read_bytes() == b"x = 2\r\n"
+
+
+def test_a_history_named_by_sha256_is_mined_as_any_other(tmp_path):
+    repo = tmp_path / "long"
+    repo.mkdir()
+    git(repo, "init", "-q", "-b", "trunk", "--object-format=sha256")
+    for number in (1, 2):
+        (repo / "LICENSE").write_text(LICENCE)
+        (repo / "a.py").write_text(f"x = {number}\n")
+        (repo / "test_a.py").write_text(f"# {number}\n")
+        git(repo, "add", "-A")
+        git(repo, "commit", "-q", "-m", f"Change (#{number})")
+    [row] = mined(repo)
+    assert row["reasons"] == [] and len(row["meta"]["base"]) == 64 and len(row["pr"]["blobs"][0]) == 64
+
+
 def test_what_was_reverted_later_is_left_out(small_repo):
     repo, commit = small_repo
     for number in (1, 2, 3):
@@ -278,6 +346,18 @@ def test_what_was_reverted_later_is_left_out(small_repo):
     commit({"a.py": "x = 1\n", "test_a.py": "# 5\n"}, "Revert the first (#5)\n\nThis reverts #1.")
     reasons = [row["reasons"] for row in mined(repo)]
     assert reasons == [["a revert"], ["a revert"], ["reverted later"], [], ["reverted later"]]
+
+
+def test_a_number_that_is_used_again_where_a_repository_moved_is_another_pull_request(small_repo):
+    repo, commit = small_repo
+    commit({"a.py": "x = 2\n", "test_a.py": "# 1\n"}, "Of the old place (#1)")
+    commit({"a.py": "x = 3\n", "test_a.py": "# 2\n"}, "Of the new place (#1)")
+    commit({"a.py": "x = 4\n", "test_a.py": "# 3\n"}, "Of the new place (#1)")
+    assert [(row["query_id"], row["reasons"]) for row in mined(repo)] == [
+        ("small-1", []),
+        ("small-1.2", ["the same number and title again (a back-port)"]),
+        ("small-1.3", []),
+    ]
 
 
 def test_a_backport_under_another_number_is_the_same_task(small_repo):
@@ -657,6 +737,7 @@ def endpoint():
             data = (body if isinstance(body, str) else json.dumps(body)).encode()
             self.send_response(status)
             self.send_header("Content-Length", str(len(data)))
+            self.send_header("x-should-retry", "false" if status == 501 else "")
             self.end_headers()
             self.wfile.write(data[: int(len(data) * share)])
             if status == 200 and share == 1:
@@ -760,14 +841,15 @@ def test_a_refused_request_rejects_its_row_and_the_others_go_on(endpoint, tmp_pa
     assert endpoint.calls == calls + 1  # only when the user says so
 
 
-def test_an_endpoint_without_json_schema_is_asked_in_the_form_that_it_knows(endpoint, tmp_path):
+@pytest.mark.parametrize("status", [400, 501])
+def test_an_endpoint_without_json_schema_is_asked_in_the_form_that_it_knows(endpoint, tmp_path, status):
     forms = []
 
     def script(call, request):
         forms.append(request.get("response_format", {}).get("type"))
         if forms[-1] is None:
             return 200, completion("Sure!\n```json\n" + json.dumps(DRAFT) + "\n```\nIs {this} right?"), 1
-        return 400, {"error": {"message": "This response_format type is unavailable now"}}, 1
+        return status, {"error": {"message": "This response_format type is unavailable now"}}, 1
 
     endpoint.script = script
     run(*candidates(tmp_path, 3), "--base_url", endpoint.url, "--concurrency", 1)
@@ -785,6 +867,7 @@ def test_an_endpoint_without_json_schema_is_asked_in_the_form_that_it_knows(endp
         '<think>{"query": "no"}</think>' + json.dumps(DRAFT) + " That {is} it.",
         [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": json.dumps(DRAFT)}],
         json.dumps(DRAFT | {"subdomain": "Backend", "difficulty": "Medium"}),
+        json.dumps([{"draft": DRAFT | {"interfaces": None, "answerable": "true"}}]),
     ],
 )
 def test_drafts_in_every_wrapping_are_read(content):
@@ -812,6 +895,25 @@ def test_answers_that_are_no_draft_say_what_they_are(content, reason):
     assert stage.draft_of({"content": content, "finish_reason": "length"})[1].startswith(reason)
 
 
+def test_what_a_request_has_besides_stands_in_yaml(endpoint, tmp_path):
+    asked = []
+
+    def script(call, request):
+        asked.append((request["max_tokens"], request["temperature"]))
+        return 200, completion(json.dumps(DRAFT)), 1
+
+    endpoint.script = script
+    (tmp_path / "x.yaml").write_text("request: {max_tokens: 99, temperature: 0.5}\n")
+    run(*candidates(tmp_path, 1), "--base_url", endpoint.url, "--config", tmp_path / "x.yaml")
+    assert asked == [(99, 0.5)]
+
+
+def test_a_line_break_inside_a_text_is_no_end_of_it():
+    content = json.dumps(DRAFT | {"query": "one two", "subdomain": "data-analysis"}).replace("one ", "one\n")
+    draft, reason = stage.draft_of({"content": content, "finish_reason": "stop"})
+    assert draft.query == "one\ntwo" and draft.subdomain == "data_analysis" and reason is None
+
+
 def test_dry_run_shows_the_prompt_and_calls_nobody(tmp_path):
     output = run(*candidates(tmp_path, 2), "--dry_run")
     assert "Title: title 0" in output and "calls: 2\n" in output
@@ -835,7 +937,7 @@ def test_max_usd_counts_what_is_under_way_and_what_was_spent_before(endpoint, tm
 
 def test_no_endpoint_and_no_key(tmp_path):
     line = refused(*candidates(tmp_path, 2))
-    assert "2 of 2 answers of gpt-5 are missing" in line and "OPENAI_API_KEY" in line
+    assert "2 answers are missing" in line and "OPENAI_API_KEY" in line
 
 
 def test_a_paper_becomes_a_research_query_with_a_rubric(endpoint, tmp_path):
@@ -858,6 +960,45 @@ def test_a_paper_becomes_a_research_query_with_a_rubric(endpoint, tmp_path):
     assert "We show that warm-up helps." in endpoint.given[0]
     (tmp_path / "none").mkdir()
     assert "convert PDFs to text first" in refused("--papers", tmp_path / "none", "--output_file", output)
+
+
+def test_an_issue_becomes_a_query_on_the_newest_tree_of_its_repository(endpoint, small_repo, tmp_path):
+    repo, commit = small_repo
+    git(repo, "remote", "add", "origin", "https://example.invalid/ada/small.git")
+    found = []
+    for number, (url, body) in enumerate(
+        (
+            ("ada/small/issues", "It stops at the first bad file."),
+            ("ada/small/issues", None),
+            ("ada/small/pull", ""),
+            ("eve/large/issues", ""),
+        ),
+        1,
+    ):
+        url = f"https://example.invalid/{url}/{number}"
+        found.append({"number": number, "title": "Loader stops", "body": body, "url": url})
+    (tmp_path / "issues.json").write_text(json.dumps(found))
+
+    def script(call, request):
+        query = GOOD if "It stops" in request["messages"][1]["content"] else GOOD + " See #12."
+        return 200, completion(json.dumps(DRAFT | {"query": query})), 1
+
+    endpoint.script = script
+    flags = "--repos", repo, "--base_url", endpoint.url, "--output_file", tmp_path / "out" / "queries.jsonl"
+    run(*flags, "--issues", tmp_path / "issues.json")
+    [task] = rows_of(tmp_path / "out" / "queries.jsonl")
+    assert task["query_id"] == "ada__small-issue-1" and task["source"] == "issue"
+    assert task["turns"] == [{"query": GOOD, "rubric": ["works"]}] and task["domain"] == "vibe_coding"
+    assert (tmp_path / "out" / task["workspace"] / "a.py").read_text() == "x = 1\n"
+    rejected = rows_of(tmp_path / "out" / "rejected_queries.jsonl")
+    assert {row["query_id"]: row["reasons"] for row in rejected} == {
+        "ada__small-issue-2": ["mentions an issue's number"],
+        "eve__large-issue-4": ["its repository is not among --repos"],
+    }
+    (tmp_path / "issues.json").write_text('[{"title": "x"}]')
+    line = refused(*flags, "--issues", tmp_path / "issues.json")
+    assert "no list of number, title, body, url: KeyError('url')" in line
+    assert "needs the clones" in refused("--papers", "x", "--issues", "y")
 
 
 # ---- check ----
@@ -1131,6 +1272,8 @@ def test_a_task_line_with_every_field_comes_through(tmp_path):
         (("workspace: data", "workspace: other"), "other does not exist"),
         (("---\ndomain", "domain"), "front matter"),
         (("licence: CC0-1.0", "licence: ["), "one.md"),
+        (("workspace: data", "workspace: data/data.csv"), "data.csv is neither a folder nor a .tar"),
+        (("licence: CC0-1.0", "2: x"), "the name of every field must be a word"),
     ],
 )
 def test_all_bad_real_queries_of_a_folder_are_named(tmp_path, change, message):
@@ -1151,6 +1294,26 @@ def test_a_query_id_counts_once(tmp_path):
     run("--real", file, "--output_file", tmp_path / "queries.jsonl")
     [row] = rows_of(tmp_path / "rejected_queries.jsonl")
     assert row["reasons"] == ["its query_id is taken"] and row["turns"][0]["query"] == "draw a circle"
+
+
+@needs_bwrap
+def test_own_queries_come_from_any_editor_and_one_that_cannot_be_run_stops_no_other(tmp_path):
+    """A byte order mark, line ends of Windows, two files of one id, a query in Chinese."""
+    folder = real_folder(tmp_path, two=REAL.replace("---\ndomain", "---\nquery_id: fit\ndomain"))
+    text = REAL.replace("Fit the curve in data.csv", "請把曲線擬合到資料上")
+    (folder / "fit.md").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
+    output = tmp_path / "out" / "queries.jsonl"
+    run("--real", folder, "--output_file", output)
+    [row] = rows_of(output)
+    assert row["turns"][0]["query"].startswith("請把曲線") and row["turns"][0]["check"] == "test -f out.txt"
+    [row] = rows_of(tmp_path / "out" / "rejected_queries.jsonl")
+    assert row["reasons"] == ["its query_id is taken"] and "Fit" in row["turns"][0]["query"]
+
+
+def test_a_workspace_that_holds_the_output_is_refused(tmp_path):
+    folder = real_folder(tmp_path, one=REAL.replace("workspace: data", "workspace: ."))
+    line = refused("--real", folder, "--output_file", folder / "out" / "q.jsonl", "--verify_runs", 0)
+    assert "this workspace holds the output" in line
 
 
 def test_bad_jsonl_and_folders(tmp_path):

@@ -5,7 +5,7 @@ import importlib
 
 import pytest
 
-rules = importlib.import_module("01_build_queries").leak_rules()
+rules = importlib.import_module("01_build_queries")
 
 
 def diff(path, old, new):
