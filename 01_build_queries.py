@@ -266,12 +266,12 @@ class Turn(pydantic.BaseModel, extra="forbid"):
 
 
 class Task(pydantic.BaseModel, extra="forbid"):
-    query_id: str = pydantic.Field(pattern=r"^\w[\w.@#-]*$")  # also a file name
+    query_id: str = pydantic.Field(pattern=r"^\w[\w.@#-]{0,149}$")  # also a file name
     domain: Literal["vibe_coding", "research"]
     subdomain: str = ""
     source: str = "real"
     turns: list[Turn] = pydantic.Field(min_length=1)
-    workspace: str | None = None
+    workspace: str | None = pydantic.Field(None, min_length=1)
     private: str | None = None
     venv: str | None = None
     system: str | None = None
@@ -308,8 +308,8 @@ def checked_task(where, row, folder):
     except pydantic.ValidationError as error:
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         raise InputError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
-    except TypeError:  # a key of YAML that is a number
-        raise InputError(f"{where}: the name of every field must be a word") from None
+    except (TypeError, ValueError) as error:  # a number as the name of a field, an alias of itself
+        raise InputError(f"{where}: cannot be written as JSON: {error}") from None
     for name in ("workspace", "private", "venv"):
         if name in task:
             path = Path(os.path.abspath(folder / task[name]))
@@ -323,7 +323,8 @@ def checked_task(where, row, folder):
 def read_markdown(path):
     """A task from a markdown file; check, rubric, solution and licence may stand in the front matter."""
     try:
-        parts = re.fullmatch(r"---\n(.*?)^---\n(.*)", path.read_text(encoding="utf-8-sig"), re.S | re.M)
+        text = path.read_text(encoding="utf-8-sig")
+        parts = re.fullmatch(r"---[ \t]*\n(.*?)^---[ \t]*(?:\n(.*))?", text, re.S | re.M)
         task = yaml.safe_load(parts[1]) if parts else None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: {' '.join(str(error).split())}") from None
@@ -331,7 +332,7 @@ def read_markdown(path):
         raise InputError(f"{path}: must begin with YAML front matter between two lines of ---")
     if "turns" not in task:
         graded = {key: task.pop(key) for key in ("check", "rubric", "solution") if key in task}
-        task["turns"] = [{"query": parts[2].strip()} | graded]
+        task["turns"] = [{"query": (parts[2] or "").strip()} | graded]
     if "licence" in task:
         task["meta"] = task.get("meta", {}) | {"licence": task.pop("licence")}
     return {"query_id": re.sub(r"[^\w.@#-]", "-", path.stem)} | task
@@ -339,10 +340,11 @@ def read_markdown(path):
 
 def source_row(query_id, domain, subdomain, source, text, **meta):
     """A query is to be written from a text; its solution is nobody's secret, a rubric judges the answer."""
-    material = {"text": text[:40_000], "secret": "", "tests": "", "asked": []}
-    return {"query_id": re.sub(r"[^\w.@#-]", "-", query_id).lstrip(".@#-"), "domain": domain,
-            "subdomain": subdomain, "source": source, "turns": [], "meta": meta, "reasons": [],
-            "material": material}
+    text = text[:40_000].encode(errors="replace").decode()  # half a character
+    material = {"text": text, "secret": "", "tests": "", "asked": []}
+    query_id = re.sub(r"[^\w.@#-]", "-", query_id).lstrip(".@#-")[:150] or source
+    return {"query_id": query_id, "domain": domain, "subdomain": subdomain, "source": source, "turns": [],
+            "meta": meta, "reasons": [], "material": material}
 
 
 def papers(folder):
@@ -384,6 +386,7 @@ def git_command(clone, *args):
         "GIT_CONFIG_GLOBAL": os.devnull,
         "GIT_CONFIG_NOSYSTEM": "1",
         "GIT_LITERAL_PATHSPECS": "1",
+        "GIT_NO_REPLACE_OBJECTS": "1",
         "LC_ALL": "C",
         "GIT_CEILING_DIRECTORIES": os.path.dirname(os.path.abspath(clone)),
     }
@@ -427,6 +430,11 @@ def repository_names(clone):
     """[owner/name of the clone's origin, else the folder's name; the name that its package gives itself]"""
     if git(clone, "rev-parse", "--is-shallow-repository") == b"true\n":
         raise InputError(f"{clone}: a shallow clone has no history to mine: git -C {clone} fetch --unshallow")
+    try:
+        git(clone, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
+    except InputError:
+        raise InputError(
+            f"{clone}: its HEAD names no commit: git -C {clone} symbolic-ref HEAD refs/heads/BRANCH") from None
     url = r"(?m)^remote\.origin\.url=\S+(?:://|@)\S*?([^/:]+/[^/]+?)(?:\.git)?/?$"
     origin = re.search(url, git(clone, "config", "--list").decode(errors="replace"))
     names = [origin[1] if origin else os.path.basename(os.path.abspath(clone)).removesuffix(".git")]
@@ -471,8 +479,8 @@ def log_records(clone):
                 yield header, joined(files)
             files = {}
             header = [text.rstrip("\n") for text in iter(lambda: next(lines), mark + "\n")]
-        elif start := re.match(r'diff --git .* "?b/(.+?)"?\n', line):
-            diff = files[start[1]] = [line]
+        elif start := re.match(r'diff --git (?:a/(?P<same>.+) b/(?P=same)|.* "?b/(.+?)"?)\n', line):
+            diff = files[start[1] or start[2]] = [line]
         elif files and len(diff) < 20_000:
             diff.append(line[:50_000])
     if header:
@@ -519,7 +527,7 @@ def pull_requests(clone):
 def syntax_tree(source):
     """Of Python source, without a word about old escapes in its strings."""
     with warnings.catch_warnings(action="ignore"):
-        return ast.parse(source)
+        return ast.parse(source.removeprefix("\ufeff"))
 
 
 def meaning(source):
@@ -590,8 +598,8 @@ def why_not(pull, seen, refs):
         return "the number of an issue: no such refs/pull"
     if not pull["files"]:
         return "changes no file"
-    if any("\ufffd" in path for path in pull["files"]):
-        return "changes a file whose name is no UTF-8"
+    if any(re.search(r'[\ufffd"\\]', path) for path in pull["files"]):  # git writes it in quotes
+        return "changes a file whose name is no plain UTF-8"
     return "the same change as another pull request" if changes(pull) in seen else None
 
 
@@ -1304,7 +1312,7 @@ def usage_of(answer):
     counts = {}
     for key in ("prompt_tokens", "completion_tokens"):
         number = str(usage.get(key)) if isinstance(usage, dict) else ""
-        counts[key] = int(number) if number.isdigit() else 0
+        counts[key] = int(number) if number.isdecimal() else 0
     return counts
 
 
@@ -1366,15 +1374,18 @@ def read_completion(text):
     """The answer of a chat completion's body; InputError if the server sent something else."""
     try:
         body = json.loads(text)
+        if not body["choices"]:  # a filter of contents took it away
+            return {"refused": f"no choice in its answer: {text[:200]}", "usage": usage_of(body)}
         choice = body["choices"][0]
-        content = choice["message"].get("content") or choice["message"].get("refusal") or ""
+        message = choice["message"] or {}
+        content = message.get("content") or message.get("refusal") or ""
         if isinstance(content, list):  # parts: thoughts and texts
-            content = "".join(
-                part.get("text", "") for part in content if part.get("type") in ("text", "output_text")
-            )
-    except (ValueError, LookupError, TypeError, AttributeError):
+            texts = [part.get("text") for part in content if part.get("type") in ("text", "output_text")]
+            content = "".join(map(str, filter(None, texts)))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError):
         raise InputError(f"not a chat completion but {text[:80]!r}; does --base_url end in /v1?") from None
-    return {"content": str(content), "finish_reason": choice.get("finish_reason"), "usage": usage_of(body)}
+    content = str(content).encode(errors="replace").decode()  # half a character
+    return {"content": content, "finish_reason": choice.get("finish_reason"), "usage": usage_of(body)}
 
 
 async def ask_all(settings, missing, path, dollars):
@@ -1630,9 +1641,10 @@ class Solution:
 def find_object(text):
     """The first JSON object in a text that has a query or a verdict, whatever stands around it."""
     text = re.sub(r"(?s)^.*</think>", "", text or "")
+    decoder = json.JSONDecoder(strict=False)  # a text may have line breaks
     for start in re.finditer(r"\{", text):
         try:
-            found, _ = json.JSONDecoder(strict=False).raw_decode(text[start.start():])  # line breaks in texts
+            found, _ = decoder.raw_decode(text, start.start())
         except (ValueError, RecursionError):
             continue
         if {"query", "leaks"} & found.keys():

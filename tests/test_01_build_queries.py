@@ -197,6 +197,13 @@ def test_the_users_git_settings_change_nothing(demo_clone, monkeypatch, tmp_path
         ({"a.py": "x = 2\n"}, "Two (#7)", "no test file changed"),
         ({"a.py": "x = 2\n", "tests/fixtures/a.py": "# 2\n"}, "Two (#7)", "no test file changed"),
         ({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Revert two (#7)", "a revert"),
+        ({"a.py": "\ufeffx = 2\n", "test_a.py": "# 2\n"}, "Two (#7)", None),
+        ({"a.py": "x = 2\n", "tests/b b/test_ b.py": "# 2\n"}, "Two (#7)\r\n\r\nMore\r", None),
+        (
+            {"a.py": "x = 2\n", "test_a.py": "# 2\n", "tests/line\nend.py": "# 2\n"},
+            "Two (#7)",
+            "changes a file whose name is no plain UTF-8",
+        ),
     ],
 )
 def test_reasons_of_the_default_rule(small_repo, files, message, reason):
@@ -204,6 +211,7 @@ def test_reasons_of_the_default_rule(small_repo, files, message, reason):
     commit(files, message)
     [row] = mined(repo)
     assert row["query_id"] == "small-7" and row["reasons"] == ([reason] if reason else [])
+    assert reason or row["pr"]["run"] == [name for name in files if "test_" in name or name.startswith("tests/")]
 
 
 @pytest.mark.parametrize(
@@ -314,7 +322,7 @@ def test_a_file_name_that_is_no_utf8_and_a_submodule_stop_nothing(small_repo, tm
     git(repo, "update-index", "--add", "--cacheinfo", f"160000,{link},tests/module")
     commit({"a.py": "x = 2\r\n", "test_a.py": "# 2\n"}, "Two (#2)")
     rows = mined(repo)
-    assert [row["reasons"] for row in rows] == [[], ["changes a file whose name is no UTF-8"]]
+    assert [row["reasons"] for row in rows] == [[], ["changes a file whose name is no plain UTF-8"]]
     head = rows[0]["meta"]["commit"]
     stage.checkout(repo, head, tmp_path / "tree")
     expected = {strange, "tests/bin.dat", "tests/tab\there", "LICENSE", "a.py", "test_a.py"}
@@ -404,7 +412,7 @@ def test_a_bad_clone_is_named_and_the_others_go_on(tmp_path, small_repo, demo_cl
     assert len(rows) == 11
     told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("left out")]
     for line, text in zip(
-        told, ("not a git repository", "fetch --unshallow", "git log", "nowhere"), strict=True
+        told, ("not a git repository", "fetch --unshallow", "symbolic-ref HEAD", "nowhere"), strict=True
     ):
         assert text in line
 
@@ -895,6 +903,25 @@ def test_answers_that_are_no_draft_say_what_they_are(content, reason):
     assert stage.draft_of({"content": content, "finish_reason": "length"})[1].startswith(reason)
 
 
+@pytest.mark.parametrize(
+    "message, reason",
+    [
+        ('"choices": [{"message": null}]', "the answer (None) holds no draft: ''"),
+        ('"choices": [{"message": {"content": [{"type": "text", "text": null}]}}]', "the answer (None) holds"),
+        ('"choices": [{"message": {"content": {"a": 1}}}]', "the answer (None) holds no draft: \"{'a'"),
+        ('"choices": [], "prompt_filter_results": [1]', "the endpoint refused it: no choice in its answer"),
+        ('"choices": null', "the endpoint refused it: no choice in its answer"),
+        (
+            '"choices": [{"message": {"content": "\\ud83d"}}], "usage": {"prompt_tokens": "\u00b2"}',
+            "the answer (None) holds no draft: '?'",
+        ),
+    ],
+)
+def test_an_answer_without_a_text_rejects_its_row_alone(message, reason):
+    answer = stage.read_completion("{" + message + "}")
+    assert stage.draft_of(answer)[1].startswith(reason) and answer["usage"]["prompt_tokens"] == 0
+
+
 def test_what_a_request_has_besides_stands_in_yaml(endpoint, tmp_path):
     asked = []
 
@@ -1273,7 +1300,10 @@ def test_a_task_line_with_every_field_comes_through(tmp_path):
         (("---\ndomain", "domain"), "front matter"),
         (("licence: CC0-1.0", "licence: ["), "one.md"),
         (("workspace: data", "workspace: data/data.csv"), "data.csv is neither a folder nor a .tar"),
-        (("licence: CC0-1.0", "2: x"), "the name of every field must be a word"),
+        (("licence: CC0-1.0", "2: x"), "cannot be written as JSON: "),
+        (("licence: CC0-1.0", "meta: &m {own: *m}"), "cannot be written as JSON: "),
+        (("---\ndomain", f"---\nquery_id: {'x' * 151}\ndomain"), "query_id: String should match"),
+        (("workspace: data", "workspace: ''"), "workspace: String should have at least 1"),
     ],
 )
 def test_all_bad_real_queries_of_a_folder_are_named(tmp_path, change, message):
@@ -1300,7 +1330,7 @@ def test_a_query_id_counts_once(tmp_path):
 def test_own_queries_come_from_any_editor_and_one_that_cannot_be_run_stops_no_other(tmp_path):
     """A byte order mark, line ends of Windows, two files of one id, a query in Chinese."""
     folder = real_folder(tmp_path, two=REAL.replace("---\ndomain", "---\nquery_id: fit\ndomain"))
-    text = REAL.replace("Fit the curve in data.csv", "請把曲線擬合到資料上")
+    text = REAL.replace("Fit the curve in data.csv", "請把曲線擬合到資料上").replace("---", "--- ")
     (folder / "fit.md").write_bytes(b"\xef\xbb\xbf" + text.replace("\n", "\r\n").encode())
     output = tmp_path / "out" / "queries.jsonl"
     run("--real", folder, "--output_file", output)
