@@ -373,7 +373,7 @@ def issues(path, clones):
         repo = f"{owner}/{name}"
         row = source_row(f"{owner}__{name}-issue-{number}", None, "", "issue", text, repo=repo)
         if repo in clones:
-            row["tree"] = [clones[repo], git(clones[repo], "rev-parse", "HEAD").decode().strip()]
+            row["tree"] = [clones[repo], head_of(clones[repo])]
         else:
             row["reasons"].append("its repository is not among --repos")
         yield row
@@ -382,14 +382,9 @@ def issues(path, clones):
 def git_command(clone, *args):
     """(argv, environment) of `git -C clone args`; no setting of the user's own git changes what it does."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("GIT_")}
-    env |= {
-        "GIT_CONFIG_GLOBAL": os.devnull,
-        "GIT_CONFIG_NOSYSTEM": "1",
-        "GIT_LITERAL_PATHSPECS": "1",
-        "GIT_NO_REPLACE_OBJECTS": "1",
-        "LC_ALL": "C",
-        "GIT_CEILING_DIRECTORIES": os.path.dirname(os.path.abspath(clone)),
-    }
+    env |= {"GIT_CONFIG_GLOBAL": os.devnull, "GIT_CONFIG_NOSYSTEM": "1", "GIT_LITERAL_PATHSPECS": "1",
+            "GIT_NO_REPLACE_OBJECTS": "1", "LC_ALL": "C",
+            "GIT_CEILING_DIRECTORIES": os.path.dirname(os.path.abspath(clone))}
     return ["git", "-c", "safe.directory=*", "-c", "core.quotePath=no", "-C", clone, *args], env
 
 
@@ -407,9 +402,9 @@ def show(clone, commit, path):
     return git(clone, "show", f"{commit}:{path}").decode(errors="replace")
 
 
-def paths_of(clone, commit):
+def paths_of(clone, commit, flag="-r"):
     """The paths of a commit's files, without submodules; a name that is no UTF-8 keeps its bytes."""
-    entries = git(clone, "ls-tree", "-r", "-z", commit).split(b"\0")[:-1]
+    entries = git(clone, "ls-tree", flag, "-z", commit).split(b"\0")[:-1]
     return [os.fsdecode(entry.split(b"\t", 1)[1]) for entry in entries if b" blob " in entry.split(b"\t")[0]]
 
 
@@ -430,20 +425,23 @@ def repository_names(clone):
     """[owner/name of the clone's origin, else the folder's name; the name that its package gives itself]"""
     if git(clone, "rev-parse", "--is-shallow-repository") == b"true\n":
         raise InputError(f"{clone}: a shallow clone has no history to mine: git -C {clone} fetch --unshallow")
-    try:
-        git(clone, "rev-parse", "--verify", "--quiet", "HEAD^{commit}")
-    except InputError:
-        raise InputError(
-            f"{clone}: its HEAD names no commit: git -C {clone} symbolic-ref HEAD refs/heads/BRANCH") from None
+    if not head_of(clone):
+        raise InputError(f"{clone}: its HEAD names no commit: git symbolic-ref HEAD refs/heads/BRANCH")
     url = r"(?m)^remote\.origin\.url=\S+(?:://|@)\S*?([^/:]+/[^/]+?)(?:\.git)?/?$"
     origin = re.search(url, git(clone, "config", "--list").decode(errors="replace"))
     names = [origin[1] if origin else os.path.basename(os.path.abspath(clone)).removesuffix(".git")]
     for file in ("pyproject.toml", "setup.cfg", "setup.py"):
-        try:
+        if blob_of(clone, "HEAD", file):
             names += re.findall(r"""(?m)^\s*name\s*=\s*["']?([\w.-]+)""", show(clone, "HEAD", file))[:1]
-        except InputError:  # no such file
-            continue
     return names
+
+
+def head_of(clone):
+    """The commit of HEAD; None where the folder is no clone, or an empty one."""
+    try:
+        return git(clone, "rev-parse", "--verify", "--quiet", "HEAD^{commit}").decode().strip()
+    except InputError:
+        return None
 
 
 def log_lines(clone, *args):
@@ -471,24 +469,17 @@ def log_records(clone):
         "--min-parents=1", "--extended-regexp", "--grep=^(Auto m|M)erge (pull request )?(of )?#[0-9]+",
         r"--grep=\((pull request )?#[0-9]+\)", "--grep=^Merged PR [0-9]+:", "--grep=^See merge request .*!",
         f"--format={mark}%n%H%n%P%n%an <%ae>%n%cs%n%B%n{mark}")
-    header = None
-    files = {}
-    for line in lines:
-        if line == mark + "\n":
-            if header:
-                yield header, joined(files)
-            files = {}
-            header = [text.rstrip("\n") for text in iter(lambda: next(lines), mark + "\n")]
-        elif start := re.match(r'diff --git (?:a/(?P<same>.+) b/(?P=same)|.* "?b/(.+?)"?)\n', line):
-            diff = files[start[1] or start[2]] = [line]
-        elif files and len(diff) < 20_000:
-            diff.append(line[:50_000])
-    if header:
-        yield header, joined(files)
-
-
-def joined(files):
-    return {path: "".join(lines) for path, lines in files.items()}
+    line = next(lines, None)
+    while line:  # the mark above a header
+        header = [text.rstrip("\n") for text in iter(lambda: next(lines), mark + "\n")]
+        files = defaultdict(list)
+        diff = []
+        while (line := next(lines, None)) and line != mark + "\n":
+            if start := re.match(r'diff --git (?:a/(?P<same>.+) b/(?P=same)|.* "?b/(.+?)"?)\n', line):
+                diff = files[start[1] or start[2]]
+            if len(diff) < 20_000:
+                diff.append(line[:50_000])
+        yield header, {path: "".join(diff) for path, diff in files.items()}
 
 
 # How the message of a commit says that it merges a pull request; the number of the last may be an issue's.
@@ -542,12 +533,9 @@ def meaning(source):
 
 def licence(clone, commit):
     """Name of the permissive licence in the root folder at commit, else None."""
-    for name in git(clone, "ls-tree", "--name-only", commit).decode(errors="replace").splitlines():
-        if re.search(r"(?i)licen[cs]e|copying", name):
-            try:
-                text = " ".join(show(clone, commit, name).split())
-            except InputError:  # a submodule
-                continue
+    for path in paths_of(clone, commit, "--full-tree"):
+        if re.search(r"(?i)licen[cs]e|copying", path):
+            text = " ".join(show(clone, commit, path).split())
             for known, words in LICENCES.items():
                 if words in text:
                     return known
@@ -1929,6 +1917,7 @@ def diverse(rows, n, max_per_repo):
     """
     near = similarities([text_of(row) for row in rows])
     chosen = []
+    left = list(range(len(rows)))
     domains = Counter()
     repos = Counter()
 
@@ -1936,17 +1925,11 @@ def diverse(rows, n, max_per_repo):
         quality = 0.5 if rows[i]["meta"].get("difficulty") == "easy" else 1.0
         return -domains[rows[i]["domain"]], quality - 0.5 * max(near[i, chosen], default=0)
 
-    while len(chosen) < n:
-        left = [
-            i
-            for i, row in enumerate(rows)
-            if i not in chosen and repos[row["meta"].get("repo")] < max_per_repo
-        ]
-        if not left:
-            break
+    while left and len(chosen) < n:
         chosen.append(best := max(left, key=gain))
         domains[rows[best]["domain"]] += 1
         repos[rows[best]["meta"].get("repo")] += 1
+        left = [i for i in left if i != best and repos[rows[i]["meta"].get("repo")] < max_per_repo]
     return [rows[i] for i in chosen]
 
 
@@ -2057,13 +2040,10 @@ def print_funnel(rows, chosen):
 
 def write_settings(settings):
     """Everything that decided about the output, beside it."""
-    inputs = {}
-    for clone in filter(os.path.isdir, settings.repos):
-        inputs[clone] = git(clone, "rev-parse", "HEAD").decode().strip()
+    inputs = {clone: head_of(clone) for clone in settings.repos}
     for path in filter(None, (settings.real, settings.issues, settings.answers, __file__)):
-        if not os.path.isfile(path):
-            continue
-        inputs[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
+        if os.path.isfile(path):
+            inputs[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     versions = {name: importlib.metadata.version(name) for name in ("openai", "pydantic", "scikit-learn")}
     versions["python"] = sys.version.split()[0]
     record = {"settings": asdict(settings), "versions": versions, "inputs": inputs}
@@ -2073,17 +2053,13 @@ def write_settings(settings):
 
 def check_settings(settings):
     if not (settings.real or settings.repos or settings.papers):
-        raise InputError(
-            "nothing to read: give --real FILE_OR_DIR, --repos CLONE..., --papers DIR, or several"
-        )
+        raise InputError("nothing to read: give --real FILE_OR_DIR, --repos CLONE... or --papers DIR")
     if settings.issues and not settings.repos:
         raise InputError("--issues needs the clones of their repositories: --repos CLONE...")
     if min(settings.concurrency, settings.timeout, settings.call_seconds) < 1:
         raise InputError("--concurrency, --timeout and --call_seconds must be 1 or more")
     if settings.test_command and "{report}" not in settings.test_command:
-        raise InputError(
-            "--test_command must write JUnit XML to {report}: pytest --junitxml={report} {files}"
-        )
+        raise InputError("--test_command must write JUnit XML: pytest --junitxml={report} {files}")
 
 
 def main(settings):

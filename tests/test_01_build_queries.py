@@ -211,7 +211,8 @@ def test_reasons_of_the_default_rule(small_repo, files, message, reason):
     commit(files, message)
     [row] = mined(repo)
     assert row["query_id"] == "small-7" and row["reasons"] == ([reason] if reason else [])
-    assert reason or row["pr"]["run"] == [name for name in files if "test_" in name or name.startswith("tests/")]
+    if not reason:
+        assert row["pr"]["run"] == [name for name in files if re.search("test_|^tests/", name)]
 
 
 @pytest.mark.parametrize(
@@ -417,13 +418,28 @@ def test_a_bad_clone_is_named_and_the_others_go_on(tmp_path, small_repo, demo_cl
         assert text in line
 
 
+def test_a_run_with_a_bad_clone_ends_well(tmp_path, small_repo, endpoint):
+    repo, commit = small_repo
+    commit({"a.py": "x = 2\n"}, "Two (#7)")
+    (tmp_path / "folder").mkdir()
+    endpoint.script = lambda call, request: (200, completion(json.dumps(DRAFT | {"query": GOOD})), 1)
+    flags = "--repos", tmp_path / "folder", tmp_path / "nowhere", repo, "--base_url", endpoint.url
+    output = tmp_path / "out" / "queries.jsonl"
+    assert "queries: 1\n" in run(*flags, "--rule", "paper", "--output_file", output)
+    inputs = json.loads((output.parent / "queries.settings.json").read_text())["inputs"]
+    head = git(repo, "rev-parse", "HEAD").strip()
+    clones = tmp_path / "folder", tmp_path / "nowhere", repo
+    assert [inputs[str(clone)] for clone in clones] == [None, None, head]
+
+
 def test_bad_repositories(tmp_path, small_repo, demo_clone):
     repo, commit = small_repo
     flags = "--output_file", tmp_path / "out" / "queries.jsonl", "--repos"
     assert "both called pr_repo" in refused(*flags, demo_clone, demo_clone)
     assert "nothing to read" in refused()
     assert "must be 1 or more" in refused(*flags, demo_clone, "--concurrency", 0)
-    assert "must write JUnit XML to {report}" in refused(*flags, demo_clone, "--test_command", "pytest -q")
+    line = refused(*flags, demo_clone, "--test_command", "pytest -q")
+    assert "must write JUnit XML: pytest --junitxml={report}" in line
     assert "no merged pull request was found" in refused(*flags, repo)
     commit({"a.py": "x = 2\n"}, "No tests (#1)")
     line = refused(*flags, repo)
@@ -907,7 +923,7 @@ def test_answers_that_are_no_draft_say_what_they_are(content, reason):
     "message, reason",
     [
         ('"choices": [{"message": null}]', "the answer (None) holds no draft: ''"),
-        ('"choices": [{"message": {"content": [{"type": "text", "text": null}]}}]', "the answer (None) holds"),
+        ('"choices": [{"message": {"content": [{"type": "text", "text": null}]}}]', "the answer (None) hol"),
         ('"choices": [{"message": {"content": {"a": 1}}}]', "the answer (None) holds no draft: \"{'a'"),
         ('"choices": [], "prompt_filter_results": [1]', "the endpoint refused it: no choice in its answer"),
         ('"choices": null', "the endpoint refused it: no choice in its answer"),
