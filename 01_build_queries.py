@@ -87,6 +87,7 @@ TEXT_RULES = {  # after SWE-bench Lite: a statement must stand alone
     "an image": r"\.(png|jpe?g|gif|svg)\b",
     "the tests": r"(?i)\b(pytest|unittest|unit tests?|test suite|hidden tests?)\b"}
 NOT_DRAWN = "not among the 100 drawn of its repository"
+BEYOND = "beyond --max_candidates"
 OVER_QUOTA = "like those selected, or over a quota"
 ENGLISH = set("the a an to of and is are in it that when should be not with for as this on if or by".split())
 # What to do about the commonest reason, said in the last line of a run that leaves nothing.
@@ -734,7 +735,7 @@ def mine(settings, work, rows):
         taken.add(row["query_id"])
     live = [row for _, row in sorted(live, key=lambda ranked: ranked[0])]  # the newest of every clone first
     if settings.rule == "tests":
-        leave_out(live, live[: settings.max_candidates], "beyond --max_candidates")
+        leave_out(live, live[: settings.max_candidates], BEYOND)
     return rows
 
 
@@ -1045,8 +1046,8 @@ def without(row, *keys):
 
 def verify(settings, work, rows):
     """Prove the mined tasks, and the checks of real-world ones; what was decided is not run again."""
-    if not settings.verify_runs:
-        print("verify: left out (--verify_runs 0): no task of this file is proven")
+    if settings.dry_run or not settings.verify_runs:
+        print("verify: left out (--dry_run, or --verify_runs 0): nothing is proven")
         return rows
     verify_real(work, [row for row in open_rows(rows) if not is_mined(row)])
     for (name, language), group in candidates(settings, rows).items():
@@ -2010,9 +2011,10 @@ def finished(row):
 
 
 def what_to_do(rows):
-    """The commonest reason and its remedy."""
+    """The commonest reason and its remedy, of those that got past the rule if any did."""
     if not rows:
         return "no merged pull request was found: does the clone have a history with their numbers?"
+    rows = [row for row in rows if "material" in row and BEYOND not in row["reasons"]] or rows
     [(reason, count)] = Counter(row["reasons"][0] for row in rows).most_common(1)
     known = [remedy for start, remedy in REMEDIES.items() if reason.startswith(start)]
     return f"mostly ({count} of {len(rows)}): {reason}: {[*known, 'mine more repositories'][0]}"
@@ -2073,7 +2075,8 @@ def main(settings):
             rows = step_rows(work, before) if before and rows is None else rows or []
             live = open_rows(rows)
             rows = step(settings, work, rows)
-            write_jsonl(work / f"{name}.jsonl", rows)
+            if not settings.dry_run:
+                write_jsonl(work / f"{name}.jsonl", rows)
             print_step(step.__name__, live)
         before = name
     if settings.step in ("all", "select"):

@@ -451,6 +451,15 @@ def test_bad_repositories(tmp_path, small_repo, demo_clone):
     assert rows_of(tmp_path / "out" / "rejected_queries.jsonl")[0]["reasons"] == ["no test file changed"]
 
 
+def test_the_last_line_speaks_of_what_came_farthest():
+    rows = [{"reasons": ["no code file changed"]}] * 5 + [{"reasons": [stage.BEYOND], "material": {}}] * 3
+    assert stage.what_to_do(rows) == "mostly (5 of 8): no code file changed: mine more repositories"
+    rows += [{"reasons": ["environment: cannot be built: no gcc"], "material": {}}] * 2
+    assert stage.what_to_do(rows) == (
+        "mostly (2 of 2): environment: cannot be built: no gcc: install what is missing with --setup_command"
+    )
+
+
 def test_repository_of_a_benchmark_is_refused_whatever_its_folder_is_called(small_repo, demo_clone):
     repo, commit = small_repo
     with pytest.raises(stage.InputError, match="pr_repo is part of a benchmark"):
@@ -961,6 +970,12 @@ def test_dry_run_shows_the_prompt_and_calls_nobody(tmp_path):
     output = run(*candidates(tmp_path, 2), "--dry_run")
     assert "Title: title 0" in output and "calls: 2\n" in output
     assert not (tmp_path / "work" / "answers.jsonl").exists()
+
+
+def test_a_dry_run_from_the_start_builds_and_leaves_nothing(demo_clone, tmp_path):
+    output = run("--repos", demo_clone, "--dry_run", "--output_file", tmp_path / "out" / "q.jsonl")
+    assert "verify: left out" in output and "Repository: pr_repo" in output and "calls: 3\n" in output
+    assert [path.name for path in (tmp_path / "out").rglob("*")] == ["work"]
 
 
 def test_max_usd_counts_what_is_under_way_and_what_was_spent_before(endpoint, tmp_path):
