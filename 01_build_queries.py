@@ -1864,9 +1864,12 @@ def apply_edits(row, edits):
         for turn, query in zip(row["turns"], edit.get("queries") or [edit.get("query")]):
             turn["query"] = query or turn["query"]
         if "rubric" in edit:
-            row["turns"][0]["rubric"] = edit["rubric"]
+            row["turns"][0] = without(row["turns"][0], "rubric")
+            row["turns"][0] |= {"rubric": edit["rubric"]} if edit["rubric"] else {}
     if edits and (is_mined(row) or "material" in row):
         row["reasons"] += text_reasons(row)
+    elif edits and not all(turn.get("check") or turn.get("rubric") for turn in row["turns"]):
+        row["reasons"].append("neither a check nor a rubric")
 
 
 def apply_reviews(rows, path, reject):

@@ -1478,6 +1478,16 @@ def test_a_reviewers_edit_goes_through_the_rules(small_repo, tmp_path):
     assert row["reasons"] == ["shorter than 40 words", "names the file to change: a.py"]
 
 
+def test_a_reviewer_who_empties_the_rubric_leaves_no_task_that_nothing_decides(tmp_path):
+    checked, judged = [{"query": "do a", "check": "c", "rubric": ["x"]}], [{"query": "do b", "rubric": ["x"]}]
+    rows = [task("a", "") | {"turns": checked}, task("b", "") | {"turns": judged}]
+    edits = [review(name, "ada", "accept", "1", edit={"rubric": []}) for name in "ab"]
+    stage.write_jsonl(tmp_path / "r.jsonl", edits)
+    stage.apply_reviews(rows, tmp_path / "r.jsonl", "any")
+    assert [row["reasons"] for row in rows] == [[], ["neither a check nor a rubric"]]
+    assert rows[0]["turns"] == [{"query": "do a", "check": "c"}]  # 04 refuses an empty list
+
+
 # ---- files that are only appended to ----
 
 
