@@ -984,12 +984,13 @@ def passed_names(found):
     return {name for name, passed in found.items() if passed}
 
 
-def lines_of(folder):
-    """The lines of the source files in a folder, as hashes."""
+def lines_at_hand(environment):
+    """The lines of the source files that a set-up brought, as hashes; the venv of Rust is its toolchain."""
     found = set()
-    for path in folder.rglob("*"):
-        if re.search(KINDS["code"], path.name) and path.is_file() and path.stat().st_size < 2_000_000:
-            found.update(hash(line.strip()) for line in path.read_text(errors="replace").splitlines())
+    for name in ("made",) if environment["runner"] == "cargo" else ("made", "venv"):
+        for path in (environment["folder"] / name).rglob("*"):
+            if re.search(KINDS["code"], path.name) and path.is_file() and path.stat().st_size < 2_000_000:
+                found.update(hash(line.strip()) for line in path.read_text(errors="replace").splitlines())
     return found
 
 
@@ -1006,7 +1007,7 @@ def verify_repository(settings, work, rows, environment):
     folder = work / "verify" / digest(sorted(plans), facts)[:16]  # a killed run of 04 goes on there
     tasks = [place_task(row, environment, work, plans[row["query_id"]]) for row in rows]
     done, lost = run_agents(folder / "find", tasks, settings.verify_runs)
-    known_lines = lines_of(environment["folder"] / "venv") if environment["runner"] != "cargo" else set()
+    known_lines = lines_at_hand(environment)
     verdicts = {}
     proven = []
     for row in rows:

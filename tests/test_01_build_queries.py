@@ -705,6 +705,24 @@ def test_a_package_that_is_installed_already_is_an_error_and_its_lines_are_found
         assert row["reasons"][0].startswith(reason)
 
 
+@pytest.mark.parametrize(
+    "path, runner, known",
+    [
+        ("made/vendor/m/m.go", "go", True),
+        ("venv/node_modules/m/index.js", "node", True),
+        ("made/vendor/m/lib.rs", "cargo", True),
+        ("venv/lib/rustlib/m.rs", "cargo", False),  # the toolchain is everybody's
+        ("venv/notes.txt", "pytest", False),
+    ],
+)
+def test_a_solution_that_a_dependency_has_is_seen(tmp_path, path, runner, known):
+    line = "total += weights[position] * values[position]"
+    (tmp_path / path).parent.mkdir(parents=True)
+    (tmp_path / path).write_text(f"first\n    {line}\n")
+    lines = stage.lines_at_hand({"folder": tmp_path, "runner": runner})
+    assert stage.stands_in(lines, f"--- a/m\n+++ b/m\n@@ -1 +1 @@\n-total = 0\n+{line}\n") is known
+
+
 def test_a_missing_tool_and_a_failing_setup_are_named_once_a_repository(
     small_repo, tmp_path, monkeypatch, capsys
 ):
