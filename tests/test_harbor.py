@@ -17,8 +17,7 @@ HARBOR_PYTHON = os.environ.get("HARBOR_PYTHON", "")
 TOML = 'version = "1.0"\n[metadata]\n[verifier]\ntimeout_sec = 60.0\n[agent]\n[environment]\n'
 DOCKERFILE = """\
 # canary
-FROM ubuntu:24.04
-ENV A=b
+FROM --platform=linux/amd64 ubuntu:24.04
 WORKDIR /app
 RUN apt-get update && apt-get install -y bash \\
     && rm -rf /var/lib/apt/lists/*
@@ -159,6 +158,10 @@ def test_the_reward_of_a_verifier(read_in, harbor_task, tmp_path, test, code):
         ("COPY missing.txt /app/\n", "missing.txt is missing"),
         ("USER nobody\n", "a line of the Dockerfile: nobody"),
         ("WORKDIR /\n", "no working folder"),
+        ("FROM\n", "image "),
+        ("COPY data\n", "COPY data"),
+        ("COPY --from=other /x /app/\n", "COPY --from=other"),
+        ("RUN <<EOF\nmake\nEOF\n", "RUN <<EOF"),
     ],
 )
 def test_what_is_beyond_a_sandbox_needs_a_container_and_says_why(read_in, harbor_task, line, reason):
@@ -176,9 +179,71 @@ def test_a_dockerfile_cannot_read_the_machine(read_in, harbor_task, tmp_path):
         assert not list(tmp_path.rglob("workspace/secret")), printed
 
 
-def test_what_is_no_task_is_named(read_in, harbor_task, run_stage, one_line_error, tmp_path):
-    rows, lines = read_in(harbor_task(**{"task.toml": '[[steps]]\nname = "one"\n'}))
-    assert rows == [] and lines[0].endswith("sums/easy: several steps")
+@pytest.mark.parametrize(
+    "name, text, reason",
+    [
+        ("task.toml", TOML + "gpus = 1\n", "a GPU"),
+        ("task.toml", TOML + '[[environment.mcp_servers]]\nname = "a"\n', "MCP servers"),
+        ("task.toml", TOML + '[verifier.environment]\ndocker_image = "x"\n', "a container for its verifier"),
+        ("environment/docker-compose.yaml", "services: {main: {}, db: {}}\n", "several containers"),
+    ],
+)
+def test_what_a_task_asks_for_beyond_a_sandbox(read_in, harbor_task, name, text, reason):
+    [row], lines = read_in(harbor_task(**{name: text}))
+    assert row["image"] == "harbor-sums-easy" and lines[0].endswith(f": {reason}")
+
+
+@needs_bwrap
+def test_variables_reach_check_and_solution_each_its_own(read_in, harbor_task, tmp_path):
+    """Of the Dockerfile, the environment and the verifier or the solution; places as the sandbox has them."""
+    toml = TOML + 'env = {B = "it is"}\n[verifier.env]\nC = "3"\n[solution.env]\nD = "4"\n'
+    toml = toml.replace("[verifier]\ntimeout_sec = 60.0\n", "")
+    lines = "ENV ROOT=/app/in PATH=/app/bin:$PATH\nENV OLD form\n"
+    show = 'echo "$ROOT $OLD $B $C $D" > %s; test -n "$PATH"\n'
+    files = {"task.toml": toml, "environment/Dockerfile": DOCKERFILE + lines}
+    files |= {"solution/solve.sh": show % "/app/solved.txt", "tests/test.sh": show % "/app/checked.txt"}
+    [row], _ = read_in(harbor_task(**files))
+    folder = tmp_path / "in/sums-easy"
+    for command in (row["turns"][0]["solution"], row["turns"][0]["check"]):
+        assert run_in_sandbox(folder, command) == 0
+    assert folder.joinpath("workspace/solved.txt").read_text() == "/workspace/in form it is  4\n"
+    assert folder.joinpath("workspace/checked.txt").read_text() == "/workspace/in form it is 3 \n"
+
+
+@needs_bwrap
+def test_copies_with_flags_and_stars(read_in, harbor_task, tmp_path):
+    lines = "COPY --chown=1:1 --chmod=755 data/*.txt ./all/\nWORKDIR sub\n"
+    read_in(harbor_task(**{"environment/Dockerfile": "FROM ubuntu\nENV H=/app\nWORKDIR $H\n" + lines}))
+    assert not list(tmp_path.glob("in/*/workspace/*"))  # the working folder is /app/sub
+    lines = lines.replace("WORKDIR sub\n", "")
+    folder = harbor_task(**{"environment/Dockerfile": "FROM ubuntu\nWORKDIR /app\n" + lines})
+    read_in(folder, "again")
+    assert texts_below(tmp_path / "again/sums-easy/workspace") == {"all/numbers.txt": b"1\n2\n39\n"}
+
+
+@pytest.mark.parametrize(
+    "name, text, why",
+    [
+        ("task.toml", '[[steps]]\nname = "one"\n', "several steps"),
+        ("task.toml", '[environment]\nos = "windows"\n', "not for Linux"),
+        ("task.toml", "metadata = []\n", "task.toml: metadata is no table"),
+        ("task.toml", '[verifier.env]\nKEY = "${KEY}"\n', "needs a variable of your machine: KEY=${KEY}"),
+        ("task.toml", "[metadata]\nlimi_task = 3\n", "no task: TypeError: "),
+        ("task.toml", "[metadata]\nlimi_task = '[]'\n", "no task: TypeError: "),
+        ("task.toml", "[[[", "Invalid "),
+        ("tests/test.sh", None, "no tests/test.sh"),
+        ("instruction.md", None, "No such file or directory"),
+    ],
+)
+def test_a_folder_that_is_no_task_here_is_left_out(read_in, harbor_task, name, text, why):
+    folder = harbor_task(**{name: text or ""})
+    if text is None:
+        folder.joinpath("sums/easy", name).unlink()
+    rows, lines = read_in(folder)
+    assert rows == [] and lines[0].startswith(f"left out: {folder}/sums/easy: ") and why in lines[0]
+
+
+def test_where_no_task_is(run_stage, one_line_error, tmp_path):
     empty = tmp_path / "empty"
     empty.mkdir()
     one_line_error(run_stage(HARBOR, "in", empty), "empty: no task.toml below it")

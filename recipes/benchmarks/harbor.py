@@ -18,6 +18,7 @@ import json
 import re
 import shlex
 import shutil
+import string
 import subprocess
 import sys
 import tomllib
@@ -33,6 +34,8 @@ BASES |= {"gcc": "g++", "ghcr.io/laude-institute/t-bench/ubuntu": "python3"}
 # Debian packages taken to be there: libraries (Python's wheels bring theirs), Python, a session's recorder
 TAKEN = ("lib", "python3", "ca-certificates", "tmux", "asciinema", "procps")
 KNOWN = ("/logs", "/tests", "/solution", "/tmp", "/workspace")  # folders that are here too
+# What a task's [environment] may ask for and no sandbox has
+BEYOND = {"gpus": "a GPU", "tpu": "a TPU", "mcp_servers": "MCP servers"}
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"  # what the sandbox shows of this machine
 SANDBOX = """bwrap --unshare-all --die-with-parent --new-session --clearenv --ro-bind /usr /usr
     --ro-bind-try /etc/alternatives /etc/alternatives --symlink usr/bin /bin --symlink usr/lib /lib
@@ -47,7 +50,7 @@ def read_dockerfile(path):
     """[(instruction, rest)] with continued lines joined; [] where there is none."""
     if not path.exists():
         return []
-    text = re.sub(r"^\s*#.*\n", "", path.read_text(), flags=re.MULTILINE)
+    text = re.sub(r"^\s*#.*\n", "", path.read_text(errors="replace"), flags=re.MULTILINE)
     text = re.sub(r"\\\s*\n", " ", text)
     lines = [line.strip().split(None, 1) for line in text.splitlines() if line.strip()]
     return [(line[0].upper(), line[1] if len(line) > 1 else "") for line in lines]
@@ -64,6 +67,20 @@ def commands_of(text):
         else:
             commands[-1].append(word)
     return [command for command in commands if command]
+
+
+def has_several_services(compose):
+    content = yaml.safe_load(compose.read_text())
+    services = content.get("services") if isinstance(content, dict) else None
+    return len(services or ()) > 1
+
+
+def variables_in(text):
+    """{name: value} of an ENV line, but for what leads to places of the image (PATH and the like)."""
+    if "=" not in text.partition(" ")[0]:
+        text = text.replace(" ", "=", 1)
+    pairs = [word.partition("=")[::2] for word in shlex.split(text)]
+    return {name: value for name, value in pairs if not name.endswith("PATH")}
 
 
 def packages_of(command):
@@ -84,47 +101,73 @@ class Environment:
 
     def __init__(self, folder, settings):
         self.folder = folder
+        self.variables = {}
         self.copies = []  # (file or folder, its place below the working folder)
         self.runs = []  # shell commands that make files there
         self.packages = {"apt": [], "pip": []}
-        self.reasons = []
+        self.reasons = [name for key, name in BEYOND.items() if settings.get(key)]
         lines = read_dockerfile(folder / "Dockerfile")
-        roots = [rest for word, rest in lines if word == "WORKDIR"]
-        self.root = settings.get("workdir") or (roots[-1].rstrip("/") if roots else "") or "/"
-        if self.root == "/":
+        root = self.find_root(lines)
+        self.root = settings.get("workdir") or root
+        if self.root == "/" or "$" in self.root:
             self.reasons.append("no working folder")
-        for file in folder.glob("*compose*.y*ml"):
-            services = yaml.safe_load(file.read_text()).get("services", {})
-            self.reasons += ["several containers"] if len(services) > 1 else []
+        if any(map(has_several_services, folder.glob("*compose*.y*ml"))):
+            self.reasons.append("several containers")
         if not lines:
             self.reasons.append(f"image {settings.get('docker_image')}")
         for word, rest in lines:
             getattr(self, f"read_{word.lower()}", self.read_other)(rest)
 
+    def find_root(self, lines):
+        """The last WORKDIR, of which a COPY before it must know."""
+        self.here = "/"
+        for word, rest in lines:
+            if word == "ENV":
+                self.read_env(rest)
+            if word == "WORKDIR":
+                self.read_workdir(rest)
+        root = self.here
+        self.here = "/"
+        return root
+
+    def read_env(self, rest):
+        self.variables |= variables_in(rest)
+
+    def read_workdir(self, rest):
+        self.here = str(Path(self.here, string.Template(rest).safe_substitute(self.variables)))
+
     def read_from(self, rest):
-        name = [word for word in rest.split() if not word.startswith("--")][0]
+        name = " ".join(word for word in rest.split() if not word.startswith("--")).partition(" ")[0]
         base = [start for start in BASES if name.startswith(start)]
         program = BASES[base[0]] if base else None
         if not base or program and not shutil.which(program, path=SYSTEM_PATH):
             self.reasons.append(f"image {name}")
 
     def read_copy(self, rest):
-        *sources, target = rest.split()
+        words = [word for word in rest.split() if not word.startswith(("--chown", "--chmod"))]
         if rest.startswith("--from=ghcr.io/astral-sh/uv"):
             return
-        if rest.startswith(("--from", "[")):
+        if rest.startswith(("--from", "[")) or len(words) < 2:
             self.reasons.append(f"COPY {rest[:40]}")
             return
-        place = Path(self.root, target)
+        *sources, target = words
+        place = Path(self.here, string.Template(target).safe_substitute(self.variables))
         if not place.is_relative_to(self.root):
             self.reasons.append(f"files in {target}")
             return
-        for source in sources:
-            path = self.folder / source
-            path = path if path.exists() else self.folder.parent / source  # some build from the task's folder
-            below = place.relative_to(self.root)
+        below = place.relative_to(self.root)
+        for path in self.sources_of(sources):
             inside = path.is_file() and (target.endswith("/") or target in (".", self.root))
             self.copies.append((path, below / path.name if inside else below))
+
+    def sources_of(self, names):
+        for name in names:
+            if "*" in name:
+                yield from sorted(self.folder.glob(name))
+            else:
+                path = self.folder / name
+                # some build from the task's folder
+                yield path if path.exists() else self.folder.parent / name
 
     def read_run(self, rest):
         try:
@@ -147,14 +190,10 @@ class Environment:
             if command[0] != "mkdir" or folders:
                 self.reasons.append(f"RUN {' '.join(command)[:40]}")
 
-    def read_env(self, rest):
-        pass  # the sandbox has its own
+    def read_label(self, rest):
+        pass  # nothing of it is seen here
 
-    read_workdir = read_env
-    read_cmd = read_env
-    read_label = read_env
-    read_arg = read_env
-    read_shell = read_env
+    read_cmd = read_arg = read_shell = read_label
 
     def read_other(self, rest):
         self.reasons.append(f"a line of the Dockerfile: {rest[:40]}")
@@ -236,8 +275,8 @@ def renamed(text, root):
 
 
 def restore(folder, config, target):
-    """The row that `out` wrote into a folder."""
-    row = json.loads(config["metadata"]["limi_task"])
+    """The row that `out` wrote into a folder. Raises ValueError."""
+    row = task_in(config["metadata"]["limi_task"])
     for key, place in (("workspace", "environment/workspace"), ("private", "tests/private")):
         if key in row:
             row[key] = f"{target.name}/{key}"
@@ -252,18 +291,43 @@ def fill_private(folder, target):
             copy_tree(folder / part, target / "private" / part)
 
 
-def task_of(folder, options):
-    """(row, [reason why it needs a container]). Raises ValueError: it has several steps."""
+def read_config(folder):
+    """task.toml, its tables that are read here made sure of. Raises ValueError: it cannot be a task here."""
     config = tomllib.loads(folder.joinpath("task.toml").read_text())
-    settings = config.get("environment", {})
+    for name in ("metadata", "environment", "verifier", "solution"):
+        if not isinstance(config.setdefault(name, {}), dict):
+            raise ValueError(f"task.toml: {name} is no table")
+    if "limi_task" in config["metadata"]:
+        return config
+    if config.get("steps"):
+        raise ValueError("several steps")
+    if str(config["environment"].get("os", "linux")).lower() != "linux":
+        raise ValueError("not for Linux")
+    if not folder.joinpath("tests", "test.sh").exists():
+        raise ValueError("no tests/test.sh")
+    return config
+
+
+def with_variables(command, *tables):
+    """The command, with the variables of the tables set. Raises ValueError: one is of the user's machine."""
+    words = []
+    for table in tables:
+        words += [f"{name}={value}" for name, value in table.items()]
+    if asked := [word for word in words if "${" in word]:
+        raise ValueError(f"needs a variable of your machine: {asked[0]}")
+    return f"env {shlex.join(words)} {command}" if words else command
+
+
+def task_of(folder, options):
+    """(row, [reason why it needs a container]). Raises ValueError: it cannot be a task here."""
+    config = read_config(folder)
+    settings = config["environment"]
     name = re.sub(r"[^\w.@#-]", "-", str(folder.relative_to(options.folder)) or folder.name)
     target = options.output_dir / name
     if target.exists():
         raise ValueError(f"another task is called {name}")
-    if "limi_task" in config.get("metadata", {}):
+    if "limi_task" in config["metadata"]:
         return restore(folder, config, target), []
-    if config.get("steps"):
-        raise ValueError("several steps")
     environment = Environment(folder / "environment", settings)
     environment.make(target / "workspace")
     fill_private(folder, target)
@@ -274,13 +338,18 @@ def task_of(folder, options):
         shutil.copy(HERE / "stub.sh", target / "private" / "bin" / stub)
         target.joinpath("private", "bin", stub).chmod(0o755)
     query = re.sub(r"^(?:(?:<!--|#).*canary.*\n\s*)+", "", folder.joinpath("instruction.md").read_text())
-    turn = {"query": renamed(query, environment.root).strip(), "check": "bash /private/check.sh"}
+    variables = environment.variables | settings.get("env", {})
+    check = with_variables("bash /private/check.sh", variables, config["verifier"].get("env", {}))
+    turn = {"query": renamed(query, environment.root).strip(), "check": renamed(check, environment.root)}
     if folder.joinpath("solution", "solve.sh").exists():
-        turn["solution"] = "PATH=/private/bin:$PATH bash /private/solution/solve.sh"
+        solve = "bash /private/solution/solve.sh"
+        solve = with_variables(solve, variables, config["solution"].get("env", {}))
+        turn["solution"] = f"PATH=/private/bin:$PATH {renamed(solve, environment.root)}"
     row = {"query_id": name, "domain": "vibe_coding", "source": "harbor", "turns": [turn]}
     row |= {"workspace": f"{name}/workspace", "private": f"{name}/private", "venv": str(options.venv)}
     reasons = environment.reasons + absent(environment.packages, options.venv)
-    reasons += ["a GPU"] if settings.get("gpus") else []
+    if config["verifier"].get("environment"):
+        reasons.append("a container for its verifier")
     if reasons:
         row["image"] = settings.get("docker_image") or f"harbor-{name.lower()}"
     return row, reasons
@@ -341,15 +410,23 @@ def read_rows(path):
     rows = []
     for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
-            row = json.loads(line)
-            if not re.fullmatch(r"[\w.@#-]*[\w@#-][\w.@#-]*", row["query_id"]):
-                raise ValueError("query_id names no folder")
-            if not all(turn["query"] for turn in row["turns"]):
-                raise ValueError("a turn without a query")
-        except (ValueError, KeyError, TypeError) as error:
-            raise ValueError(f"{path}:{number}: no task: {type(error).__name__}: {error}") from None
-        rows.append(row)
+            rows.append(task_in(line))
+        except ValueError as error:
+            raise ValueError(f"{path}:{number}: {error}") from None
     return rows
+
+
+def task_in(text):
+    """The row in a line. Raises ValueError: what is wrong with it."""
+    try:
+        row = json.loads(text)
+        if not re.fullmatch(r"[\w.@#-]*[\w@#-][\w.@#-]*", row["query_id"]):
+            raise ValueError("query_id names no folder")
+        if not all(turn["query"] for turn in row["turns"]):
+            raise ValueError("a turn without a query")
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"no task: {type(error).__name__}: {error}") from None
+    return row
 
 
 def why_not(row):
