@@ -1308,6 +1308,12 @@ def without_adapters(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
+def in_autocast(tensor):
+    """The tensor in the type that autocast gives it: the choice of a kernel is made after that cast."""
+    device = tensor.device.type
+    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
+
+
 @contextlib.contextmanager
 def watched_attention(kernels: set):
     """Adds to `kernels` which of torch's implementations the first call of attention takes."""
@@ -1315,7 +1321,8 @@ def watched_attention(kernels: set):
 
     def watched(*tensors, **options):
         if not kernels:
-            kernel = SDPBackend(torch._fused_sdp_choice(*tensors, **options)).name
+            computed = [in_autocast(tensor) for tensor in tensors]
+            kernel = SDPBackend(torch._fused_sdp_choice(*computed, **options)).name
             kernels.add(kernel)
             slow = torch.cuda.is_available() and kernel not in ("CUDNN_ATTENTION", "FLASH_ATTENTION")
             say(f"attention: {kernel}{', slow: is this the torch of requirements.txt?' if slow else ''}")

@@ -282,8 +282,9 @@ def main() -> None:
     columns = [head.rjust(width) for head, width in zip(heads, widths)]
     print(f"{'rows':>10} {'by':<10}", *columns, "attention")
     with tempfile.TemporaryDirectory() as folder:
-        if not list(Path(options.model_name_or_path).glob("*.safetensors")):
-            model = random_model(sft, options.model_name_or_path, Path(folder, "model"))
+        model = options.model_name_or_path
+        if not list(Path(model).glob("*.safetensors")):
+            model = random_model(sft, model, Path(folder, "model"))
             options.model_name_or_path = model
         if options.train_file:
             return print_rows(sft, options, Path(options.train_file).name)

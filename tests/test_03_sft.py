@@ -1616,3 +1616,18 @@ def test_experts_compute_in_bf16_under_autocast(stage, glm_base, train_file, tmp
     monkeypatch.setattr(torch.nn.functional, "grouped_mm", watched)
     train(sft, glm_base, train_file, tmp_path / "out", "--bf16", "true", "--max_steps", 2, *flags)
     assert seen == {torch.bfloat16}
+
+
+def test_the_kernel_is_the_one_that_autocast_takes(stage, monkeypatch):
+    """fp32 weights under autocast: attention computes in bf16, and its kernel is chosen for bf16."""
+    import torch
+
+    sft = stage("03_sft")
+    seen = []
+    monkeypatch.setattr(torch, "_fused_sdp_choice", lambda *tensors, **_: seen.append({t.dtype for t in tensors}) or 1)
+    query = torch.zeros(1, 1, 2, 8)
+    for dtype, inside in ((torch.bfloat16, True), (torch.float32, False)):
+        kernels = set()
+        with torch.autocast("cpu", torch.bfloat16, enabled=inside), sft.watched_attention(kernels):
+            torch.nn.functional.scaled_dot_product_attention(query, query, query)
+        assert kernels == {"FLASH_ATTENTION"} and seen.pop() == {dtype}
