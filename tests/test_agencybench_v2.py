@@ -731,6 +731,9 @@ def test_which_scenarios_run(v2, tmp_path, run_stage, one_line_error):
     one_line_error(run_stage(script, *flags, "MCP/*"), "no scenario is left to run")
     result = run_stage(script, *flags, "MCP/*", "--agent", "nothing")
     one_line_error(result, "--agent nothing: its graders ask a model")
+    result = run_stage(script, *flags, "MCP/*", "--sandbox", "none")
+    one_line_error(result, "its graders run in bubblewrap")
+    assert "\n\nAgencyBench v2 by its own graders" in run_stage(script, "--help").stdout
     result = run_stage(script, *flags, "MCP/*", "--compare", "a", "b")
     one_line_error(result, "--compare is for 04_eval.py alone")
 

@@ -114,6 +114,8 @@ def check(settings):
             raise stage.InputError(f"--{name} is for 04_eval.py alone")
     if settings.agent != "model":
         raise stage.InputError(f"--agent {settings.agent}: its graders ask a model")
+    if settings.sandbox != "bwrap" or settings.sandbox_command:
+        raise stage.InputError("its graders run in bubblewrap: leave --sandbox as it is")
     settings.feedback = "judge" if settings.judge_model else "check"
     stage.check_settings(settings)
 
@@ -147,6 +149,7 @@ def main(settings):
     tasks, left_out = read_scenarios(settings)
     for query_id, why in left_out.items():
         print(f"left out: {query_id}: {why}")
+    tasks = tasks[: settings.limit]
     if not tasks:
         raise stage.InputError("no scenario is left to run")
     tools = stage.load_tools(settings.tools)
@@ -177,6 +180,7 @@ def main(settings):
 
 
 if __name__ == "__main__":
+    stage.__doc__ = __doc__  # what --help begins with
     try:
         sys.exit(main(*stage.parse_settings(stage.TrlParser(Settings))))
     except KeyboardInterrupt:
