@@ -25,23 +25,19 @@ FILES = {
     "execution.py": "fab0beb2a5c3300f4540c2225ffc013881e5770fed388ad20d4620ae040cd311",
     "test_ds1000.py": "32ebe279eefa2d3cb1d633a82b43954ea813567e2fca28a9f6d777ce7f04d50c",
 }
-SYSTEM = (  # run_openai.py:36
-    "Write a short code following the given format and indentation. Place the executable code between <code> "
-    "and </code> tags, without any other non-executable things."
-)
-WRITE = (
-    "\n\nWrite a short code following the given format and indentation: only what stands in place of the "
-    "solution, not the code around it. Put it into the file /workspace/solution.py."
-)
+SHORT = "Write a short code following the given format and indentation"  # run_openai.py:36
+SYSTEM = f"{SHORT}. Place the executable code between <code> and </code> tags, without any other "
+SYSTEM += "non-executable things."
+WRITE = f"\n\n{SHORT}: only what stands in place of the solution, not the code around it. "
+WRITE += "Put it into the file /workspace/solution.py."
 DOWNLOADS = re.compile(r"load_dataset\(|fetch_\w+\(")
 
 
 def convert():
     found = common.options(__doc__, "clone")
-    private = {}
-    for name, digest in FILES.items():
-        common.pinned(found.clone / name, {digest: name})
-        private[found.clone / name] = name
+    private = {found.clone / name: name for name in FILES}
+    for path, name in private.items():
+        common.pinned(path, {FILES[name]: name})
     common.installed(found.venv, "pandas==1.5.3", "numpy==1.26.4", "torch==2.2.0", "tensorflow-cpu==2.16.1")
     tasks = []
     for problem in read(found.clone / "data/ds1000.jsonl.gz"):
