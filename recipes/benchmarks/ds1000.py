@@ -9,8 +9,7 @@
 
 DS-1000 is a clone of github.com/xlang-ai/DS-1000 at b39aab71. SR@1 is pass@1. Without tools: the authors'
 system prompt, their stop words cut from the answer, their postprocess(); for their 1,024 tokens add
---max_tokens 1024. With tools the agent writes the same completion to solution.py. Problems that load a data
-set need "network".
+--max_tokens 1024. With tools: the same completion in solution.py. What loads a data set needs "network".
 """
 
 import gzip
