@@ -5,6 +5,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -101,11 +102,14 @@ def test_a_folder_becomes_a_task(read_in, harbor_task, tmp_path):
         "workspace": "sums-easy/workspace",
         "private": "sums-easy/private",
         "venv": sys.prefix,
+        "needs": ["bash"],
+        "meta": {"verifier_seconds": 60.0},
     }
     workspace = tmp_path / "in/sums-easy/workspace"
     assert texts_below(workspace) == {"in/numbers.txt": b"1\n2\n39\n", "words.txt": b"1\n2\n"}
     assert workspace.joinpath("out").is_dir()
-    assert lines[-1].endswith("tasks.jsonl: 1 of 1 tasks, 1 of them for bubblewrap, 1 with a solution")
+    assert lines[-2].endswith("tasks.jsonl: 1 of 1 tasks, 1 of them for bubblewrap, 1 with a solution")
+    assert lines[-1] == "the longest verifier may take 60 s: 04_eval.py --check_seconds 60"
 
 
 def run_in_sandbox(folder, command):
@@ -339,6 +343,9 @@ def test_harbors_in_out_and_in_again(read_in, run_stage, harbor_task, tmp_path):
     second, _ = read_in(tmp_path / "out", "second")
     assert first == second
     assert files_below(tmp_path / "first/sums-easy") == files_below(tmp_path / "second/sums-easy")
+    config = tomllib.loads(tmp_path.joinpath("out/sums-easy/task.toml").read_text())
+    limits = [config[part]["timeout_sec"] for part in ("agent", "verifier")]
+    assert limits == [3600.0, 60.0]
 
 
 @pytest.mark.parametrize(

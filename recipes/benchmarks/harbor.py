@@ -42,6 +42,11 @@ SANDBOX = """bwrap --unshare-all --die-with-parent --new-session --clearenv --ro
     --symlink usr/lib64 /lib64 --proc /proc --dev /dev --tmpfs /tmp"""
 
 
+def program_path(name):
+    """Where the sandbox would find a program, or None."""
+    return shutil.which(name, path=SYSTEM_PATH)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # The Dockerfile
 
@@ -140,7 +145,7 @@ class Environment:
         name = " ".join(word for word in rest.split() if not word.startswith("--")).partition(" ")[0]
         base = [start for start in BASES if name.startswith(start)]
         program = BASES[base[0]] if base else None
-        if not base or program and not shutil.which(program, path=SYSTEM_PATH):
+        if not base or program and not program_path(program):
             self.reasons.append(f"image {name}")
 
     def read_copy(self, rest):
@@ -236,7 +241,7 @@ def absent(packages, venv):
     for name in tools:
         command = ["dpkg-query", "-W", "-f", "${db:Status-Abbrev}", name]
         installed = subprocess.run(command, capture_output=True, text=True).stdout.startswith("ii")
-        if not installed and not shutil.which(name, path=SYSTEM_PATH):
+        if not installed and not program_path(name):
             missing.append(f"apt {name}")
     return missing
 
@@ -284,17 +289,23 @@ def restore(folder, config, target):
     return row
 
 
-def fill_private(folder, target):
-    """tests/ and solution/ of the task, and what runs them."""
+def fill_private(folder, target, root):
+    """tests/ and solution/ of the task, its places renamed, and what runs them."""
     for part in ("tests", "solution"):
         if folder.joinpath(part).exists():
             copy_tree(folder / part, target / "private" / part)
+    change_paths(target, root)
+    target.joinpath("private", "bin").mkdir(parents=True, exist_ok=True)
+    shutil.copy(HERE / "check.sh", target / "private")
+    for stub in STUBS:
+        shutil.copy(HERE / "stub.sh", target / "private" / "bin" / stub)
+        target.joinpath("private", "bin", stub).chmod(0o755)
 
 
 def read_config(folder):
     """task.toml, its tables that are read here made sure of. Raises ValueError: it cannot be a task here."""
     config = tomllib.loads(folder.joinpath("task.toml").read_text())
-    for name in ("metadata", "environment", "verifier", "solution"):
+    for name in ("metadata", "environment", "agent", "verifier", "solution"):
         if not isinstance(config.setdefault(name, {}), dict):
             raise ValueError(f"task.toml: {name} is no table")
     if "limi_task" in config["metadata"]:
@@ -321,38 +332,40 @@ def with_variables(command, *tables):
 def task_of(folder, options):
     """(row, [reason why it needs a container]). Raises ValueError: it cannot be a task here."""
     config = read_config(folder)
-    settings = config["environment"]
     name = re.sub(r"[^\w.@#-]", "-", str(folder.relative_to(options.folder)) or folder.name)
     target = options.output_dir / name
     if target.exists():
         raise ValueError(f"another task is called {name}")
     if "limi_task" in config["metadata"]:
         return restore(folder, config, target), []
-    environment = Environment(folder / "environment", settings)
+    environment = Environment(folder / "environment", config["environment"])
     environment.make(target / "workspace")
-    fill_private(folder, target)
-    change_paths(target, environment.root)
-    target.joinpath("private", "bin").mkdir(parents=True, exist_ok=True)
-    shutil.copy(HERE / "check.sh", target / "private")
-    for stub in STUBS:
-        shutil.copy(HERE / "stub.sh", target / "private" / "bin" / stub)
-        target.joinpath("private", "bin", stub).chmod(0o755)
+    fill_private(folder, target, environment.root)
+    row = {"query_id": name, "domain": "vibe_coding", "source": "harbor"}
+    row["turns"] = [turn_of(folder, config, environment)]
+    row |= {"workspace": f"{name}/workspace", "private": f"{name}/private", "venv": str(options.venv)}
+    if programs := dict.fromkeys(filter(program_path, environment.packages["apt"])):
+        row["needs"] = list(programs)
+    limits = {part: config[part].get("timeout_sec") for part in ("agent", "verifier")}
+    row["meta"] = {f"{part}_seconds": seconds for part, seconds in limits.items() if seconds}
+    reasons = environment.reasons + absent(environment.packages, options.venv)
+    if config["verifier"].get("environment"):
+        reasons.append("a container for its verifier")
+    if reasons:
+        row["image"] = config["environment"].get("docker_image") or f"harbor-{name.lower()}"
+    return row, reasons
+
+
+def turn_of(folder, config, environment):
     query = re.sub(r"^(?:(?:<!--|#).*canary.*\n\s*)+", "", folder.joinpath("instruction.md").read_text())
-    variables = environment.variables | settings.get("env", {})
+    variables = environment.variables | config["environment"].get("env", {})
     check = with_variables("bash /private/check.sh", variables, config["verifier"].get("env", {}))
     turn = {"query": renamed(query, environment.root).strip(), "check": renamed(check, environment.root)}
     if folder.joinpath("solution", "solve.sh").exists():
         solve = "bash /private/solution/solve.sh"
         solve = with_variables(solve, variables, config["solution"].get("env", {}))
         turn["solution"] = f"PATH=/private/bin:$PATH {renamed(solve, environment.root)}"
-    row = {"query_id": name, "domain": "vibe_coding", "source": "harbor", "turns": [turn]}
-    row |= {"workspace": f"{name}/workspace", "private": f"{name}/private", "venv": str(options.venv)}
-    reasons = environment.reasons + absent(environment.packages, options.venv)
-    if config["verifier"].get("environment"):
-        reasons.append("a container for its verifier")
-    if reasons:
-        row["image"] = settings.get("docker_image") or f"harbor-{name.lower()}"
-    return row, reasons
+    return turn
 
 
 def read_folders(options):
@@ -381,6 +394,10 @@ def read_folders(options):
     solved = sum("solution" in row["turns"][0] for row in rows)
     counts = f"{len(rows)} of {len(files)} tasks, {here} of them for bubblewrap, {solved} with a solution"
     print(f"{options.output_dir}/tasks.jsonl: {counts}")
+    for part, flag in (("agent", "max_seconds"), ("verifier", "check_seconds")):
+        longest = max((row["meta"].get(f"{part}_seconds", 0) for row in rows if "meta" in row), default=0)
+        if longest:
+            print(f"the longest {part} may take {longest:.0f} s: 04_eval.py --{flag} {longest:.0f}")
 
 
 def write_rows(path, rows):
@@ -451,6 +468,9 @@ def write_folder(row, source, target):
     settings = HERE.joinpath("task.toml").read_text()
     text = json.dumps(json.dumps(row)).replace("\x7f", "\\u007f")  # a JSON string of ASCII is one of TOML
     settings = settings.replace('"ROW"', text)
+    for part, seconds in (("agent", "3600.0"), ("verifier", "600.0")):
+        limit = str(float(row.get("meta", {}).get(f"{part}_seconds", seconds)))
+        settings = settings.replace(f"[{part}]\ntimeout_sec = {seconds}", f"[{part}]\ntimeout_sec = {limit}")
     for number, turn in enumerate(row["turns"], 1):
         folder = target
         if len(row["turns"]) > 1:
