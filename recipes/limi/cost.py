@@ -5,7 +5,8 @@
 
 Training   26.5 million tokens: 78 rows of 42,400 in the mean (the paper's Fig. 4), 8 passes. 6 FLOP a weight
            and token, and causal attention over lengths whose squares have the mean 2.5e9 (assumed), at 25 %
-           (dense) or 15 % (mixture of experts) of an H100's 990 TFLOP/s: assumed, not measured.
+           (dense) or 15 % (mixture of experts) of an H100's 990 TFLOP/s: assumed for several GPUs; a dense
+           shape of 4 billion had 27 to 34 % on one (README).
 Evaluation generated tokens at 1,000 a second from one server of the recipe's eval.yaml; how many a task takes
            is assumed (TOKENS). Loading the model, 10 minutes, is in it. A judge's time is not.
 """
