@@ -632,6 +632,24 @@ def test_every_column_goes_into_meta_and_can_be_asked_for(tmp_path):
         format_rows(tmp_path, *records, where=["steps"])
 
 
+def test_tokens_are_counted_by_the_chat_template_to_the_end(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    words.enable_truncation(3)
+    words.save(str(tmp_path / "tokenizer.json"))
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }} {% endfor %}"
+    told = {"tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "[UNK]"}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told | {"chat_template": template}))
+    chat = {"messages": [USER, DONE | {"content": "It is done."}]}  # user: Go. assistant: It is done.
+    made, reasons = format_one(chat, tokenizer=str(tmp_path))
+    assert reasons == [] and made["meta"]["n_tokens"] == 6
+    assert format_one(chat, tokenizer=str(tmp_path), max_length=5)[1] == ["over_long: 6 tokens"]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(told))
+    with pytest.raises(stage.InputError, match="has no chat template"):
+        format_one(chat, tokenizer=str(tmp_path))
+
+
 def test_queries_tie_a_row_to_its_task(tmp_path):
     task = {"query_id": "gomoku", "domain": "vibe_coding", "source": "real", "turns": [{"query": "What does a.txt\nsay?"}]}
     longer = {"query_id": "long", "domain": "research", "turns": [{"query": "Find every paper about rowing."}]}
