@@ -87,6 +87,7 @@ TEXT_RULES = {  # after SWE-bench Lite: a statement must stand alone
     "an image": r"\.(png|jpe?g|gif|svg)\b",
     "the tests": r"(?i)\b(pytest|unittest|unit tests?|test suite|hidden tests?)\b"}
 NOT_DRAWN = "not among the 100 drawn of its repository"
+UNGRADED = "neither a check nor a rubric"
 BEYOND = "beyond --max_candidates"
 OVER_QUOTA = "like those selected, or over a quota"
 ENGLISH = set("the a an to of and is are in it that when should be not with for as this on if or by".split())
@@ -302,15 +303,20 @@ def real_queries(source):
     return tasks
 
 
-def checked_task(where, row, folder):
-    """The task as a dict with absolute paths; raises InputError that names the field."""
+def checked(form, where, row):
+    """The row as a pydantic form has it, without nulls; raises InputError that names the field."""
     try:
-        task = Task(**row).model_dump(mode="json", exclude_none=True)
+        return form(**row).model_dump(mode="json", exclude_none=True)
     except pydantic.ValidationError as error:
         first = min(error.errors(), key=lambda one: one["type"] != "extra_forbidden")
         raise InputError(f"{where}: {'.'.join(map(str, first['loc']))}: {first['msg']}") from None
     except (TypeError, ValueError) as error:  # a number as the name of a field, an alias of itself
         raise InputError(f"{where}: cannot be written as JSON: {error}") from None
+
+
+def checked_task(where, row, folder):
+    """The task as a dict with absolute paths; raises InputError that names the field."""
+    task = checked(Task, where, row)
     for name in ("workspace", "private", "venv"):
         if name in task:
             path = Path(os.path.abspath(folder / task[name]))
@@ -363,16 +369,18 @@ def issues(path, clones):
 
     clones: {owner/name: clone}; an issue of another repository has no tree to work on.
     """
+    address = re.compile(r".*/([^/]+)/([^/]+?)(?:/-)?/(\w+)/(\d+)/?")
     try:
         found = json.loads(Path(path).read_text(encoding="utf-8"))
-        found = [(*one["url"].split("/")[-4:], f"{one['title']}\n\n{one['body'] or ''}") for one in found]
+        found = [(*address.fullmatch(one["url"]).groups(), one["title"], one["body"] or "") for one in found]
     except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"--issues {path}: no list of number, title, body, url: {error!r}") from None
-    for owner, name, kind, number, text in found:
+    for owner, name, kind, number, title, body in found:
         if kind != "issues":  # GitHub's REST interface lists pull requests too
             continue
         repo = f"{owner}/{name}"
-        row = source_row(f"{owner}__{name}-issue-{number}", None, "", "issue", text, repo=repo)
+        query_id = f"{owner}__{name}-issue-{number}"
+        row = source_row(query_id, None, "", "issue", f"{title}\n\n{body}", repo=repo)
         if repo in clones:
             row["tree"] = [clones[repo], head_of(clones[repo])]
         else:
@@ -684,17 +692,13 @@ def mine_clone(settings, clone):
         seen |= {(pull["number"], pull["title"]), changes(pull)}
         reverted |= numbers_reverted(pull) or set()
         rows.append(row)
-    if settings.rule == "paper":
-        draw([row for row, *_ in passed], settings.seed)
+    if settings.rule == "paper":  # which draws a hundred of a repository
+        drawn = Random(settings.seed).sample([row for row, *_ in passed], min(100, len(passed)))
+        leave_out([row for row, *_ in passed], drawn, NOT_DRAWN)
     for row, pull, kinds in passed:
         if not row["reasons"]:
             attach_material(row, clone, pull, kinds)
     return name, rows
-
-
-def draw(rows, seed):
-    """The paper's 100 pull requests of a repository."""
-    leave_out(rows, Random(seed).sample(rows, min(100, len(rows))), NOT_DRAWN)
 
 
 def allowed_name(clone, deny):
@@ -1694,7 +1698,7 @@ def bounds(turn):
         yield "not in English"
     rubric = turn.get("rubric", [])
     if not turn.get("check") and not rubric:
-        yield "neither a check nor a rubric"
+        yield UNGRADED
     if not all(map(str.strip, rubric)):
         yield "an empty requirement in its rubric"
     if len("".join(rubric)) > 500 * len(rubric) or len(rubric) > 10:
@@ -1724,8 +1728,9 @@ def unstated(text, row):
 def text_reasons(row):
     """The reasons of all rules against a written task; a reviewer's edit goes through them again."""
     reasons = []
+    is_own = not is_mined(row) and "material" not in row
     for turn in row["turns"]:
-        reasons += bounds(turn)
+        reasons += [reason for reason in bounds(turn) if reason == UNGRADED or not is_own]
     if is_mined(row) and "material" in row:
         reasons += secret_reasons(row)
     if is_mined(row) or "tree" in row:
@@ -1847,30 +1852,48 @@ def text_of(row):
     return "\n".join(turn["query"] for turn in row["turns"])
 
 
+class Edit(pydantic.BaseModel):
+    """What a reviewer changed."""
+
+    queries: list[pydantic.constr(pattern=r"\w")] | None = None
+    rubric: list[pydantic.constr(pattern=r"\w")] | None = None
+    domain: Literal["vibe_coding", "research"] | None = None
+    subdomain: str | None = None
+
+
+class Review(pydantic.BaseModel):
+    query_id: str
+    reviewer: str
+    decision: Literal["accept", "reject"]
+    reason: str | None = None
+    edit: Edit | None = None
+    at: str = ""
+
+
 def decisions(path):
     """{query_id: {reviewer: last decision}}, and the edits in the order in which they were made."""
     found, edits = defaultdict(dict), defaultdict(list)
-    for row in sorted(rows_if_there(path), key=lambda row: str(row.get("at", ""))):
-        if row.get("decision") in ("accept", "reject"):
-            found[row["query_id"]][row["reviewer"]] = row
-        if row.get("edit"):
+    named = read_jsonl(path, append_only=True) if path.exists() else ()
+    rows = [checked(Review, where, row) for where, row in named]
+    for row in sorted(rows, key=lambda row: row["at"]):
+        found[row["query_id"]][row["reviewer"]] = row
+        if "edit" in row:
             edits[row["query_id"]].append(row["edit"])
     return found, edits
 
 
 def apply_edits(row, edits):
-    """An edit holds what a reviewer changed: domain, subdomain, queries, rubric; the rules judge it again."""
+    """The rules judge an edited task again."""
     for edit in edits:
-        row |= {key: edit[key] for key in ("domain", "subdomain") if key in edit}
-        for turn, query in zip(row["turns"], edit.get("queries") or [edit.get("query")]):
-            turn["query"] = query or turn["query"]
+        row |= without(edit, "queries", "rubric")
+        for turn, query in zip(row["turns"], edit.get("queries", [])):
+            turn["query"] = query
         if "rubric" in edit:
-            row["turns"][0] = without(row["turns"][0], "rubric")
-            row["turns"][0] |= {"rubric": edit["rubric"]} if edit["rubric"] else {}
-    if edits and (is_mined(row) or "material" in row):
-        row["reasons"] += text_reasons(row)
-    elif edits and not all(turn.get("check") or turn.get("rubric") for turn in row["turns"]):
-        row["reasons"].append("neither a check nor a rubric")
+            row["turns"][0]["rubric"] = edit["rubric"]
+    for turn in row["turns"]:
+        if not turn.get("rubric", True):
+            del turn["rubric"]
+    row["reasons"] += text_reasons(row) if edits else []
 
 
 def apply_reviews(rows, path, reject):

@@ -1074,6 +1074,8 @@ def test_an_issue_becomes_a_query_on_the_newest_tree_of_its_repository(endpoint,
     (tmp_path / "issues.json").write_text('[{"title": "x"}]')
     line = refused(*flags, "--issues", tmp_path / "issues.json")
     assert "no list of number, title, body, url: KeyError('url')" in line
+    (tmp_path / "issues.json").write_text('[{"title": "x", "body": "", "url": "x"}]')
+    assert "no list of number, title, body, url: " in refused(*flags, "--issues", tmp_path / "issues.json")
     assert "needs the clones" in refused("--papers", "x", "--issues", "y")
 
 
@@ -1490,10 +1492,27 @@ def test_a_reviewers_edit_goes_through_the_rules(small_repo, tmp_path):
     commit({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)")
     row = written(repo, GOOD)
     stage.write_jsonl(
-        tmp_path / "r.jsonl", [review("small-7", "ada", "accept", "1", edit={"query": "fix a.py"})]
+        tmp_path / "r.jsonl", [review("small-7", "ada", "accept", "1", edit={"queries": ["fix a.py"]})]
     )
     stage.apply_reviews([row], tmp_path / "r.jsonl", "any")
     assert row["reasons"] == ["shorter than 40 words", "names the file to change: a.py"]
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"reviewer": None}, "r.jsonl:1: reviewer: Input should be a valid string"),
+        ({"decision": "perhaps"}, "r.jsonl:1: decision: Input should be 'accept' or 'reject'"),
+        ({"edit": "better"}, "r.jsonl:1: edit: Input should be a valid dictionary"),
+        ({"edit": {"queries": "better"}}, "r.jsonl:1: edit.queries: Input should be a valid list"),
+        ({"edit": {"domain": "cooking"}}, "r.jsonl:1: edit.domain: Input should be 'vibe_coding' or"),
+    ],
+)
+def test_a_review_made_by_hand_says_what_is_wrong_with_it(tmp_path, change, message):
+    stage.write_jsonl(tmp_path / "r.jsonl", [review("a", "ada", "accept", "1") | change])
+    with pytest.raises(stage.InputError) as error:
+        stage.decisions(tmp_path / "r.jsonl")
+    assert message in str(error.value)
 
 
 def test_a_reviewer_who_empties_the_rubric_leaves_no_task_that_nothing_decides(tmp_path):
