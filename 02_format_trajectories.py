@@ -2028,7 +2028,7 @@ def print_summary(rejects, cards, formats, notes):
         rows = [card for card in cards if card.format == name]
         messages = sum(card.messages for card in rows)
         calls = sum(card.calls for card in rows)
-        tokens = sum(card.tokens for card in rows)
+        tokens = sum(card.tokens for card in rows) or "-"  # without --tokenizer they are not counted
         print(f"{name:<18}{count:>10}{len(rows):>10}{messages:>10}{calls:>12}{tokens:>12}")
     for text, count in sorted(notes.items()):
         print(f"{count} rows: {text}")

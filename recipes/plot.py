@@ -378,7 +378,7 @@ def save(panels, output):
 
 def read_rejects(train_file):
     """The records that 02 left out, beside its rows; [] where there is no such file."""
-    path = Path(train_file).with_name("rejected_trajectories.jsonl")
+    path = Path(train_file).with_suffix(".rejected.jsonl")
     if not path.exists():
         return []
     return [record for _, record in read_lines(path, "source", "reasons")]

@@ -89,7 +89,7 @@ def make_rows(folder):
         {"source": f"logs/x{n}.json", "reasons": ["no_answer", f"unknown_kind: {EVIL}"]} for n in range(2)
     ]
     rejects.append({"source": "logs/y.json", "reasons": ["no_answer"]})
-    write_lines(folder / "rejected_trajectories.jsonl", rejects)
+    write_lines(folder / "train.rejected.jsonl", rejects)
     return write_lines(folder / "train.jsonl", rows)
 
 
@@ -288,6 +288,18 @@ def test_trained_tokens_are_coloured_as_the_labels_say(pages):
     page = Page(pages["tokens"] / "index.html")
     assert "1 trained spans end without a stop token" in page.text
     assert ["cut", "10", "6", "60.0%", "1"] in page.rows
+
+
+def test_what_02_rejects_is_shown_beside_its_rows(plot, run_stage, tmp_path):
+    for name, text in (("good", "Done."), ("bad", None)):
+        messages = [{"role": "user", "content": "Do it."}]
+        messages += [{"role": "assistant", "content": text}] if text else []
+        (tmp_path / f"{name}.json").write_text(json.dumps({"messages": messages}))
+    rows = tmp_path / "rows" / "mine.jsonl"
+    logs = [tmp_path / "good.json", tmp_path / "bad.json"]
+    done = run_stage("02_format_trajectories.py", *logs, "--output_file", rows)
+    assert done.returncode == 0, done.stderr
+    assert [record["source"] for record in plot.read_rejects(rows)] == [str(logs[1])]
 
 
 def test_a_dry_run_is_shown_with_the_bases_tokenizer(view, tmp_path):
