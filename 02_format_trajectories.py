@@ -1083,7 +1083,7 @@ def read_bytes(path):
             return pyarrow.CompressedInputStream(str(path), "zstd").read()
         content = path.read_bytes()
         return gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError, NotImplementedError, ValueError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, zipfile.BadZipFile, zlib.error) as error:
         raise Reject(f"unreadable: {error}") from None
 
 
@@ -1092,8 +1092,8 @@ def json_lines(path, notes):
 
     A last line that a kill cut short is left out and counted, as are the NUL bytes of a lost write.
     """
-    packed = path.suffix in (".gz", ".zst")
-    with io.BytesIO(read_bytes(path)) if packed else path.open("rb") as file:
+    is_plain = isinstance(path, Path) and path.suffix not in (".gz", ".zst")
+    with open(path, "rb") if is_plain else io.BytesIO(read_bytes(path)) as file:
         for number, line in enumerate(file, 1):
             text = line.strip(b"\0 \r\n\t")
             if not text:
@@ -1711,6 +1711,11 @@ OWN_SECRETS = {  # what pybetterleaks 0.6.2 does not find
     "github-fine-grained-pat": re.compile(r"\bgithub_pat_\w{22,}"),
     "openai-api-key": re.compile(r"\bsk-(?!ant-|or-)(?:proj-|svcacct-)?(?=[A-Za-z_]*\d)[A-Za-z0-9_]{32,}"),
     "huggingface-token": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
+    "zai-api-key": re.compile(r"\b[0-9a-f]{32}\.[A-Za-z0-9]{16}\b"),
+    "bearer-token": re.compile(r"\b[Bb]earer (?=[A-Za-z._-]*\d)[\w.~+/-]{30,}=*"),
+    "named-token": re.compile(r"\b(?:lsv2_[ps][tk]_|tvly-|ntn_|e2b_|fc-)(?=[A-Za-z-]*\d)[\w-]{24,}\b"),
+    "telegram-bot-token": re.compile(r"\b\d{8,10}:AA[\w-]{33}\b"),
+    "azure-sas": re.compile(r"[?&]sig=[\w%+/]{40,}"),
     "private-key-cut": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----\s+(?:[\w-]+: .*\s+)*"
                                   r"(?:[A-Za-z0-9+/=]{30,}\s*)+(?:-----END [A-Z ]*-----)?"),
     "password-in-url": re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@<>{}$*]{0,64}:[^\s/:@]{3,128}@"

@@ -955,7 +955,13 @@ def test_an_archive_is_read_like_a_folder(tmp_path):
         packed.writestr("logs/rows.jsonl", json.dumps(row()) + "\n" + json.dumps({"messages": [USER, DONE]}) + "\n")
         packed.writestr("logs/c.txt", "no log")
     (tmp_path / "c.zip").write_bytes((tmp_path / "b.zip").read_bytes()[:-40])
-    rows = run_here(tmp_path, *(tmp_path / name for name in ("a.eval", "b.zip", "c.zip")))
+    locked = bytearray((tmp_path / "a.eval").read_bytes())
+    for start in (m.start() + 6 for m in re.finditer(b"PK\x03\x04", locked)):
+        locked[start] |= 1  # asks for a password
+    for start in (m.start() + 8 for m in re.finditer(b"PK\x01\x02", locked)):
+        locked[start] |= 1
+    (tmp_path / "d.eval").write_bytes(locked)
+    rows = run_here(tmp_path, *(tmp_path / name for name in ("a.eval", "b.zip", "c.zip", "d.eval")))
     made = [(one["query_id"], one["meta"]["source"], one["meta"]["format"]) for one in rows]
     assert made == [
         ("q7-1", f"{tmp_path}/a.eval/samples/q7_epoch_1.json:1", "inspect_ai"),
@@ -966,7 +972,9 @@ def test_an_archive_is_read_like_a_folder(tmp_path):
     assert [(Path(one["source"]).name, one["reasons"]) for one in rejects] == [
         ("c.txt", ["not_a_log: no suffix of a log"]),
         ("c.zip", ["unreadable: File is not a zip file"]),
+        ("q7_epoch_1.json", [rejects[2]["reasons"][0]]),
     ]
+    assert "password required" in rejects[2]["reasons"][0]
 
 
 def test_a_log_without_its_prompt_takes_it_from_the_task_that_its_file_is_named_after(tmp_path):
