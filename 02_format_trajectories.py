@@ -167,10 +167,11 @@ def plain_text(content):
     for part in content:
         kind = type(part).__name__
         if isinstance(part, dict):
-            kind = part.get("type")
-            part = first_of(part, ("text", "summary", "tool_name")) if kind in TEXT_BLOCKS else None
+            kind = part.get("type") or ", ".join(part)
+            is_text = part.get("type") in TEXT_BLOCKS
+            part = first_of(part, ("text", "summary", "tool_name")) if is_text else None
         if not isinstance(part, str):
-            raise Reject(f"non_text_content: {kind or 'an object'}")
+            raise Reject(f"non_text_content: {kind}")
         texts.append(part)
     return "\n".join(texts)
 
@@ -715,6 +716,8 @@ def read_dump(dump):
     response = body_of(dump["response"])
     if not request.get("tools"):
         raise Reject("request_without_tools: a title, a summary or another helper")
+    if first_of(request, ("previous_response_id", "conversation")):
+        raise Reject("history_elsewhere: the provider keeps what came before")
     messages = first_of(request, ("messages", "input"))
     messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
     system = first_of(request, ("system", "instructions"))
@@ -762,11 +765,13 @@ def fits_sii(record):
 
 
 def sii_calls(log):
-    """(API calls with tools, the conversations that next-speaker checks saw), in order."""
-    calls = [event["data"] for event in log["events"] if event.get("type") == "api_request_full"]
+    """(API calls with tools, the conversations that next-speaker checks saw, events of other kinds)."""
+    events = log["events"]
+    calls = [event["data"] for event in events if event.get("type") == "api_request_full"]
+    others = [event for event in events if event.get("type") != "api_request_full"]
     conversations = [call["full_request"]["messages"] for call in calls]
     checks = [messages for messages in conversations if NEXT_SPEAKER in json.dumps(messages[-1:])]
-    return [call for call in calls if call["full_request"].get("tools")], checks
+    return [call for call in calls if call["full_request"].get("tools")], checks, others
 
 
 def read_sii(log):
@@ -775,7 +780,7 @@ def read_sii(log):
     The last request would be the wrong one: it may be a helper's (compression, next speaker), without tools.
     Requests that begin alike must be in the row too; what begins otherwise is another agent's, and left out.
     """
-    calls, checks = sii_calls(log)
+    calls, checks, unknown = sii_calls(log)
     if not calls:
         raise Reject("request_without_tools: no request of the agent in the log")
     longest = max(calls, key=lambda call: len(call["full_request"]["messages"]))
@@ -792,7 +797,8 @@ def read_sii(log):
     told = {"role": "system"} | system_of(request.get("system_instruction"))
     meta = {key: value for key, value in log.items() if key != "events"}
     messages = [told, *contents]
-    return {"messages": messages, "tools": request["tools"], "meta": meta, "checked": [longest, others]}
+    checked = [longest, others, unknown]  # an event of a kind that nobody has seen may repeat, not add
+    return {"messages": messages, "tools": request["tools"], "meta": meta, "checked": checked}
 
 
 def beyond(messages, contents):

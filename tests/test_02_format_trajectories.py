@@ -445,7 +445,7 @@ FAULTS = {
     "non_text_content: videos": row(videos=["a.mp4"]),
     "non_text_content: parts": edited(1, content=[
         {"functionResponse": {"name": "f", "response": {}, "parts": [{"inlineData": {"data": "iVBOR"}}]}}]),
-    "non_text_content: an object": edited(3, content={"rows": 42}),
+    "non_text_content: rows": edited(3, content={"rows": 42}),
     "lost_content: messages.attached": edited(1, attached="iVBORw0KGgoAAAANSUhEUgAA" * 20),
     "unsupported_flag: assistant_masks": row(assistant_masks=[0, 1]),
     "secret: huggingface-token": row(meta={"env": {"HF_TOKEN": "hf_" + "abcDEF123456" * 3}}),
@@ -822,6 +822,9 @@ def test_the_longest_request_of_an_sii_log_counts():
     ]
     without_check = format_one({"events": SII["events"][:3]})
     assert without_check[0]["messages"][-1]["tool_calls"] == calls and without_check[1] == []
+    for text, reasons in (("What does a.txt say?", []), ("An answer that no request repeats.", ["lost_content: data.text"])):
+        event = {"type": "api_response", "data": {"text": text}}
+        assert format_one(SII | {"events": [*SII["events"], event]})[1] == reasons
 
 
 def dump(messages, response, tools=(READ_FILE,)):
@@ -863,6 +866,10 @@ def test_dumps_of_anthropic_and_of_responses():
         assert reasons == [] and made["messages"] == [{"role": "system", "content": "Be brief."}, USER, DONE]
     wire["response"] = {"body": {"content": [{"type": "text", "text": "Do"}], "stop_reason": "max_tokens"}}
     assert format_one(wire)[1] == ["not_solved: finish_reason=max_tokens"]
+    responses["request"]["previous_response_id"] = None
+    assert format_one(responses)[1] == []
+    responses["request"]["previous_response_id"] = "resp_1"
+    assert format_one(responses)[1] == ["history_elsewhere: the provider keeps what came before"]
 
 
 def test_many_dumps_in_one_file_are_read_twice_and_no_more(tmp_path, monkeypatch):

@@ -406,6 +406,13 @@ def test_claude_a_session_in_one_column_is_read_with_its_other_columns():
     assert (meta["task_category"], meta["task_id"]) == ("frontend", 7)
 
 
+def test_claude_a_line_twice_is_one_and_another_line_of_its_uuid_rejects():
+    log = [line("user", "1", None, "hi"), line("user", "1", None, "hi"), line("assistant", "2", "1", [text("hello")])]
+    assert said("claude_code", log) == [("user", "hi"), ("assistant", "hello", "", [])]
+    log[1] = line("user", "1", None, "ho")
+    assert rejected("claude_code", log) == "two_lines_of_one_uuid: 1"
+
+
 def test_claude_unknown_kinds_and_images_reject_by_name():
     start = [line("user", "1", None, "hi"), line("assistant", "2", "1", [text("hello")])]
     assert (

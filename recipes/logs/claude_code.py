@@ -114,7 +114,9 @@ def session_of(log):
         if line.get("isVisibleInTranscriptOnly") or (line.get("message") or {}).get("model") == "<synthetic>":
             line = line | {"type": "progress"}  # shown, never sent
         if is_side(line) == side:
-            lines.setdefault(line.get("uuid") or number, line)
+            first = lines.setdefault(line.get("uuid") or number, line)
+            if first.get("message") != line.get("message"):
+                raise ValueError(f"two_lines_of_one_uuid: {line['uuid']}")
     return list(lines.values())
 
 
