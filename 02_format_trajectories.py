@@ -14,6 +14,7 @@ The rule: every text of a log stands in its row, or in its reader's own list of 
 is rejected (lost_content). Nothing is written before all is done; a run that is killed leaves nothing behind.
 """
 import contextlib
+import difflib
 import fcntl
 import fnmatch
 import functools
@@ -94,6 +95,11 @@ def parse_settings(parser):
         return parser.parse_args_and_config()
     except (ValueError, IndexError, yaml.YAMLError) as error:
         told = re.sub("Some specified arg.* HfArgumentParser", "no such setting (see --help)", str(error))
+        if unknown := re.findall(r"'--([\w-]+)", told):
+            known = [action.dest for action in parser._actions]
+            nearest = difflib.get_close_matches(unknown[0], known, 1)
+            place = f"{sys.argv[sys.argv.index('--config') + 1]}: " if "config file" in told else "--"
+            told = f"{place}{unknown[0]}: no such setting; nearest: {nearest[0] if nearest else 'see --help'}"
         raise InputError(" ".join(told.split())) from None
 
 

@@ -212,7 +212,7 @@ def make_parser() -> TrlParser:
     nearest."""
     on_gpu = torch.cuda.is_available()
     parser = TrlParser((Settings, SFTConfig), usage="03_sft.py [--config x.yaml] [--setting value ...]")
-    parser.description = "Fine-tune a model on rows of stage 2: 03_sft.py --config recipes/qwen3-8b/sft.yaml --dry_run"
+    parser.description = "Fine-tune on rows of stage 2: 03_sft.py --config recipes/qwen3-8b/sft.yaml --dry_run"
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16" if on_gpu else "no")
     offload = {"offload": True} if on_gpu else None  # of gradient checkpoints to the host's memory
     parser.set_defaults(**RECIPE, use_cpu=not on_gpu, bf16=precision == "bf16")
@@ -245,7 +245,8 @@ def read_settings(parser: TrlParser, arguments=None) -> tuple[Settings, SFTConfi
         known = [action.dest for action in parser._actions]
         nearest = difflib.get_close_matches(names[0], known, 1)
         hint = f"; nearest: --{nearest[0]}" if nearest else "; see --help"
-        message = f"no such setting: --{names[0]}{hint}"
+        place = f"{sys.argv[sys.argv.index('--config') + 1]}: " if "--config" in sys.argv else ""
+        message = f"{place * ('config file' in message)}no such setting: --{names[0]}{hint}"
     raise InputError(message)
 
 

@@ -46,7 +46,8 @@ def test_help_imports_nothing_heavy(name):
 def test_help_of_training_begins_with_what_it_does_and_what_people_set_first(stage):
     text = stage("03_sft").make_parser().format_help()
     usage, told, first, *_ = text.split("\n\n")
-    assert "--config" in usage and "03_sft.py --config recipes/qwen3-8b/sft.yaml --dry_run" in " ".join(told.split())
+    assert "--config" in usage
+    assert "03_sft.py --config recipes/qwen3-8b/sft.yaml --dry_run" in " ".join(told.split())
     assert first.startswith("used first:\n  --model_name_or_path ") and first.count("\n  --") == 10
 
 
@@ -86,7 +87,20 @@ def test_tests_that_the_readme_names_exist():
 
 def test_unknown_flags_and_keys_are_errors(run_stage, one_line_error, tmp_path):
     (tmp_path / "x.yaml").write_text("rouunds: 3\n")
-    one_line_error(run_stage("04_eval.py", "--config", tmp_path / "x.yaml"), "rouunds")
-    one_line_error(run_stage("02_format_trajectories.py", "x.json", "--no_such_flag", "1"), "no such setting")
-    one_line_error(run_stage("04_eval.py", "--output_di", "x"), "--output_di")  # no abbreviations either
+    told = f"{tmp_path}/x.yaml: rouunds: no such setting; nearest: "
+    one_line_error(run_stage("04_eval.py", "--config", tmp_path / "x.yaml"), told + "rounds")
+    one_line_error(run_stage("01_build_queries.py", "--config", tmp_path / "x.yaml"), told + "see --help")
+    flag = "--no_such_flag: no such setting; nearest: see --help"
+    one_line_error(run_stage("02_format_trajectories.py", "x.json", "--no_such_flag", "1"), flag)
+    output = "--output_di: no such setting; nearest: output_dir"
+    one_line_error(run_stage("04_eval.py", "--output_di", "x"), output)  # no abbreviations either
     one_line_error(run_stage("01_build_queries.py", "--config", tmp_path / "missing.yaml"), "missing.yaml")
+
+
+def test_training_names_the_file_of_an_unknown_key_too(stage, monkeypatch, tmp_path):
+    sft = stage("03_sft")
+    (tmp_path / "x.yaml").write_text("learning_rat: 3\n")
+    monkeypatch.setattr(sys, "argv", ["03_sft.py", "--config", str(tmp_path / "x.yaml")])
+    told = f"{tmp_path}/x.yaml: no such setting: --learning_rat; nearest: --learning_rate"
+    with pytest.raises(sft.InputError, match=told):
+        sft.read_settings(sft.make_parser())
