@@ -8,6 +8,7 @@ import os
 import re
 import shlex
 import shutil
+import socket
 import subprocess
 import sys
 
@@ -322,6 +323,41 @@ def test_a_mistake_is_one_line(run, flags, told):
 
 # ------------------------------------------------------------------------------------------------------------
 # Running it
+
+
+@pytest.fixture
+def served(checkout, tmp_path):
+    """served(port, server, *command) -> the finished process; server: what stands in for 04 --serve."""
+
+    def call(port, server, *command):
+        python = tmp_path / "programs" / "python"
+        python.write_text(f"#!/bin/bash\nexec {server}\n")
+        python.chmod(0o755)
+        path = f"{tmp_path}/programs:{os.environ['PATH']}"
+        words = ["bash", "recipes/limi/served.sh", "--model", "m", "--port", str(port), "--", *command]
+        environment = os.environ | {"PATH": path}
+        return subprocess.run(words, cwd=checkout, env=environment, capture_output=True, text=True)
+
+    return call
+
+
+def test_a_command_runs_beside_a_served_model_and_then_the_server_ends(served, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    late = f"bash -c 'sleep 0.5; exec {sys.executable} -m http.server --bind localhost {port}'"
+    fetch = f"import urllib.request; print(urllib.request.urlopen('http://localhost:{port}/').status)"
+    done = served(port, late, sys.executable, "-c", fetch)
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, "200"), done.stderr
+    with socket.socket() as again:
+        assert again.connect_ex(("127.0.0.1", port)) != 0
+    assert served(port, late, "bash", "-c", "exit 3").returncode == 3
+
+
+def test_a_server_that_does_not_come_up_ends_the_step(served):
+    done = served(9, "false", "echo", "never")
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "served.sh: the server has ended" in done.stderr
 
 
 def test_a_step_that_is_done_is_skipped_and_one_that_failed_runs_again(run, tmp_path):

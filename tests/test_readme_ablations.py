@@ -1,6 +1,6 @@
-"""Every row of README's table of ablations, from its command to its comparison, on a model of two layers: rows,
-training, a server for the checkpoint, 04, --compare. What the models score means nothing; that each ablation changes
-its one thing and ends in figures beside the recipe's is what is tested."""
+"""Every row of README's table of ablations, from its command to its comparison, on a model of two layers:
+rows, training, a server for the checkpoint, 04, --compare. What the models score means nothing; that each
+ablation changes its one thing and ends in figures beside the recipe's is what is tested."""
 
 import importlib
 import json
@@ -94,8 +94,8 @@ def base(folder, make_model):
 def make_rows(folder, run_stage):
     def make(name, *flags):
         path = folder / f"{name}.jsonl"
-        queries = ["--queries", folder / "queries.jsonl"]
-        done = run_stage("02_format_trajectories.py", folder / "logs", *queries, "--output_file", path, *flags)
+        words = [folder / "logs", "--queries", folder / "queries.jsonl", "--output_file", path]
+        done = run_stage("02_format_trajectories.py", *words, *flags)
         assert done.returncode == 0, done.stderr
         return path
 
@@ -146,8 +146,8 @@ def evaluate(folder, endpoint, stage, tmp_path, monkeypatch):
         output = folder / "results" / name
         words = f"--model {checkpoint} --base_url {endpoint.url} --tasks {path} --output_dir {output}"
         words += " --temperature 0 --max_steps 1 --rounds 2 --concurrency 1"
-        if "--no_tools" not in flags:
-            words += f" --tools {ROOT / 'recipes/tools/bash.py'}"  # eight tools are 8,000 tokens of a byte each
+        if "--no_tools" not in flags:  # our eight tools are 8,000 tokens of a byte each
+            words += f" --tools {ROOT / 'recipes/tools/bash.py'}"
         monkeypatch.setattr(sys, "argv", ["04_eval.py", *words.split(), *flags])
         before = signal.getsignal(signal.SIGTERM)
         try:
@@ -213,7 +213,8 @@ def test_the_curve_ends_in_its_table(folder, base, make_rows, train, evaluate, m
     curve = importlib.import_module("curve")
     monkeypatch.setattr(curve, "ROOT", folder)
     (folder / "recipes/tiny").mkdir(parents=True)
-    settings = {"model_name_or_path": str(base), "global_batch_size": 4, "num_train_epochs": 2, "warmup_steps": 1}
+    settings = {"model_name_or_path": str(base), "global_batch_size": 4}
+    settings |= {"num_train_epochs": 2, "warmup_steps": 1}
     (folder / "recipes/tiny/sft.yaml").write_text(json.dumps(settings))
     rows = make_rows("train")
     lines = rows.read_text().splitlines(keepends=True)
