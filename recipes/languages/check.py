@@ -176,8 +176,10 @@ def lay_tests():
 
 
 def report_all(found, text):
-    """While it is being found out which tests count: all of them in one line, packed, as 04 keeps little of a check's
-    output: {"passed": [name], "failed": {name: message}, "end": last words of the run}."""
+    """While it is being found out which tests count: all of them, packed, as 04 keeps little of a check's output.
+
+    {"passed": [name], "failed": {name: message}, "end": last words of the run}
+    """
     passed = sorted(name for name, (good, _) in found.items() if good)
     failed = {name: message[:200] for name, (good, message) in found.items() if not good}
     for name in list(failed)[20:]:
