@@ -176,7 +176,7 @@ def lay_tests():
 
 
 def report_all(found, text):
-    """While it is being found out which tests count: all of them, packed, as 04 keeps little of a check's output.
+    """While it is being found out which tests count: all of them, packed, as 04 keeps little of an output.
 
     {"passed": [name], "failed": {name: message}, "end": last words of the run}
     """
