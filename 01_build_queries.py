@@ -1579,10 +1579,13 @@ class Solution:
     """
 
     def __init__(self, material, old, title=""):
-        diff, self.asked, self.title = material["secret"], material["asked"], title
+        diff = material["secret"]
+        self.tests = material["tests"]
+        self.asked = material["asked"]
+        self.title = title
         old_lines = {line.strip() for line in old.splitlines()}
         self.added = [line for line in added_lines(diff) if line and line not in old_lines]
-        public = old + material["tests"] + " ".join(self.asked)
+        public = old + self.tests + " ".join(self.asked)
         self.public_runs = runs_of(tokens_of(public.lower()), 3)
         self.public_shapes = runs_of(shape_of(public), 8)
         self.read_names(diff, set(map(bare, tokens_of(public))))
@@ -1600,6 +1603,7 @@ class Solution:
     def leaks(self, text):
         """Yield what a text gives away; the texts that the tests ask for may be given."""
         for asked in self.asked:
+            text = text.replace(asked, "")
             text = re.sub(r"(?i)\b" + r"\W*".join(map(re.escape, words_of(asked))) + r"\b", "", text)
         for name in sorted(names_in(text)):
             if bare(name) in self.names:
@@ -1631,8 +1635,8 @@ class Solution:
             if re.search(rf"(?<![\w/]){re.escape(path)}|(?<!\w){re.escape(Path(path).name)}\b", text):
                 yield f"names the file to change: {path}"
         for name in self.functions:
-            is_inner = name.startswith("_") and not name.startswith("__") and uses(text, name)
-            if is_inner or re.search(PLACE % name, text, re.I):
+            is_inner = re.match(r"_[^_]", name) and not uses(self.tests, name)  # else it must be given
+            if is_inner and uses(text, name) or re.search(PLACE % name, text, re.I):
                 yield f"says which function to change: {name}"
 
 

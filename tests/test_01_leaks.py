@@ -556,6 +556,21 @@ def test_texts_that_tests_ask_for_are_read_as_a_person_would(name, asked):
     assert [" ".join(text.split()) for text in PULLS[name].asked] == asked
 
 
+def test_a_text_full_of_signs_and_an_inner_function_may_be_given_where_the_tests_use_them():
+    line = '    return fetch("https://[::ffff:192.168.0.1]/") or _split_parts(url)\n'
+    old = "def get(url):\n    return None\n\n\ndef _split_parts(url):\n    return url\n"
+    new = old.replace("    return None\n", line).replace("return url", "return url.parts")
+    test = "def test_get():\n    assert get(1) == 'https://[::ffff:192.168.0.1]/'\n    assert _split_parts(2)\n"
+    solution = pull("Split", "get.py", old, new, "test_get.py", "", test)
+    assert solution.asked == ["https://[::ffff:192.168.0.1]/"]
+    assert not list(solution.leaks("The address is https://[::ffff:192.168.0.1]/ and _split_parts takes it."))
+    assert list(solution.leaks('It is `fetch("https://` and so on; edit _split_parts.')) == [
+        "leaks a new name of the solution: fetch",
+        f"repeats a line of the solution: {line.strip()}",
+        "says which function to change: _split_parts",
+    ]
+
+
 @pytest.mark.parametrize(
     "query, given",
     [("It says “Evolve() missing 1 argument\n(takes 2)”.", True), ("evolve() missing one argument", False)],
