@@ -1407,6 +1407,7 @@ def test_otel_spans_hold_parts():
                                     "parts": [{"type": "text", "content": "done"}]}],
         "gen_ai.tool.definitions": json.dumps([{"name": "ls"}]),
         "gen_ai.request.model": "m",
+        "gen_ai.conversation.id": "c",
     }
     expected = [
         ("system", "S"),
@@ -1419,7 +1420,7 @@ def test_otel_spans_hold_parts():
     assert said("otel_genai", span) == expected
     row = read("otel_genai", span)
     assert row["tools"] == [{"name": "ls"}] and row["meta"]["model"] == "m"
-    assert row["meta"]["finish_reason"] == "length"
+    assert row["meta"]["finish_reason"] == "length" and row["meta"]["gen_ai.conversation.id"] == "c"
     listed = [{"key": key, "value": {"stringValue": value}} for key, value in attributes.items()]
     assert read("otel_genai", {"name": "chat m", "attributes": listed})["messages"] == row["messages"]
     attributes["gen_ai.output.messages"] = [

@@ -48,7 +48,9 @@ def read(span):
     for message in spoken:
         blocks = [block_of(part) for part in message["parts"]]
         messages.append({"role": message["role"], "content": blocks})
-    meta = {"name": span.get("name"), "model": attributes.get("gen_ai.request.model")}
+    spoken_of = {f"gen_ai.{name}" for name in given}
+    meta = {key: attributes[key] for key in attributes.keys() - spoken_of}
+    meta |= {"name": span.get("name"), "model": attributes.get("gen_ai.request.model")}
     meta["finish_reason"] = (spoken or [{}])[-1].get("finish_reason")
     return {"messages": messages, "tools": given["tool.definitions"] or None, "meta": meta,
             "checked": [given[name] for name in NAMES]}  # fmt: skip
