@@ -50,11 +50,11 @@ task = Task(dataset=samples, solver=agent())
 many = {"max_connections": EPISODES, "max_samples": EPISODES, "temperature": 0.6, "top_p": 0.95}
 started = time.perf_counter()
 cpu = time.process_time()
+steps = 0
 with tempfile.TemporaryDirectory() as logs:
     (log,) = eval(task, model="openai-api/local/x", display="none", log_dir=logs, **many)
-times = time.process_time() - cpu, time.perf_counter() - started
-steps = 0
-for sample in log.samples:
-    steps += sum(message.role == "assistant" for message in sample.messages)
-assert log.status == "success", log.error
+    times = time.process_time() - cpu, time.perf_counter() - started
+    assert log.status == "success", log.error
+    for sample in log.samples:  # read from the disk
+        steps += sum(message.role == "assistant" for message in sample.messages)
 print(json.dumps([*times, steps]))
