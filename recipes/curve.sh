@@ -15,8 +15,18 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 recipe=$1
 results=results/curve-$recipe
 launch=(python)
+serve=()
 devices=recipes/$recipe/accelerate.yaml
 [ ! -f "$devices" ] || launch=(accelerate launch --config_file "$devices")
+nodes=$(sed -n 's/^num_machines: //p' "$devices" 2> /dev/null) || true
+if [ "${nodes:-1}" -gt 1 ]; then # one process on each node, which srun numbers
+    [ "${SLURM_JOB_ID:-}" ] || { echo "curve.sh: $recipe needs $nodes nodes: sbatch --nodes=$nodes --wrap 'bash $0 $*'" >&2; exit 2; }
+    HOST=$(scontrol show hostnames | head -n 1)
+    export HOST
+    own='exec accelerate launch --machine_rank $SLURM_NODEID --main_process_ip $HOST "$@"'
+    launch=(srun "--nodes=$nodes" --ntasks-per-node=1 bash -c "$own" launch --config_file "$devices")
+    serve=(srun --nodes=1 --ntasks=1)
+fi
 
 python recipes/curve.py plan "$@"
 while IFS=$'\t' read -r -u 3 run model rows updates seed; do
@@ -26,6 +36,6 @@ while IFS=$'\t' read -r -u 3 run model rows updates seed; do
             --train_file "$rows" --output_dir "$model" --max_steps "$updates" --seed "$seed"
     fi
     # 1: 04 finds something odd, such as a base that never ends its answers; the table has it in a column
-    python 04_eval.py --config "recipes/$recipe/eval.yaml" --model "$model" --output_dir "$results/$run" || [ $? = 1 ]
+    "${serve[@]}" python 04_eval.py --config "recipes/$recipe/eval.yaml" --model "$model" --output_dir "$results/$run" || [ $? = 1 ]
 done 3< "$results/runs.tsv"
 python recipes/curve.py table "$recipe"

@@ -3,6 +3,9 @@ results."""
 
 import importlib
 import json
+import os
+import shutil
+import subprocess
 import sys
 
 import pytest
@@ -126,6 +129,70 @@ def test_a_size_beyond_the_rows_is_refused(planner, tmp_path):
 
 
 # ------------------------------------------------------------------------------------------------------------
+# The runs
+
+RUNS = "base\\tMODEL\\t-\\t0\\t0\\nrows-n2\\toutputs/a\\tdata/a.jsonl\\t12\\t1\\n"
+
+
+@pytest.fixture
+def run_curve(tmp_path):
+    """run_curve(recipe, **environment) -> (the finished process, the programs that it called)."""
+    root = tmp_path / "checkout"
+    for name in ("curve.sh", "qwen3-8b/accelerate.yaml", "glm-4.5-air/accelerate.yaml"):
+        (root / "recipes" / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / "recipes" / name, root / "recipes" / name)
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    for name in ("python", "accelerate", "srun", "scontrol"):
+        (programs / name).write_text(
+            f"""#!/bin/bash
+            echo "{name} $*" >> {tmp_path}/calls
+            [ "$1 $2" = "recipes/curve.py plan" ] || exit 0
+            mkdir -p results/curve-$3
+            printf '{RUNS}' > results/curve-$3/runs.tsv
+            """
+        )
+        (programs / name).chmod(0o755)
+
+    def call(recipe, **more):
+        environment = dict(os.environ)
+        environment.pop("SLURM_JOB_ID", None)
+        environment |= {"PATH": f"{programs}:{os.environ['PATH']}"} | more
+        command = ["bash", "recipes/curve.sh", recipe, "rows.jsonl", "2"]
+        done = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True)
+        (tmp_path / "calls").touch()
+        return done, (tmp_path / "calls").read_text().splitlines()
+
+    return call
+
+
+def test_every_run_is_trained_and_evaluated_and_the_base_only_evaluated(run_curve):
+    done, calls = run_curve("qwen3-8b")
+    assert done.returncode == 0, done.stderr
+    results = "--output_dir results/curve-qwen3-8b"
+    sft = "03_sft.py --config recipes/qwen3-8b/sft.yaml --train_file data/a.jsonl --output_dir outputs/a"
+    assert calls == [
+        "python recipes/curve.py plan qwen3-8b rows.jsonl 2",
+        f"python 04_eval.py --config recipes/qwen3-8b/eval.yaml --model MODEL {results}/base",
+        f"accelerate launch --config_file recipes/qwen3-8b/accelerate.yaml {sft} --max_steps 12 --seed 1",
+        f"python 04_eval.py --config recipes/qwen3-8b/eval.yaml --model outputs/a {results}/rows-n2",
+        "python recipes/curve.py table qwen3-8b",
+    ]
+
+
+def test_a_recipe_of_several_nodes_wants_slurm_and_numbers_its_nodes(run_curve):
+    done, calls = run_curve("glm-4.5-air")
+    told = "curve.sh: glm-4.5-air needs 4 nodes: sbatch --nodes=4 --wrap 'bash recipes/curve.sh glm-4.5-air "
+    assert (done.returncode, done.stderr, calls) == (2, f"{told}rows.jsonl 2'\n", [])
+    done, calls = run_curve("glm-4.5-air", SLURM_JOB_ID="1")
+    assert done.returncode == 0, done.stderr
+    trained = next(call for call in calls if "03_sft.py" in call)
+    first = "srun --nodes=4 --ntasks-per-node=1 bash -c exec accelerate launch --machine_rank $SLURM_NODEID"
+    assert trained.startswith(first)
+    assert sum(call.startswith("srun --nodes=1 --ntasks=1 python 04_eval.py") for call in calls) == 2
+
+
+# ------------------------------------------------------------------------------------------------------------
 # The table
 
 
@@ -166,7 +233,7 @@ def results(curve, tmp_path, monkeypatch):
 
 def test_the_table_has_base_gains_power_and_what_the_models_say(curve, results, stage):
     """The mean over the seeds is 1 for 12 tasks and 0.5 for 12: variance 12 x 2 / 23 / 16, so
-    (2.8 / 0.05)^2 x 0.0652 = 204.5 tasks; of the other rows 6 of 24: variance 6 x 18 / 24 / 23, 613.6 tasks."""
+    (2.8 / 0.05)^2 x 0.0652 = 204.5 tasks; of the other rows 6 of 24: 6 x 18 / 24 / 23, 613.6 tasks."""
     curve.table("small")
     low, high = stage("04_eval").bootstrap([1.0] * 12 + [0.5] * 12)
     interval = f"75% [{low:.0%}, {high:.0%}]"
