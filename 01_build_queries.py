@@ -677,8 +677,8 @@ def attach_material(row, clone, pull, kinds):
 def mine_clone(settings, clone):
     """(name, rows) of a repository: a row for every pull request; those that pass have "material"."""
     name = allowed_name(clone, settings.deny)
-    refs = git(clone, "for-each-ref", "--format=%(refname)", "refs/pull").decode().split()
-    refs = {int(ref.split("/")[2]) for ref in refs}
+    refs = git(clone, "for-each-ref", "--format=%(refname)", "refs/pull").decode(errors="replace")
+    refs = set(map(int, re.findall(r"^refs/pull/(\d+)/", refs, re.M)))
     seen = set()
     reverted = set()
     numbers = Counter()
@@ -771,12 +771,11 @@ def print_clone(name, mined, seconds):
 
 
 def leave_out(rows, chosen, reason):
-    """Give the others the reason; returns the chosen ones in the order of rows."""
+    """Give the others the reason."""
     ids = {row["query_id"] for row in chosen}
     for row in rows:
         if row["query_id"] not in ids:
             row["reasons"].append(reason)
-    return [row for row in rows if row["query_id"] in ids]
 
 
 def print_counts(pairs):
@@ -788,7 +787,8 @@ def print_counts(pairs):
 
 def setup_variables(clone, base):
     """What is installed is other people's code: it sees no key. A tree without history knows no version."""
-    tag = re.search(r"\d+(\.\d+)+", git(clone, "tag", "--merged", base, "--sort=-creatordate").decode())
+    tags = git(clone, "tag", "--merged", base, "--sort=-creatordate").decode(errors="replace")
+    tag = re.search(r"\d+(\.\d+)+", tags)
     variables = {"SETUPTOOLS_SCM_PRETEND_VERSION": tag[0] if tag else "0.0.0"}
     for key, value in os.environ.items():
         if not re.search("KEY|TOKEN|SECRET|PASSW", key):
@@ -803,7 +803,7 @@ def build_environment(settings, language, clone, base, folder):
     env = setup_variables(clone, base)
     argv = [sys.executable, Path(settings.languages) / "environment.py", folder / "tree", folder, language,
             settings.setup_command or ""]
-    with open(folder / "setup.log", "w+") as log:
+    with open(folder / "setup.log", "w+", errors="replace") as log:
         status = subprocess.run(list(map(str, argv)), env=env, stdout=log, stderr=log).returncode
         log.seek(0)
         said = [line for line in log.read().splitlines() if line.strip()] or [""]

@@ -729,7 +729,11 @@ def test_a_missing_tool_and_a_failing_setup_are_named_once_a_repository(
     repo, commit = small_repo
     for number in (1, 2):
         commit({"a.py": f"x = {number + 1}\n", "test_a.py": f"# {number}\n"}, f"Change (#{number})")
-    settings = stage.Settings(repos=[str(repo)], setup_command="echo no such release >&2; exit 1")
+    odd = os.fsdecode(b"caf\xe9-1.2")
+    git(repo, "update-ref", f"refs/tags/{odd}", "HEAD")
+    git(repo, "update-ref", "refs/pull/draft/head", "HEAD")  # no number, and bytes that are no UTF-8
+    command = "printf 'caf\\351\\n'; echo no such release >&2; exit 1"
+    settings = stage.Settings(repos=[str(repo)], setup_command=command)
     rows = stage.verify(settings, tmp_path, stage.mine(settings, None, []))
     assert [row["reasons"] for row in rows] == [["environment: cannot be built: no such release"]] * 2
     told = "small: no environment for its 2 candidates: "
