@@ -1876,7 +1876,7 @@ def format_all(records, run):
 
 
 def finish_all(waiting, run):
-    secrets = find_secrets([row for _, _, row, _ in waiting])
+    secrets = find_secrets([row for _, _, row, _ in waiting]) if waiting else []
     for (source, name, row, notes), found in zip(waiting, secrets):
         try:
             row, reasons = finish_row(row, notes, found, run)

@@ -157,20 +157,20 @@ EXPECTED = {
 }
 
 
+READERS = stage.load_readers(stage.HERE / "recipes/logs")
 PROMPTLESS = {"query_id": "claude_stream_json", "turns": [{"query": "Do what the stream does not say"}]}
 
 
 def rows_of(path, tools=None, **settings):
     """[(row, reasons)] of a file; the tools that it calls are given, as a user would with --tools."""
-    readers = stage.load_readers(stage.HERE / "recipes/logs")
     unit = stage.Unit(path, path.name)
     run = stage.make_run(stage.Settings(tools=tools, **settings))
     if path.stem == PROMPTLESS["query_id"]:
         run.tasks = {path.stem: PROMPTLESS}
     if tools is None:
-        seen = stage.tools_seen(stage.read_all([unit], readers, Counter()))
+        seen = stage.tools_seen(stage.read_all([unit], READERS, Counter()))
         run.tools[""] = [schema for schemas in seen.values() for schema in schemas]
-    entries = stage.format_all(stage.read_all([unit], readers, run.notes), run)
+    entries = stage.format_all(stage.read_all([unit], READERS, run.notes), run)
     return [(row, reasons) for _, _, row, reasons in entries]
 
 

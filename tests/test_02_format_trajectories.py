@@ -84,11 +84,15 @@ def format_rows(folder, *records, good=True, **settings):
     )
 
 
-def format_one(record, **settings):
-    """(row, reasons) of one record; row is None where a reader refuses it."""
+def format_each(records, **settings):
+    """(row, reasons) of each record; row is None where a reader refuses it, and then it comes first."""
     run = stage.make_run(stage.Settings(**settings))
-    [(_, _, made, reasons)] = stage.format_all([("log", stage.find_format(record, []), record)], run)
-    return made, reasons
+    found = [("log", stage.find_format(record, []), record) for record in records]
+    return [(made, reasons) for _, _, made, reasons in stage.format_all(found, run)]
+
+
+def format_one(record, **settings):
+    return format_each([record], **settings)[0]
 
 
 def messages_of(*messages, **columns):
@@ -664,21 +668,25 @@ def test_queries_tie_a_row_to_its_task(tmp_path):
 SHAPES = json.loads((Path(__file__).parent / "fixtures/secret_shapes.json").read_text())
 
 
-@pytest.mark.parametrize("name", SHAPES["secrets"])
-def test_a_key_of_each_shape_is_found_and_redacted(name):
-    key = "".join(SHAPES["secrets"][name])
-    for place in (edited(3, content=f"a\n{key}\nb"), edited(2, tool_calls=[call(path=f"x\n{key}\n")])):
-        _, reasons = format_one(place)
-        assert reasons and all(reason.startswith("secret: ") for reason in reasons)
-        made, reasons = format_one(place, redact=True)
-        assert reasons == [] and max(key.splitlines(), key=len) not in json.dumps(made)
-        assert format_one(made)[1] == []
+@pytest.mark.parametrize("place", ["result", "argument"])
+def test_a_key_of_each_shape_is_found_and_redacted(place):
+    keys = {name: "".join(pieces) for name, pieces in SHAPES["secrets"].items()}
+    records = []
+    for key in keys.values():
+        in_result, in_argument = edited(3, content=f"a\n{key}\nb"), edited(2, tool_calls=[call(path=f"x\n{key}\n")])
+        records.append(in_result if place == "result" else in_argument)
+    found = dict(zip(keys, [reasons for _, reasons in format_each(records)]))
+    assert [name for name, reasons in found.items() if not reasons or not reasons[0].startswith("secret: ")] == []
+    redacted = dict(zip(keys, format_each(records, redact=True)))
+    for name, (made, reasons) in redacted.items():
+        assert reasons == [] and max(keys[name].splitlines(), key=len) not in json.dumps(made), name
+    assert format_each([made for made, _ in redacted.values()]) == [(made, []) for made, _ in redacted.values()]
 
 
-@pytest.mark.parametrize("text", SHAPES["innocent"])
-def test_ordinary_text_is_no_secret(text):
-    text = "".join(text)
-    assert format_one(edited(1, content=text))[1] == []
+def test_ordinary_text_is_no_secret():
+    texts = ["".join(pieces) for pieces in SHAPES["innocent"]]
+    found = zip(texts, format_each([edited(1, content=text) for text in texts]))
+    assert [(text, reasons) for text, (_, reasons) in found if reasons] == []
 
 
 def test_private_names_go_everywhere_and_file_names_stay():

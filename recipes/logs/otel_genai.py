@@ -52,5 +52,7 @@ def read(span):
     meta = {key: attributes[key] for key in attributes.keys() - spoken_of}
     meta |= {"name": span.get("name"), "model": attributes.get("gen_ai.request.model")}
     meta["finish_reason"] = (spoken or [{}])[-1].get("finish_reason")
-    return {"messages": messages, "tools": given["tool.definitions"] or None, "meta": meta,
-            "checked": [given[name] for name in NAMES]}  # fmt: skip
+    row = {"messages": messages, "meta": meta}
+    row["tools"] = given["tool.definitions"] or None
+    row["checked"] = [given[name] for name in NAMES]
+    return row
