@@ -2168,12 +2168,16 @@ def main(settings, positional):
     print(f"rows: {len(cards)} -> {output}\nrejected: {len(rejects)} -> {rejected}")
 
 
+def command_line():
+    parser = TrlParser(Settings)
+    kinds = "Files, folders, Hub ids: owner/name[:config][/split][@revision]."
+    parser.add_argument("inputs", nargs="*", help=kinds)
+    return parser
+
+
 if __name__ == "__main__":
     try:
-        parser = TrlParser(Settings)
-        kinds = "Files, folders, Hub ids: owner/name[:config][/split][@revision]."
-        parser.add_argument("inputs", nargs="*", help=kinds)
-        main(*parse_settings(parser))
+        main(*parse_settings(command_line()))
     except (InputError, OSError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)

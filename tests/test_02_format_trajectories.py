@@ -102,6 +102,14 @@ def messages_of(*messages, **columns):
     return made["messages"]
 
 
+def mistake(monkeypatch, *arguments):
+    """What the command line tells a user who made a mistake."""
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *map(str, arguments)])
+    with pytest.raises((stage.InputError, OSError)) as told:
+        stage.main(*stage.parse_settings(stage.command_line()))
+    return str(told.value)
+
+
 def assert_one_line_error(result, *parts):
     assert result.returncode == 2, result.stderr
     assert "Traceback" not in result.stderr
@@ -1061,15 +1069,16 @@ def test_rejects_and_settings_lie_beside_their_output(tmp_path):
     assert list(record["inputs"]) == [str(path)] and record["counts"]["rejected"] == {"no_assistant_message": 1}
 
 
-def test_an_input_is_never_overwritten(tmp_path):
+def test_an_input_is_never_overwritten(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     train = write(tmp_path / "data/train.jsonl", row())
     before = train.read_bytes()
-    assert_one_line_error(run("data/train.jsonl", cwd=tmp_path), "data/train.jsonl", "would be overwritten")
-    assert_one_line_error(run("data", cwd=tmp_path), "data/train.jsonl", "would be overwritten")
+    for named in ("data/train.jsonl", "data"):
+        assert re.search("data/train.jsonl would be overwritten", mistake(monkeypatch, named))
     assert train.read_bytes() == before
     write(tmp_path / "logs/a.jsonl", row())
     for _ in range(2):  # what an earlier run wrote into a folder of logs is passed over
-        assert run("logs", "--output_file", "logs/out.jsonl", cwd=tmp_path).returncode == 0
+        stage.main(stage.Settings(output_file="logs/out.jsonl"), argparse.Namespace(inputs=["logs"]))
         assert len(read(tmp_path / "logs/out.jsonl")) == 1
 
 
@@ -1155,7 +1164,7 @@ def test_a_file_that_is_no_log(tmp_path, name):
     assert not (tmp_path / "data/train.jsonl").exists()
 
 
-def test_bad_arguments(tmp_path):
+def test_bad_arguments(tmp_path, monkeypatch):
     good = write(tmp_path / "in.jsonl", row())
     write(tmp_path / "bad.json", {"tools": 7})
     wrong = {
@@ -1171,8 +1180,10 @@ def test_bad_arguments(tmp_path):
         (good, "--weight_bad_calls", "2"): ["0 or 1"],
         (good, "--queries", "bad.json"): ["--queries bad.json:1"],
     }
+    monkeypatch.chdir(tmp_path)
     for arguments, parts in wrong.items():
-        assert_one_line_error(run(*arguments, cwd=tmp_path), *parts)
+        told = mistake(monkeypatch, *arguments)
+        assert all(part in told for part in parts) and "\n" not in told
     write(tmp_path / "failed.jsonl", row(meta={"solved": False}))
     assert_one_line_error(run("failed.jsonl", cwd=tmp_path), "no trajectory left of 1", "not_solved")
     (tmp_path / "c.yaml").write_text("inputs: in.jsonl\noutput_file: rows.jsonl\n")
