@@ -1268,7 +1268,7 @@ def read_safely(unit, readers, notes):
 
 
 # 6. One record -> one row
-FAILURES = {"resolved", "success", "solved", "target", "passed", "pass", "correct", "completed",
+FAILURES = {"resolved", "success", "solved", "target", "passed", "pass", "correct",
             "task_success", "task_completed"}  # fmt: skip
 OUTCOME_WORDS = ("result", "status", "outcome", "verdict", "resolved_status")
 GOOD_ENDS = {
@@ -1276,6 +1276,7 @@ GOOD_ENDS = {
     "completed", "complete", "success", "successful", "ok", "done", "finished", "finish", "resolved", "",
     "tooluse", "unknown",
 }  # fmt: skip
+NO_ERROR = ("", "{}", "none", "null", "no", "false")
 BAD_RESULT = re.compile(r"(?i)(?:not[ _-]\w+|\w*(?:error|exception|time_?out|fail|failed|failure|unresolved"
                         r"|unsolved|resolved_no|incorrect|wrong|cancell?ed|aborted|killed))")  # fmt: skip
 # A history that was summarised starts in the middle of its task
@@ -1302,7 +1303,7 @@ def as_number(text):
 
 
 def tells_failure(key, value):
-    text = str(value).lower() if isinstance(value, str | int | float) else ""
+    text = str(value).lower() if isinstance(value, str | int | float | dict) else ""
     number = as_number(text)
     if key.removeprefix("is_") in FAILURES:
         return text in ("false", "no", "failed") or number in (0, -1)
@@ -1311,7 +1312,7 @@ def tells_failure(key, value):
     if key in ("exit_status", "exit_code", "finish_reason", "stop_reason"):
         return text.replace("-", "_") not in GOOD_ENDS if number is None else number != 0
     if key == "error":
-        return isinstance(value, str | dict) and bool(value)
+        return number is None and text not in NO_ERROR
     return key in OUTCOME_WORDS and (value is False or bool(BAD_RESULT.fullmatch(text)))
 
 
