@@ -1068,7 +1068,7 @@ def data_files(card, name, config, split):
     front = yaml.safe_load(card.split("---")[1]) if card.startswith("---") else {}
     chosen = chosen_config(front.get("configs", []), name, config)
     if not chosen:
-        return [f"*{split or ''}*{suffix}*" for suffix in LOG_SUFFIXES if suffix != ".md"]
+        return [f"*{split or ''}*{suffix}*" for suffix in LOG_SUFFIXES if suffix not in (".md", ".zip")]
     patterns = []
     for item in [{"path": chosen, "split": "train"}] if isinstance(chosen, str) else chosen:
         paths = item["path"] if isinstance(item["path"], list) else [item["path"]]
@@ -1924,8 +1924,8 @@ def make_card(source, name, row, place):
     key = hashlib.sha256(json.dumps([*map(said, messages)]).encode()).hexdigest()
     domain = str(row["meta"].get("domain", "unknown"))
     tokens = row["meta"].get("n_tokens", 0)
-    numbers = (len(messages), len(called_names(messages)), tokens)
-    return Card(source, name, place, key, line_hashes(messages), domain, *numbers)
+    calls = len(called_names(messages))
+    return Card(source, name, place, key, line_hashes(messages), domain, len(messages), calls, tokens)
 
 
 def compare_rows(cards, settings):
