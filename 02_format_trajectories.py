@@ -174,8 +174,8 @@ def plain_text(content):
         kind = type(part).__name__
         if isinstance(part, dict):
             kind = part.get("type") or ", ".join(part)
-            is_text = part.get("type") in TEXT_BLOCKS
-            part = first_of(part, ("text", "summary", "tool_name")) if is_text else None
+            is_known = part.get("type") in TEXT_BLOCKS
+            part = first_of(part, ("text", "summary", "tool_name")) if is_known else None
         if not isinstance(part, str):
             raise Reject(f"non_text_content: {kind}")
         texts.append(part)
@@ -738,7 +738,7 @@ def read_dump(dump):
         answer = response.get("output") or []
     if dump.get("error"):
         raise Reject("unfinished: the last request failed")
-    meta = {key: dump[key] for key in dump.keys() - {"request", "response"}}
+    meta = row_meta({key: dump[key] for key in dump.keys() - {"request", "response"}})
     meta |= {"model": request.get("model"), "finish_reason": finish}
     return {"messages": system + messages + answer, "tools": request["tools"], "meta": meta}
 
@@ -1277,7 +1277,7 @@ GOOD_ENDS = {
     "tooluse", "unknown",
 }  # fmt: skip
 NO_ERROR = ("", "{}", "none", "null", "no", "false")
-BAD_RESULT = re.compile(r"(?i)(?:not[ _-]\w+|\w*(?:error|exception|time_?out|fail|failed|failure|unresolved"
+BAD_RESULT = re.compile(r"(?i)(?:not[ _-]\w+ed|\w*(?:error|exception|time_?out|fail|failed|failure|unresolved"
                         r"|unsolved|resolved_no|incorrect|wrong|cancell?ed|aborted|killed))")  # fmt: skip
 # A history that was summarised starts in the middle of its task
 COMPACTION = ("<state_snapshot>", "This session is being continued from a previous conversation")
