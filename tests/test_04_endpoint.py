@@ -3,8 +3,12 @@
 import asyncio
 import json
 import shutil
+import socket
+import subprocess
+import sys
 import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -95,6 +99,9 @@ FULL = {
     "Cohere": (400, "too many tokens: size limit exceeded by 11 tokens"),
     "OpenRouter, in a 200": (200, error("This endpoint's maximum context length is 8192 tokens.", code=400)),
     "a proxy": (413, "Request Entity Too Large"),
+    "an error as it stands": (200, {"object": "error", "message": "maximum context length is 64", "code": 400}),
+    "MiniMax, in a 200": (200, {"base_resp": {"status_code": 2013, "status_msg": "context window exceeds limit"}}),
+    "finish model_context_window_exceeded": whole({"content": "x"}, "model_context_window_exceeded"),
 }
 
 
@@ -134,6 +141,7 @@ UNPARSED = {
     "Gemini, behind a gateway": whole({"content": None}, "function_call_filter: MALFORMED_FUNCTION_CALL"),
     "a call as text": whole({"content": '<tool_call>{"name": "glob"}</tool_call>'}),
     "a call of GLM as text": whole({"content": "<tool_call>glob<arg_key>pattern</arg_key>"}),
+    "a call that never came": whole({"content": ""}, "tool_calls"),
 }
 
 
@@ -179,6 +187,15 @@ FAULTS = {
     "503": (503, "starting"),
     "529": (529, error("Overloaded")),
     "a redirect": (301, ""),
+    "a key that is wrong": (401, error("Incorrect API key: keys are case-sensitive, for your safety")),
+    "a model that is not there": (404, error("no such model; names are case sensitive")),
+    "our body": (400, error("We could not parse the JSON body of your request.")),
+    "an error as it stands": (200, {"object": "error", "message": "boom", "code": 500}),
+    "another server's form": (200, {"code": 500, "msg": "404 NOT_FOUND", "success": False}),
+    "a conversation that is sent back": (400, error("no") | {"input": "x" * 3000 + "maximum context length, flagged"}),
+    "finish abort": whole({"content": "half"}, "abort"),
+    "finish cancelled": whole({"content": "half"}, "cancelled"),
+    "events": (200, 'data: {"choices": [{"delta": {"content": "x"}}]}\n\ndata: [DONE]\n'),
 }
 
 
@@ -230,6 +247,7 @@ READ = {
     ),
     "cut": (say("do", finish_reason="length"), "length", "do", None),
     "cut, Mistral": (say("do", finish_reason="model_length"), "length", "do", None),
+    "cut, responses": (say("do", finish_reason="max_output_tokens"), "length", "do", None),
     "half an emoji": (say("a\ud83d"), "answer", "a\ufffd", None),
 }
 
@@ -251,6 +269,9 @@ CALLS = {
     "no arguments": ({}, {}, None),
     "cut": ({"arguments": '{"pattern": '}, {"invalid_json": '{"pattern": '}, 0),
     "a list": ({"arguments": "[1]"}, {"invalid_json": "[1]"}, 0),
+    "no number": ({"arguments": '{"pattern": NaN}'}, {"invalid_json": '{"pattern": NaN}'}, 0),
+    "no end": ({"arguments": '{"pattern": 1e999}'}, {"invalid_json": '{"pattern": 1e999}'}, 0),
+    "half an emoji": ({"arguments": '{"pattern": "a\\ud83d"}'}, {"pattern": "a\ufffd"}, None),
 }
 
 
@@ -321,6 +342,64 @@ def test_keys_and_versions_in_the_address(m, monkeypatch):
     assert "k" not in json.dumps(settings.headers).replace("api-key", "").replace("AZURE_KEY", "")
 
 
+def test_a_key_that_is_not_there_is_told(m, monkeypatch):
+    monkeypatch.delenv("NOT_SET", raising=False)
+    with pytest.raises(m.InputError, match="headers: api-key"):
+        m.Endpoint(m.Settings(model="x", headers={"api-key": "$NOT_SET"}), "http://x/v1", ["NONE"])
+    monkeypatch.setenv("PASTED", "k \n")  # httpx would say the whole key in its complaint
+    client = m.Endpoint(m.Settings(model="x", headers={"x-number": 5}), "http://x/v1", ["PASTED"]).client
+    assert client.headers["authorization"] == "Bearer k" and client.headers["x-number"] == "5"
+
+
+class Trickle(BaseHTTPRequestHandler):
+    """Headers, then a byte a tenth of a second, for ever."""
+
+    def do_POST(self):
+        self.server.asked += 1
+        self.send_response(200)
+        self.end_headers()
+        try:
+            while True:
+                self.wfile.write(b" ")
+                time.sleep(0.1)
+        except OSError:
+            pass  # nobody reads any more
+
+    do_GET = do_POST
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def trickle():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Trickle)
+    server.asked = 0
+    server.url = f"http://127.0.0.1:{server.server_port}/v1"
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+    yield server
+    server.shutdown()
+
+
+def test_an_answer_that_never_ends_is_asked_for_twice(m, trickle):
+    settings = m.Settings(model="x", request_seconds=1, patience=600)
+
+    async def complete():
+        return await m.Endpoint(settings, trickle.url, ["NONE"]).complete([], [], 0)
+
+    with pytest.raises(m.NotRun, match="no answer within 1 s") as fault:
+        asyncio.run(complete())
+    assert fault.value.reason == "endpoint_error" and trickle.asked == 2
+
+
+def test_what_an_endpoint_is_asked_beside_is_asked_for_a_while_only(m, trickle, monkeypatch):
+    """Its list of models and its version: a run neither waits for them at its start nor before its summary."""
+    monkeypatch.setattr(m, "MOMENT", 1)
+    assert asyncio.run(m.version_at(trickle.url)) is None
+    with pytest.raises(m.InputError, match="probe: .*no answer within 1 s"):
+        asyncio.run(m.probe(m.Endpoint(m.Settings(model="x", request_seconds=1), trickle.url, ["NONE"]), {}, "s"))
+
+
 def test_a_server_on_this_machine_is_never_asked_through_a_proxy(ask, monkeypatch):
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     assert ask(say("done")).stop == "answer"
@@ -356,6 +435,61 @@ def test_spending_stops_where_it_is_told_to(endpoint, evaluate):
     prices = {"price_in": 1e5, "price_out": 0.0, "max_usd": 2.5, "concurrency": 1}  # 10 prompt tokens: a dollar
     _, summary = evaluate(*((f"t{n}", [(f"q{n}", "true")]) for n in range(9)), **prices)
     assert summary["episodes"] == 3 and summary["usd"] == 3 and sum(summary["not_run"].values()) == 6
+    asked = len(endpoint.requests)
+    tasks = [(f"t{n}", [(f"q{n}", "true")]) for n in range(9)]
+    _, summary = evaluate(*tasks, **prices | {"max_usd": 3.5})  # what earlier starts spent is spent
+    assert summary["episodes"] == 4 and len(endpoint.requests) == asked + 2
+
+
+@needs_bwrap
+def test_what_an_episode_costs_that_came_to_nothing_is_spent_too(endpoint, evaluate):
+    for n in range(4):
+        endpoint.script[f"q{n}"] = lambda body: call("glob", pattern="*") if len(body["messages"]) < 3 else (500, {}, "")
+    prices = {"price_in": 1e5, "price_out": 0.0, "max_usd": 1.5, "concurrency": 1}
+    _, summary = evaluate(*((f"t{n}", [(f"q{n}", "true")]) for n in range(4)), **prices)
+    asked = {body["messages"][1]["content"] for body in endpoint.requests[1:]}
+    assert asked == {"q0", "q1"} and sum(summary["not_run"].values()) == 4
+
+
+@needs_bwrap
+def test_after_a_round_without_a_message_the_user_does_not_speak_twice(endpoint, evaluate):
+    """Templates and providers that want the roles to alternate would refuse every further request."""
+    full = (400, {}, json.dumps(error("maximum context length")))
+    endpoint.script["q"] = lambda body: full if len(body["messages"]) < 3 else say("done")
+    episodes, _ = evaluate(("t", [("q", "true"), ("more", "true")]))
+    roles = [message["role"] for message in endpoint.requests[-1]["messages"]]
+    assert roles == ["system", "user", "assistant", "user"]
+    assert [message["role"] for message in episodes["t", 0]["messages"]] == ["system", "user", "user", "assistant"]
+
+
+DYING = """
+import http.server, json, os, sys
+class Server(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(b"{}")
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["content-length"])))
+        if "q" == body["messages"][-1]["content"]:
+            print("INFO fine\\nRuntimeError: Engine core failed. See root cause above.\\nOutOfMemoryError: 3 GiB", flush=True)
+            os._exit(7)
+        text = json.dumps({"choices": [{"message": {"content": "yes"}}]}).encode()
+        self.send_response(200)
+        self.end_headers()
+        self.wfile.write(text)
+http.server.ThreadingHTTPServer(("127.0.0.1", int(sys.argv[-1])), Server).serve_forever()
+"""
+
+
+@needs_bwrap
+def test_a_server_of_our_own_that_dies_is_told_at_once(m, evaluate, tmp_path, monkeypatch):
+    """With the first root cause of its log, not after the whole patience, though a proxy is set."""
+    for name in ("http_proxy", "all_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.setattr(m, "vllm_command", lambda settings: [sys.executable, "-c", DYING])
+    with pytest.raises(m.InputError, match="exit code 7, see .*vllm.log: OutOfMemoryError: 3 GiB"):
+        evaluate(("t", [("q", "true")]), base_url=None, patience=600)
 
 
 @needs_bwrap
@@ -450,39 +584,75 @@ MODES = {  # mode of the scripted endpoint -> (outcome of the task that meets it
     "gemini3": ("answer", "answer"),
     "content_parts": ("answer", "answer"),
     "default_max_tokens": ("length", "length"),
+    "openrouter_400_provider": ("answer", "answer"),
+    "kimi_empty": ("empty", "empty"),
 }
+NEEDS = {  # mode -> settings without which the probe ends the run, its words, settings with which all goes well
+    "gpt5_sampling": ({}, "temperature: null", {"request": {"temperature": None, "top_p": None, "max_tokens": None}}),
+    "claude_sampling": ({}, "temperature: null", {"request": {"top_p": None}}),
+    "vllm_max_tokens": ({"max_tokens": 8192}, "do not fit the window", {"max_tokens": 900}),
+}
+
+
+@pytest.fixture
+def served(m, tmp_path):
+    """served(mode, **settings) -> how each task's first round ended at the scripted endpoint that stands beside the
+    project, in the manner of services."""
+    if not CASES.exists():
+        pytest.skip("needs ../shared/cases")
+    servers = []
+
+    def run(mode, **settings):
+        with socket.socket() as sock:
+            sock.bind(("127.0.0.1", 0))
+            port = sock.getsockname()[1]
+        command = [sys.executable, CASES / "endpoint.py", str(port), mode, tmp_path / "log"]
+        servers.append(subprocess.Popen(command, stderr=subprocess.DEVNULL))
+        while socket.socket().connect_ex(("127.0.0.1", port)):
+            time.sleep(0.05)
+        given = {"model": "m", "base_url": [f"http://127.0.0.1:{port}/v1"], "rounds": 2, "patience": 1}
+        given |= {"tasks": [str(CASES / "queries.jsonl")], "output_dir": str(tmp_path / "out")}
+        m.main(m.Settings(**given | settings))
+        ended = {row["query_id"]: row["rounds"][0]["stop"] for row in lines_of(tmp_path / "out/episodes.jsonl")}
+        return ended | {row["query_id"]: row["reason"] for row in lines_of(tmp_path / "out/not_run.jsonl")}
+
+    yield run
+    for server in servers:
+        server.kill()
+
+
+def lines_of(path):
+    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @needs_bwrap
 @pytest.mark.parametrize("mode", MODES)
-def test_other_peoples_servers(mode, m, tmp_path):
-    """The scripted endpoint that stands beside the project, in the manner of services."""
-    if not CASES.exists():
-        pytest.skip("needs ../shared/cases")
-    import socket
-    import subprocess
-    import sys
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        port = sock.getsockname()[1]
-    command = [sys.executable, CASES / "endpoint.py", str(port), mode, tmp_path / "log"]
-    server = subprocess.Popen(command, stderr=subprocess.DEVNULL)
-    try:
-        while socket.socket().connect_ex(("127.0.0.1", port)):
-            time.sleep(0.05)
-        settings = m.Settings(model="m", base_url=[f"http://127.0.0.1:{port}/v1"], rounds=2, patience=1)
-        settings.tasks = [str(CASES / "queries.jsonl")]
-        settings.output_dir = str(tmp_path / "out")
-        m.main(settings)
-    finally:
-        server.kill()
-    rows = [json.loads(line) for line in (tmp_path / "out/episodes.jsonl").read_text().splitlines()]
-    ended = {row["query_id"]: row["rounds"][0]["stop"] for row in rows}
-    lines = (tmp_path / "out/not_run.jsonl").read_text().splitlines()
-    ended |= {row["query_id"]: row["reason"] for row in map(json.loads, lines)}
+def test_other_peoples_servers(mode, served):
     bad, good = MODES[mode]
-    assert ended == {"bad-1": bad, "good-1": good, "good-2": good, "good-3": good}
+    assert served(mode) == {"bad-1": bad, "good-1": good, "good-2": good, "good-3": good}
+
+
+@needs_bwrap
+@pytest.mark.parametrize("mode", NEEDS)
+def test_a_refusal_names_the_setting_that_helps(mode, served, m):
+    without, words, remedy = NEEDS[mode]
+    with pytest.raises(m.InputError, match=words):
+        served(mode, **without)
+    assert set(served(mode, **remedy).values()) == {"answer"}
+
+
+@needs_bwrap
+@pytest.mark.parametrize("mode", ["reasoning_only_once", "bad_args_once"])
+def test_a_slip_on_the_way_costs_no_row(mode, served, tmp_path, run_stage):
+    """An episode that is solved in the end goes through 02, and what the model did wrong is never trained."""
+    served(mode)
+    rows = tmp_path / "train.jsonl"
+    result = run_stage("02_format_trajectories.py", tmp_path / "out/episodes.jsonl", "--output_file", rows)
+    assert result.returncode == 0, result.stderr
+    assert lines_of(rows)  # the four tell the same story: 02 keeps one
+    for row in lines_of(rows):
+        weights = [message.get("weight", 1) for message in row["messages"] if message["role"] == "assistant"]
+        assert weights[0] == 0 and set(weights[1:]) == {1}
 
 
 @pytest.mark.parametrize("path", sorted(ROOT.glob("recipes/endpoints/*.yaml")), ids=lambda path: path.stem)
@@ -491,5 +661,6 @@ def test_a_provider_is_five_lines_of_yaml(m, path, monkeypatch):
 
     (settings,) = TrlParser(m.Settings).parse_args_and_config(["--config", str(path), "--model", "x"])
     m.check_settings(settings)
+    monkeypatch.setenv("AZURE_OPENAI_API_KEY", "k")
     client = m.Endpoint(settings, settings.base_url[0], [settings.api_key_env])
     assert client.body([], [], 0)["model"] == "x"

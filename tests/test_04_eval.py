@@ -515,6 +515,23 @@ def test_grading_again_asks_nobody(endpoint, evaluate, proof, tmp_path):
     _, changed = evaluate(easier, regrade=str(tmp_path / "out"), output_dir=tmp_path / "changed")
     assert changed["metrics"]["FTFC"] == 1 and len(endpoint.requests) == asked
     assert again["proof", 0]["messages"] == episodes["proof", 0]["messages"]
+    state = tmp_path / "out/states/proof-0/turn1-round2.tar.gz"
+    state.write_bytes(state.read_bytes()[:40])  # half a state is none, and no score
+    _, damaged = evaluate(easier, regrade=str(tmp_path / "out"), output_dir=tmp_path / "damaged")
+    assert damaged["not_run"] == {"missing_need": 1} and damaged["by_task"] == {}
+
+
+def test_modes_are_work_too(endpoint, evaluate, tmp_path):
+    """What may not be read or changed any more is in the check's copy and in the states as the agent left it."""
+    lock = "echo key > a; mkdir -p d/e; echo x > d/x; chmod 000 a d/e; chmod 555 d; truncate -s 900M hole"
+    endpoint.script["q"] = [call("run_shell_command", command=lock), say("done"), say("done")]
+    check = "test $(stat -c %a a d d/e | paste -sd,) = 0,555,0 && ! cat a && chmod u+r a && grep key a && cat d/x"
+    task = ("t", [("q", check + "; test -e second"), ("more", check)])
+    episodes, _ = evaluate(task, rounds=1)
+    assert [record["score"] for record in episodes["t", 0]["rounds"]] == [0, 1]
+    assert episodes["t", 0]["meta"]["states_not_kept"] == 0
+    _, again = evaluate(task, rounds=1, regrade=str(tmp_path / "out"), output_dir=tmp_path / "again")
+    assert again["by_task"]["t"]["SR@1"] == 0.5
 
 
 def test_what_a_machine_lacks_is_named(endpoint, evaluate):
@@ -553,10 +570,46 @@ def test_a_check_that_cannot_decide_is_no_score(endpoint, evaluate, check, reaso
     assert summary["not_run"] == {reason: 1} and summary["by_task"] == {}
 
 
-def test_a_program_that_the_agent_did_not_make_is_a_failure(endpoint, evaluate):
-    endpoint.script["q"] = [say("done")] * 6
-    _, summary = evaluate(("t", [("q", "./solution")]), ("u", [("q", "/workspace/bin/run")]))
-    assert summary["by_task"]["t"]["SR@3"] == summary["by_task"]["u"]["SR@3"] == 0 and not summary["not_run"]
+@pytest.mark.parametrize(
+    "check",
+    [
+        "./solution",
+        "/workspace/bin/run",
+        "timeout 5 ./solution",
+        "env bin/run",
+        "bash run.sh",  # the agent's script calls what is not there
+        "sh run.sh",
+        "chmod +x run.sh; ./run.sh",
+    ],
+)
+def test_a_program_that_the_agent_did_not_make_is_a_failure(endpoint, evaluate, check):
+    script = "printf '#!/bin/bash\\nno-such-program\\n' > run.sh"
+    endpoint.script["q"] = [call("run_shell_command", command=script), say("done")]
+    _, summary = evaluate(("t", [("q", check)]), rounds=1)
+    assert summary["by_task"]["t"]["SR@1"] == 0 and not summary["not_run"]
+
+
+FLOOD = "seq 200000; echo 'ok - one'; seq 200000; echo 'not ok - two'; seq 200000; echo 'ok - three'"
+REPLAY = "import os; os.truncate('/proc/self/fd/1', 0)"
+
+
+@pytest.mark.parametrize(
+    "check, passed",
+    [
+        (FLOOD, {"one": True, "two": False, "three": True}),  # however much a program prints in between
+        ("echo 'not ok - two'; head -c 3M /dev/zero | tr '\\0' a; echo; echo 'ok - one'", {"one": True, "two": False}),
+        (f'echo "not ok - two"; python3 -c "{REPLAY}"; echo "ok - one"', {"one": True, "two": False}),
+        ("fallocate -l 1G /tmp/x; echo 'not ok - two'; echo 'ok - one'", {"one": True, "two": False}),
+        ("setsid sleep 99 & echo 'ok - one'", {"one": True}),  # it holds the pipe open
+        ("echo 'ok - one'; exec >&- 2>&-; sleep 1", {"one": True}),
+    ],
+)
+def test_a_line_that_decides_is_never_lost(endpoint, evaluate, check, passed):
+    """Neither in a long output, nor by what the check runs: it cannot take back a line, or leave no room for it."""
+    endpoint.script["q"] = [say("done")]
+    episodes, _ = evaluate(("t", [("q", check + "; exit 0")]), rounds=1)
+    checks = episodes["t", 0]["rounds"][0]["checks"]
+    assert {check["requirement"]: check["passed"] for check in checks} == passed
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -766,7 +819,9 @@ def test_a_model_trained_anew_is_another_model(m, tmp_path):
     weights.write_bytes(bytes(3 << 20))
     first = m.fingerprint(str(tmp_path))
     weights.write_bytes(bytes((3 << 20) - 1) + b"1")
-    assert m.fingerprint(str(tmp_path)) != first and m.fingerprint("zai-org/GLM-4.5") is None
+    second = m.fingerprint(str(tmp_path))
+    tmp_path.joinpath("chat_template.jinja").write_text("{{ messages }}")
+    assert len({first, second, m.fingerprint(str(tmp_path))}) == 3 and m.fingerprint("zai-org/GLM-4.5") is None
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -810,6 +865,15 @@ def test_bad_settings(m, tmp_path):
     assert "--price_in" in error(**known, max_usd=1.0)
     assert "sandbox_mount" in error(**known, sandbox_command=["docker"])
     assert "no episodes.jsonl" in error(**known, regrade=str(tmp_path))
+    # what YAML may hold is of the right kind, and a word is one of those that there are
+    assert "--feedback 'jugde'" in error(**known, feedback="jugde")
+    assert "--sandbox 'nome'" in error(**known, sandbox="nome")
+    assert "--request [1]" in error(**known, request=[1])
+    assert "--headers None" in error(**known, headers=None)
+    assert "--max_steps 2.5" in error(**known, max_steps=2.5)
+    assert "--network 'no'" in error(**known, network="no")
+    assert "--temperature nan" in error(**known, temperature=float("nan"))
+    assert "--sandbox_command 'docker run'" in error(**known, sandbox_command="docker run")
 
 
 def test_a_checkpoint_that_cannot_be_served_is_told_before_anything_starts(m, tmp_path):
