@@ -198,9 +198,13 @@ def open_append(path):
     return open(path, "a", buffering=1)
 
 
+def no_number(name):
+    raise ValueError(f"{name} is no number")
+
+
 def read_json(path):
     try:
-        return json.loads(Path(path).read_bytes())
+        return json.loads(Path(path).read_bytes(), parse_constant=no_number)
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
@@ -322,20 +326,15 @@ def task_sha256(task):
     return sha256([content, folders, str(task.get("venv"))])
 
 
-def is_present(need, task, settings):
-    """Does this machine have what a task needs? With a container image only the network can be told."""
-    if need == "network":
-        return settings.network
-    if settings.sandbox_command:
-        return True
-    path = f"{task['venv']}/bin:{SYSTEM_PATH}" if task.get("venv") else SYSTEM_PATH
-    return bool(shutil.which(need, path=path))
-
-
 def missing_needs(task, settings):
-    """What this machine lacks of task["needs"], by name."""
-    missing = [need for need in task.get("needs", []) if not is_present(need, task, settings)]
-    missing = ["--network" if need == "network" else need for need in missing]
+    """What this machine lacks of task["needs"], by name; with a container only the network can be told."""
+    path = f"{task['venv']}/bin:{SYSTEM_PATH}" if task.get("venv") else SYSTEM_PATH
+    missing = []
+    for need in task.get("needs", []):
+        if need == "network":
+            missing += [] if settings.network else ["--network"]
+        elif not settings.sandbox_command and not shutil.which(need, path=path):
+            missing.append(need)
     if task.get("image") and not settings.sandbox_command:
         missing.append("a container (--config recipes/sandbox/docker.yaml)")
     if settings.agent == "solution" and not all("solution" in turn for turn in task["turns"]):
@@ -386,6 +385,11 @@ def stream_text(stream):
     return clip((head + stream.read()).decode("utf-8", "replace").rstrip("\n"))
 
 
+def start_bash(command, folder, stdout, stderr):
+    streams = {"stdin": subprocess.DEVNULL, "stdout": stdout, "stderr": stderr}
+    return subprocess.Popen(["bash", "-c", command], cwd=folder, start_new_session=True, **streams)
+
+
 def run_command(command, folder=None, seconds=None):
     """(exit code, None after a timeout; standard output; standard error) of `bash -c command`.
 
@@ -393,14 +397,7 @@ def run_command(command, folder=None, seconds=None):
     would wait for that. seconds: left out, what is left of the call. """
     left = CALL["deadline"] - time.monotonic()
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
-        process = subprocess.Popen(
-            ["bash", "-c", command],
-            stdin=subprocess.DEVNULL,
-            stdout=stdout,
-            stderr=stderr,
-            cwd=folder or ROOT,
-            start_new_session=True,
-        )
+        process = start_bash(command, folder or ROOT, stdout, stderr)
         try:
             code = process.wait(left if seconds is None else min(seconds, left))
         except subprocess.TimeoutExpired:
@@ -431,14 +428,7 @@ def run_check(command):
     """Not a tool of the agent: exit code, then what a check printed, both streams in one.
 
     A pipe: what the check runs can neither take back a line nor fill the place of the next one."""
-    process = subprocess.Popen(
-        ["bash", "-c", command],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        cwd=ROOT,
-        start_new_session=True,
-    )
+    process = start_bash(command, ROOT, subprocess.PIPE, subprocess.STDOUT)
     text = b""
     chunk = b""
     ended = late = False
@@ -818,14 +808,6 @@ BOOT = "import json, sys; exec(json.loads(sys.stdin.readline()))"
 GONE = "The sandbox stopped responding and was started again; files are kept, processes are not."
 
 
-@dataclass
-class Mounts:
-    """What a sandbox shows beside the workspace: {path inside: path of the host}."""
-
-    read_only: dict
-    writable: dict
-
-
 def python_home(venv):
     """(python of the sandbox, folder outside /usr that it needs or None): the system's, else the one that
     runs this script, without its packages; a task's venv may stand on a third."""
@@ -880,19 +862,14 @@ def memory_file(content):
     return descriptor
 
 
-def bwrap_options(workspace, mounts, venv, network, root, hosts):
-    """Options of bubblewrap: isolation, the system, the folder `workspace` at `root`, the mounts and the
-    task's Python environment at /opt/venv."""
+def bwrap_options(mounts, venv, network, root, hosts):
+    """Options of bubblewrap: isolation, the system, and the mounts."""
     python, home = python_home(venv)
     options = isolation_options(network)
-    options += system_options([root, *mounts.read_only, *mounts.writable], home, network)
-    options += ["--ro-bind", str(venv), "/opt/venv"] if venv else []
-    for inside, host in mounts.read_only.items():
-        options += ["--ro-bind", str(host), inside]
-    for inside, host in mounts.writable.items():
-        options += ["--bind", str(host), inside]
-    options += ["--bind", str(workspace), root, "--chdir", root]
-    options += ["--perms", "0644", "--ro-bind-data", str(hosts), "/etc/hosts"]
+    options += system_options([inside for _, inside, _ in mounts], home, network)
+    for host, inside, mode in mounts:
+        options += ["--bind" if mode == "rw" else "--ro-bind", str(host), inside]
+    options += ["--chdir", root, "--perms", "0644", "--ro-bind-data", str(hosts), "/etc/hosts"]
     options += ["--remount-ro", "/dev", "--remount-ro", "/"]  # else they are places in memory without a limit
     own = "/opt/venv/bin" if venv else os.path.dirname(python)
     for key, value in (ENVIRONMENT | {"PATH": f"{own}:{SYSTEM_PATH}"}).items():
@@ -919,19 +896,15 @@ def bwrap_command(options, slot, reads_all):
     return command, descriptor
 
 
-def own_command(settings, name, workspace, mounts, venv, image, slot, root):
+def own_command(settings, name, mounts, venv, image, slot, root):
     """The launcher that settings.sandbox_command describes, its placeholders filled in."""
-    folders = [(workspace, root, "rw"), *([(venv, "/opt/venv", "ro")] if venv else [])]
-    folders += [(host, inside, "ro") for inside, host in mounts.read_only.items()]
-    folders += [(host, inside, "rw") for inside, host in mounts.writable.items()]
     option = settings.sandbox_mount
-    mounted = [option.format(host=host, inside=inside, mode=mode) for host, inside, mode in folders]
+    mounted = [option.format(host=host, inside=inside, mode=mode) for host, inside, mode in mounts]
     path = f"/opt/venv/bin:{SYSTEM_PATH}" if venv else SYSTEM_PATH
     variables = [f"--env={key}={value}" for key, value in (ENVIRONMENT | {"PATH": path}).items()]
     lists = {"{mounts}": mounted, "{environment}": variables}
     known = {"name": name, "root": root, "image": image or "", "memory": LIMITS["memory"], "scratch": SCRATCH}
-    known["user"] = os.getuid() or FIRST_USER + slot
-    known["processes"] = LIMITS["processes"]
+    known |= {"user": os.getuid() or FIRST_USER + slot, "processes": LIMITS["processes"]}
     known["network"] = "host" if settings.network else "none"
     command = []
     for word in settings.sandbox_command:
@@ -939,26 +912,19 @@ def own_command(settings, name, workspace, mounts, venv, image, slot, root):
     return command
 
 
-@contextmanager
 def memory_group(name):
     """A memory cgroup with the sandbox's limit, which counts files in memory too: its folder, or None where
     none can be made (most users who are not root; there the guard in the sandbox counts)."""
-    most = LIMITS["memory"] + (1 << 30)  # the guard comes first, and says so
     for limit in ("memory/{}/memory.limit_in_bytes", "{}/memory.max"):
-        limit = Path("/sys/fs/cgroup", limit.format(name))
-        group = limit.parent
+        path = Path("/sys/fs/cgroup", limit.format(name))
         try:
-            group.mkdir()
-            limit.write_text(str(most))
+            path.parent.mkdir()
+            path.write_text(str(LIMITS["memory"] + (1 << 30)))  # the guard comes first, and says so
+            return path.parent
         except OSError:
             with suppress(OSError):
-                group.rmdir()
-            continue
-        yield group
-        with suppress(OSError):
-            group.rmdir()
-        return
-    yield None
+                path.parent.rmdir()
+    return None
 
 
 class Sandbox:
@@ -973,9 +939,11 @@ class Sandbox:
         self.slot = slot
         self.venv = task.get("venv")
         self.image = task.get("image") or settings.image
-        self.mounts = Mounts({inside: Path(host).absolute() for inside, host in (mounts or {}).items()}, {})
         unprotected = settings.sandbox == "none" and not settings.sandbox_command
         self.root = str(self.workspace) if unprotected else "/workspace"
+        self.mounts = [(self.workspace, self.root, "rw")]  # (path of the host, path inside, mode)
+        self.mounts += [(self.venv, "/opt/venv", "ro")] if self.venv else []
+        self.mounts += [(Path(host).absolute(), inside, "ro") for inside, host in (mounts or {}).items()]
         self.limits = None if unprotected else LIMITS | {"own_user": not settings.sandbox_command}
         self.reads_all = False  # what its own user made unreadable, too
         self.process = None
@@ -1003,13 +971,13 @@ class Sandbox:
     def launcher(self, name):
         """(command prefix, file descriptors to pass on)"""
         if self.settings.sandbox_command:
-            parts = (self.workspace, self.mounts, self.venv, self.image, self.slot, self.root)
+            parts = (self.mounts, self.venv, self.image, self.slot, self.root)
             return [*own_command(self.settings, name, *parts), "python3"], []
         python, _ = python_home(self.venv)
         if not self.limits:
             return ["env", "-C", self.root, f"HOME={self.root}", python], []
         hosts = memory_file(b"127.0.0.1 localhost sandbox\n")
-        parts = (self.workspace, self.mounts, self.venv, self.settings.network, self.root, hosts)
+        parts = (self.mounts, self.venv, self.settings.network, self.root, hosts)
         command, options = bwrap_command(bwrap_options(*parts), self.slot, self.reads_all)
         return [*command, python], [hosts, options]
 
@@ -1018,10 +986,9 @@ class Sandbox:
         command, descriptors = self.launcher(self.name)
         command += ["-I", "-c", BOOT]  # isolated: no file of the agent's folder is imported
         foreign = self.settings.sandbox_command
-        self.group = memory_group(self.name) if self.limits and not foreign else nullcontext()
-        folder = self.group.__enter__()
-        if folder:
-            command = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(folder), *command]
+        self.group = memory_group(self.name) if self.limits and not foreign else None
+        if self.group:
+            command = ["sh", "-c", 'echo $$ > "$0/cgroup.procs" && exec "$@"', str(self.group), *command]
         ours, theirs = socket.socketpair()
         self.reader, self.writer = await asyncio.open_connection(sock=ours, limit=1 << 24)
         # The launcher shows in the sandbox's /proc: no secret of our environment, not our stderr
@@ -1090,7 +1057,9 @@ class Sandbox:
             command = [word.format(name=self.name) for word in self.settings.sandbox_stop]
             await asyncio.to_thread(subprocess.run, command, capture_output=True)
         said = (await asyncio.to_thread(process.communicate))[1].decode(errors="replace")
-        self.group.__exit__(None, None, None)
+        if self.group:
+            with suppress(OSError):
+                self.group.rmdir()
         return said
 
 
@@ -1919,7 +1888,7 @@ class Episode:
         be the work."""
         async with self.open(folder or self.folder, {"/submission": self.folder}) as keeper:
             keeper.reads_all = True
-            keeper.mounts.writable["/state"] = self.states.absolute()
+            keeper.mounts.append((self.states.absolute(), "/state", "rw"))
             keeper.give(self.states)
             if self.settings.sandbox_command or not keeper.limits:
                 command = READABLE + command
@@ -2220,21 +2189,38 @@ def warnings_of(episodes, stops):
     return told
 
 
+# Of a summary.json, what --compare reads
+NAMES = {"type": "object", "additionalProperties": {"type": ["string", "null"]}}
+SCORES = {"type": "object", "minProperties": 1, "additionalProperties": {"minimum": 0, "maximum": 1}}
+SCORES["additionalProperties"]["type"] = "number"
+SUMMARY = {
+    "type": "object",
+    "required": ["model", "settings", "fingerprints", "tasks", "not_run", "task_sha256", "by_task"],
+    "properties": {
+        "settings": {"required": ["rounds"], "properties": {"rounds": {"type": "integer", "minimum": 1}}},
+        "fingerprints": {"type": "object"},
+        "versions": {"type": "object"},
+        "not_run": {"type": "object", "additionalProperties": {"type": "integer"}},
+        "task_sha256": NAMES,
+        "sources": NAMES,
+        "by_task": {"type": "object", "minProperties": 1, "additionalProperties": SCORES},
+    },
+}
+SUMMARY["properties"]["settings"]["type"] = "object"
+
+
 def load_run(folder):
-    """A run's summary; raises InputError where there is none, or its numbers are no fractions."""
+    """A run's summary; raises InputError where there is none, or it is damaged, or no task has a score."""
     path = Path(folder, "summary.json")
     if not path.exists():
         raise InputError(f"{folder}: no summary.json there; 04_eval.py --output_dir {folder} writes it")
     summary = read_json(path)
-    try:
-        for task, scores in summary["by_task"].items():
-            if not all(0 <= score <= 1 for score in scores.values()):
-                raise InputError(f"{path}: by_task: {task}: a score outside 0 to 1; the file is damaged")
-        summary["settings"]["rounds"] + len(summary["task_sha256"])
-    except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{path}: damaged, or of another version ({error!r})") from None
-    if not summary["by_task"]:
-        raise InputError(f"{path}: no task has a score")
+    problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(SUMMARY).iter_errors(summary))
+    if problem:
+        raise InputError(f"{path}: {problem.json_path.removeprefix('$.')}: {problem.message[:200]}")
+    metrics = list(map(set, summary["by_task"].values()))
+    if any(names != metrics[0] for names in metrics):
+        raise InputError(f"{path}: by_task: not the same metrics for every task; the file is damaged")
     return summary
 
 
@@ -2252,8 +2238,7 @@ def scores_within(folder, summary, rounds):
     """by_task of a run as if it had been allowed so many rounds only."""
     if summary["settings"]["rounds"] == rounds:
         return summary["by_task"]
-    episodes = [row for _, row in read_jsonl(Path(folder, "episodes.jsonl"), append_only=True)]
-    return by_task(episodes, rounds)
+    return by_task(episodes_in(Path(folder, "episodes.jsonl")).values(), rounds)
 
 
 def print_differences(folders, summaries):
@@ -2448,9 +2433,7 @@ def vllm_command(settings):
     calls = settings.tool_call_parser or calls
     reasoning = settings.reasoning_parser or reasoning
     if not calls and not settings.no_tools:
-        raise InputError(
-            f"{settings.model}: no parser is known for its chat template; name --tool_call_parser"
-        )
+        raise InputError(f"{settings.model}: no parser fits its chat template; name --tool_call_parser")
     # setpriv: a killed 04 must not leave a server behind that holds the GPUs. The module, because the `vllm`
     # program of the CPU build does not start (it looks for a package named vllm)
     command = ["setpriv", "--pdeathsig", "TERM", sys.executable, "-m", "vllm.entrypoints.openai.api_server"]
@@ -2493,10 +2476,8 @@ def vllm_server(settings, log):
         process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
 
     def alive():
-        if process.poll() is not None:
-            raise InputError(
-                f"vLLM stopped with exit code {process.returncode}, see {log}: {root_cause(log)}"
-            )
+        if (code := process.poll()) is not None:
+            raise InputError(f"vLLM stopped with exit code {code}, see {log}: {root_cause(log)}")
 
     try:
         with httpx.Client(trust_env=False, timeout=5) as client:
@@ -2540,35 +2521,45 @@ class Stopped(Exception):
 class Ledger:
     """What has become of the episodes, written as it comes."""
 
-    def __init__(self, settings, file):
+    def __init__(self, settings, file, done):
+        """done: rows of earlier starts; what they cost is spent."""
         self.settings = settings
         self.file = file
         self.rows = []
         self.not_run = []
-        self.streak = []  # details of the newest episodes, while all of them failed at the endpoint
-        self.tokens = Counter()  # of earlier starts too, and of episodes that failed in this one
+        self.streak = 0  # of the newest episodes, how many failed at the endpoint one after the other
+        self.tokens = Counter()
+        for row in done:
+            self.spend(row["meta"])
 
     def spend(self, stats):
         for key in ("prompt_tokens", "completion_tokens"):
             self.tokens[key] += stats[key]
 
     def stop_if_spent(self):
-        spent = usd(self.settings, self.tokens)
-        if self.settings.max_usd and spent >= self.settings.max_usd:
+        if self.settings.max_usd and (spent := usd(self.settings, self.tokens)) >= self.settings.max_usd:
             raise Stopped(f"--max_usd {self.settings.max_usd}: {spent:.2f} dollars are spent")
 
     def scored(self, row):
         self.file.write(json.dumps(row) + "\n")
         self.rows.append(row)
-        self.streak.clear()
+        self.streak = 0
 
     def failed(self, task, run, fault):
         entry = {"query_id": task["query_id"], "run": run, "reason": fault.reason, "detail": fault.detail}
         self.not_run.append(entry)
-        if fault.reason == "endpoint_error":
-            self.streak.append(fault.detail)
-        if len(self.streak) == 20:  # of different episodes
-            raise Stopped(f"the last 20 episodes all failed at the endpoint: {fault.detail}")
+        self.streak += fault.reason == "endpoint_error"
+
+    def stop_if_nothing_works(self):
+        if self.streak >= 20:
+            raise Stopped(f"the last 20 episodes all failed at the endpoint: {self.not_run[-1]['detail']}")
+
+    def leave_out(self, todo, why):
+        """Name every episode that has come to nothing because the run stopped."""
+        named = {(entry["query_id"], entry["run"]) for entry in [*self.rows, *self.not_run]}
+        for task, run in todo:
+            if (task["query_id"], run) not in named:
+                self.failed(task, run, NotRun("endpoint_error", why))
 
 
 def judge_settings(settings):
@@ -2593,9 +2584,8 @@ async def evaluate(settings, tasks_of, urls, alive, todo, ledger, tools):
         endpoint = Endpoint(settings, url, keys, alive)
         vars(endpoint).update(flags.get(url, {}))
         judge_url = settings.judge_base_url or url
-        return endpoint, Endpoint(
-            judge_settings(settings), judge_url, judge_keys, alive if judge_url == url else None
-        )
+        ours = alive if judge_url == url else None
+        return endpoint, Endpoint(judge_settings(settings), judge_url, judge_keys, ours)
 
     async def work_off(slot, progress):
         """One episode after the other, on one server: it keeps the prefixes of an episode."""
@@ -2604,6 +2594,7 @@ async def evaluate(settings, tasks_of, urls, alive, todo, ledger, tools):
         if urls:
             bench.endpoint, bench.judge = connect(urls[slot % len(urls)])
         for task, run in pairs:
+            ledger.stop_if_spent()
             old = tasks_of.get((task["query_id"], run))
             episode = Regrade(bench, task, old) if old else Episode(bench, task, run)
             try:
@@ -2613,7 +2604,7 @@ async def evaluate(settings, tasks_of, urls, alive, todo, ledger, tools):
             except NotRun as fault:
                 ledger.failed(task, run, fault)
             ledger.spend(episode.stats)
-            ledger.stop_if_spent()
+            ledger.stop_if_nothing_works()
             progress.update()
             solved = sum(row["meta"]["solved"] for row in ledger.rows)
             progress.set_postfix_str(f"solved {solved}, not run {len(ledger.not_run)}")
@@ -2628,9 +2619,8 @@ async def evaluate(settings, tasks_of, urls, alive, todo, ledger, tools):
             print("the judge: ", end="", flush=True)
             await probe(judge, judge_schemas, JUDGE_PROMPT % "probe")
     with tqdm(total=len(todo), unit="episode") as progress:
-        await asyncio.gather(
-            *(work_off(slot, progress) for slot in range(min(settings.concurrency, len(todo))))
-        )
+        slots = range(min(settings.concurrency, len(todo)))
+        await asyncio.gather(*(work_off(slot, progress) for slot in slots))
 
 
 # What may change between two starts of a run
@@ -2666,28 +2656,21 @@ def locked(folder):
         yield
 
 
+def episodes_in(path):
+    """{(query_id, run): row} of an episodes.jsonl; {} where there is none."""
+    rows = [row for _, row in read_jsonl(path, append_only=True)] if path.exists() else []
+    return {(row["query_id"], row["run"]): row for row in rows}
+
+
 def old_episodes(settings, tasks):
     """{(query_id, run): episode} of --regrade's run, and of tasks only those that it has."""
     if not settings.regrade:
         return {}
     path = Path(settings.regrade, "episodes.jsonl")
     if not path.exists() or path.parent.resolve() == Path(settings.output_dir).resolve():
-        raise InputError(
-            f"--regrade {settings.regrade}: no episodes.jsonl there, or the same as --output_dir"
-        )
+        raise InputError(f"--regrade {path.parent}: no episodes.jsonl there, or the same as --output_dir")
     ids = {task["query_id"] for task in tasks}
-    rows = [row for _, row in read_jsonl(path, append_only=True) if row["query_id"] in ids]
-    return {(row["query_id"], row["run"]): row for row in rows}
-
-
-def finished_episodes(path, wanted):
-    """{(query_id, run): row} of those in episodes.jsonl that are wanted."""
-    done = {}
-    if path.exists():
-        for _, row in read_jsonl(path, append_only=True):
-            if (row["query_id"], row["run"]) in wanted:
-                done[row["query_id"], row["run"]] = row
-    return done
+    return {key: row for key, row in episodes_in(path).items() if key[0] in ids}
 
 
 def wanted_episodes(settings, tasks, old):
@@ -2728,21 +2711,16 @@ def run_tasks(settings, tasks, tools):
     old = old_episodes(settings, tasks)
     wanted = wanted_episodes(settings, tasks, old)
     path = Path(settings.output_dir, "episodes.jsonl")
-    done = finished_episodes(path, wanted)
+    done = {key: row for key, row in episodes_in(path).items() if key in wanted}
     todo = [pair for key, pair in wanted.items() if key not in done]
     print(f"{len(tasks)} tasks, {len(done)} of {len(wanted)} episodes done", flush=True)
     with open_append(path) as file:
-        ledger = Ledger(settings, file)
-        for row in done.values():
-            ledger.spend(row["meta"])
+        ledger = Ledger(settings, file, done.values())
         stopped = run_with_server(settings, old, todo, ledger, tools) if todo else None
     done |= {(row["query_id"], row["run"]): row for row in ledger.rows}
-    named = {(entry["query_id"], entry["run"]) for entry in ledger.not_run}
-    for task, run in todo if stopped else ():
-        if (task["query_id"], run) not in done.keys() | named:
-            ledger.failed(task, run, NotRun("endpoint_error", stopped))
-    # In the order of the tasks, not that in which they ended: the bootstrap gives the same interval every
-    # time
+    if stopped:
+        ledger.leave_out(todo, stopped)
+    # In the order of the tasks, not that in which they ended: the bootstrap gives the same interval each time
     return [done[key] for key in wanted if key in done], ledger.not_run, stopped
 
 
@@ -2810,6 +2788,10 @@ def write_summary(settings, tasks, rows, not_run, fingerprints):
     return summary
 
 
+def listed(counts):
+    return ", ".join(f"{key} {count}" for key, count in counts.items()) or "none"
+
+
 def print_metrics(metrics):
     for key, value in metrics.items():
         interval = metrics.get(f"{key}_ci")
@@ -2830,12 +2812,9 @@ def print_summary(settings, summary, not_run, stopped):
     for entry in not_run[:20]:
         print(f"not run: {entry['query_id']}-{entry['run']}: {entry['reason']}: {entry['detail'][:200]}")
     print_metrics(summary["metrics"])
-    print(
-        "rounds ended by:",
-        ", ".join(f"{key} {count}" for key, count in summary["rounds_ended_by"].items()) or "-",
-    )
-    counts = ", ".join(f"{key} {count}" for key, count in summary["not_run"].items())
-    print(f"scored: {summary['episodes']} episodes of {summary['tasks']} tasks; not run: {counts or 'none'}")
+    print(f"rounds ended by: {listed(summary['rounds_ended_by'])}")
+    counts = listed(summary["not_run"])
+    print(f"scored: {summary['episodes']} episodes of {summary['tasks']} tasks; not run: {counts}")
     told = summary["warnings"] + ([f"stopped early: {stopped}"] if stopped else [])
     told += unproven(settings, summary) if settings.agent != "model" else []
     for text in told:
@@ -2887,11 +2866,7 @@ MISTAKES = [  # (what is set, none of these is, what is said)
     ({"judge"}, {"base_url", "judge_base_url", "model"}, "--feedback judge needs --judge_base_url"),
     ({"max_usd"}, {"price_in", "price_out"}, "--max_usd needs --price_in and --price_out"),
     ({"sandbox_command"}, {"sandbox_mount"}, "sandbox_command needs sandbox_mount, see recipes/sandbox"),
-    (
-        set(),
-        {"model", "no model needed"},
-        "name the model: --model FOLDER_OR_HUB_ID (or, with --base_url, its served name)",
-    ),
+    (set(), {"model", "no model needed"}, "name the model: --model FOLDER_OR_HUB_ID, or its served name"),
 ]
 
 
@@ -2921,9 +2896,7 @@ def main(settings):
     tools = load_tools(settings.tools)
     tasks = read_tasks(settings, tools[0])
     if settings.sandbox == "none" and any(task.get("private") for task in tasks):
-        raise InputError(
-            "--sandbox none cannot show a task's private folder to its check alone; use a sandbox"
-        )
+        raise InputError("--sandbox none cannot show a private folder to the check alone; use a sandbox")
     # Versions of what is measured: the tasks whole, the weights, the tools, this script
     fingerprints = {"tasks_sha256": sha256([task_sha256(task) for task in tasks])}
     tasks = tasks[: settings.limit]

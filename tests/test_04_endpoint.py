@@ -431,12 +431,12 @@ def test_a_run_ends_when_twenty_episodes_in_a_row_fail(endpoint, evaluate):
 
 @needs_bwrap
 def test_spending_stops_where_it_is_told_to(endpoint, evaluate):
-    endpoint.script |= {f"q{n}": [say("x")] for n in range(9)}
+    endpoint.script |= {f"q{n}": [say("x")] for n in range(30)}
+    tasks = [(f"t{n}", [(f"q{n}", "true")]) for n in range(30)]
     prices = {"price_in": 1e5, "price_out": 0.0, "max_usd": 2.5, "concurrency": 1}  # 10 prompt tokens: a dollar
-    _, summary = evaluate(*((f"t{n}", [(f"q{n}", "true")]) for n in range(9)), **prices)
-    assert summary["episodes"] == 3 and summary["usd"] == 3 and sum(summary["not_run"].values()) == 6
+    _, summary = evaluate(*tasks, **prices)
+    assert summary["episodes"] == 3 and summary["usd"] == 3 and sum(summary["not_run"].values()) == 27
     asked = len(endpoint.requests)
-    tasks = [(f"t{n}", [(f"q{n}", "true")]) for n in range(9)]
     _, summary = evaluate(*tasks, **prices | {"max_usd": 3.5})  # what earlier starts spent is spent
     assert summary["episodes"] == 4 and len(endpoint.requests) == asked + 2
 

@@ -1,7 +1,5 @@
 """recipes/sandbox: what 04 makes of each launcher's YAML. The commands were tried in podman; here they are read."""
 
-from pathlib import Path
-
 import pytest
 import yaml
 from conftest import ROOT
@@ -12,8 +10,10 @@ RECIPES = sorted(ROOT.glob("recipes/sandbox/*.yaml"))
 def command_of(stage, recipe, **more):
     module = stage("04_eval")
     settings = module.Settings(**yaml.safe_load(recipe.read_text()), **more)
-    mounts = module.Mounts({"/private": Path("/host/private")}, {"/states": Path("/host/states")})
-    words = module.own_command(settings, "limi-7", "/host/ws", mounts, "/host/venv", "an-image", 3, "/workspace")
+    places = {"/workspace": "ws", "/opt/venv": "venv", "/private": "private", "/states": "states"}
+    modes = {"/workspace": "rw", "/states": "rw"}
+    mounts = [(f"/host/{name}", inside, modes.get(inside, "ro")) for inside, name in places.items()]
+    words = module.own_command(settings, "limi-7", mounts, "/host/venv", "an-image", 3, "/workspace")
     return settings, words
 
 
