@@ -479,7 +479,8 @@ def guard(limits):
             sizes.pop(pid, None)
         disk = os.statvfs(ROOT)
         victims = []
-        if disk.f_bavail * disk.f_frsize < limits["reserve"]:
+        no_names = disk.f_files and disk.f_favail < limits["files"]
+        if no_names or disk.f_bavail * disk.f_frsize < limits["reserve"]:
             CALL["killed"] = "disk"
             victims = list(sizes)
         elif sum(sizes.values()) + shared > limits["memory"]:
@@ -787,6 +788,7 @@ LIMITS = {
     "processes": 512,
     "memory": 8 << 30,  # bytes, of everything in a sandbox together
     "reserve": 2 << 30,  # bytes that stay free on the disk of the workspaces
+    "files": 10_000,  # and files that it can still take
 }
 SCRATCH = 1 << 30  # bytes in memory, of /tmp, of /dev/shm and of the home folder
 FIRST_USER = 100_000  # as root, every slot has a user id of its own
