@@ -1,5 +1,5 @@
-"""What environment/ of a Harbor task makes, where no container is built: a workspace, packages, variables, and
-the reasons why it would need one."""
+"""What environment/ of a Harbor task makes, where no container is built: a workspace, packages, variables,
+and the reasons why it would need one."""
 
 import re
 import shlex
