@@ -393,7 +393,11 @@ def test_a_program_of_the_model_changes_no_module_of_the_grader(endpoint, run, t
 def judged(run, v2, make_endpoint, monkeypatch):
     """judged(answer) -> as run, with a judge whose answers are answer(body); its requests."""
     server = make_endpoint()
-    known = {"scenarios": {"MCP/scenario2": {"judge": "score of 10"}}, "refused": {}}
+    known = {
+        "scenarios": {"MCP/scenario2": {"judge": "score of 10"}},
+        "refused": {},
+        "packages": {},
+    }
     monkeypatch.setattr(v2, "KNOWN", known)
 
     def judged(answer, patience_of_grader=60, **settings):
@@ -602,7 +606,11 @@ SAID |= {
 def test_a_page_of_the_model_reaches_nothing_but_itself(endpoint, run, v2, tmp_path, monkeypatch):
     """In chromium, shown as the graders do it, by the stand-in of their container."""
     pytest.importorskip("websockets")
-    known = {"scenarios": {"MCP/scenario2": {"browser": True, "judge": "text"}}, "refused": {}}
+    known = {
+        "scenarios": {"MCP/scenario2": {"browser": True, "judge": "text"}},
+        "refused": {},
+        "packages": {},
+    }
     monkeypatch.setattr(v2, "KNOWN", known)
     place = "/workspace/scenario2/agent/subtask1/workspace/attempt_01/index.html"
     page = PAGE.replace("PORT", endpoint.url.split(":")[2].split("/")[0])
@@ -619,7 +627,7 @@ def test_a_page_of_the_model_reaches_nothing_but_itself(endpoint, run, v2, tmp_p
 
 @pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium (apt install chromium)")
 def test_a_browser_that_does_not_start_is_no_score(endpoint, run, v2, monkeypatch, tmp_path):
-    known = {"scenarios": {"MCP/scenario2": {"browser": True}}, "refused": {}}
+    known = {"scenarios": {"MCP/scenario2": {"browser": True}}, "refused": {}, "packages": {}}
     monkeypatch.setattr(v2, "KNOWN", known)
     here = tmp_path / "here"
     shutil.copytree(v2.HERE, here)
@@ -698,6 +706,23 @@ def test_a_part_never_stands_beside_the_paper(v2, capsys):
         "agencybench-v2-MCP: S_avg 50.0% over 1 of 2 scenarios",
         "agencybench-v2: S_avg 37.5% over 4 of 32 scenarios",
     ]
+
+
+def test_a_program_that_is_missing_is_named_with_its_package(run, v2, monkeypatch, capsys):
+    known = {"scenarios": {"MCP/*": {"programs": ["no-such-browser"]}}, "refused": {}}
+    monkeypatch.setattr(v2, "KNOWN", known | {"packages": {"no-such-browser": "a-package"}})
+    rows, summary, _, code = run()
+    assert rows == [] and summary["not_run"] == {"missing_need": 1} and code == 1
+    printed = capsys.readouterr().out
+    assert "\nmissing: no-such-browser: apt install a-package\n" in "\n" + printed
+    assert f"not run: {NAME}-0: missing_need: no-such-browser\n" in printed
+
+
+def test_every_program_of_a_scenario_has_its_package(v2):
+    programs = set()
+    for facts in v2.KNOWN["scenarios"].values():
+        programs.update(facts.get("programs", []))
+    assert programs - {"network"} == v2.KNOWN["packages"].keys()
 
 
 def test_which_scenarios_run(v2, tmp_path, run_stage, one_line_error):

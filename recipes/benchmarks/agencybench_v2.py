@@ -105,6 +105,15 @@ def task_of(query_id, name, folder, settings):
 # The run
 
 
+def print_missing(tasks, settings):
+    """The packages that bring the programs which scenarios need and this machine lacks."""
+    missing = set()
+    for task in tasks:
+        missing.update(stage.missing_needs(task, settings))
+    for name in sorted(missing & KNOWN["packages"].keys()):
+        print(f"missing: {name}: apt install {KNOWN['packages'][name]}")
+
+
 def check(settings):
     """Raises stage.InputError for what cannot be meant."""
     if not settings.clone or not settings.venv:
@@ -152,6 +161,7 @@ def main(settings):
     tasks = tasks[: settings.limit]
     if not tasks:
         raise stage.InputError("no scenario is left to run")
+    print_missing(tasks, settings)
     tools = stage.load_tools(settings.tools)
     # 04's run, with our kind of episode and its metrics
     stage.Episode = episode.Scenario
