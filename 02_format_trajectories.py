@@ -420,6 +420,8 @@ def continues(last, message):
 def merge(last, message, notes):
     if message["weight"] != last["weight"]:
         raise Reject("two_weights: assistant messages in a row with and without loss")
+    if last.get("calls") and message["content"]:  # one turn would say the answer first, then call
+        raise Reject(f"call_without_result: {last['calls'][-1]['function']['name']}, and an answer follows")
     notes["merged"] = 1
     for key in ("content", "reasoning_content"):
         if message.get(key):

@@ -433,6 +433,7 @@ FAULTS = {
     "missing_text: a user message": edited(1, content_v2="What?") | {"messages": [
         {"role": "user", "content_v2": "What?"}, DONE]},
     "call_without_result: read_file": row(messages=row()["messages"][:3] + row()["messages"][4:3:-1] + [USER, DONE]),
+    "call_without_result: read_file, and an answer follows": row(messages=row()["messages"][:3] + [DONE]),
     "result_without_call": edited(3, tool_call_id="c9"),
     "undeclared_tool: rm": edited(2, tool_calls=[call(name="rm")]),
     "missing_argument: read_file path": edited(2, tool_calls=[call() | {"function": {"name": "read_file", "arguments": {}}}]),

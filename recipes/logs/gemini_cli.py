@@ -77,20 +77,12 @@ def read(record):
         for content in contents:
             check_parts(content["parts"])
         return {"messages": contents, "tools": None, "meta": {}, "checked": contents}
-    return read_session(record)
-
-
-def read_session(record):
     header = record if isinstance(record, dict) else record[0]
     entries = messages_of_session(record["messages"] if record is header else record[1:])
-    messages, unanswered = [], []
+    messages = []
     meta = {key: header[key] for key in header.keys() - {"messages"}}
     for entry in entries:
         if KINDS[entry["type"]] == "message":
-            for call in unanswered:  # an answer that follows would be taken for the call's own text
-                raise ValueError(f"call_without_result: {call}")
-            calls = entry.get("toolCalls") or []
-            unanswered = [call["name"] for call in calls if not call.get("result")]
             messages += read_entry(entry)
             meta |= {"model": entry["model"]} if "model" in entry else {}
     return {"messages": messages, "tools": None, "meta": meta, "checked": entries}
