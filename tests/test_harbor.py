@@ -316,6 +316,13 @@ def test_ours_out_and_in_again(read_in, run_stage, own_tasks, tmp_path):
     assert first == second
 
 
+def test_a_workspace_that_is_an_archive(run_stage, own_tasks, tmp_path):
+    subprocess.run(["tar", "-C", own_tasks / "ws", "-czf", own_tasks / "ws.tgz", "."], check=True)
+    own_tasks.joinpath("tasks.jsonl").write_text(json.dumps(ALL | {"workspace": "ws.tgz"}) + "\n")
+    write_out(run_stage, own_tasks / "tasks.jsonl", tmp_path / "out")
+    assert files_below(tmp_path / "out/one/environment/workspace") == files_below(own_tasks / "ws")
+
+
 def test_what_a_task_of_ours_needs_is_in_its_dockerfile(run_stage, own_tasks, tmp_path):
     write_out(run_stage, own_tasks / "tasks.jsonl", tmp_path / "out")
     files = {name: tmp_path / "out" / name / "environment/Dockerfile" for name in ("one", "checked")}
@@ -363,6 +370,23 @@ def test_a_line_that_is_no_task_is_named(run_stage, one_line_error, tmp_path, li
     path = tmp_path / "tasks.jsonl"
     path.write_text(json.dumps(TWO) + f"\n{line}\n")
     one_line_error(run_stage(HARBOR, "out", path, tmp_path / "out"), f"{path}:2: no task: ", said)
+
+
+@pytest.mark.parametrize(
+    "field, said",
+    [
+        ("venv", "venv: {folder}/nowhere is no Python environment"),
+        ("workspace", "No such file or directory: '{folder}/nowhere'"),
+        ("workspace", "tasks.jsonl is not a compressed or uncompressed tar file"),
+        ("private", "No such file or directory: '{folder}/nowhere'"),
+    ],
+)
+def test_a_folder_that_is_missing_is_named(run_stage, one_line_error, tmp_path, field, said):
+    path = tmp_path / "tasks.jsonl"
+    place = "tasks.jsonl" if "tar file" in said else "nowhere"
+    path.write_text(json.dumps(TWO) + "\n" + json.dumps(TWO | {"query_id": "b", field: place}) + "\n")
+    result = run_stage(HARBOR, "out", path, tmp_path / "out")
+    one_line_error(result, f"{path}:2: b: ", said.format(folder=tmp_path))
 
 
 def test_nothing_is_mixed_with_what_is_there(run_stage, one_line_error, own_tasks, harbor_task, tmp_path):

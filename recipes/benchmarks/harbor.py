@@ -200,7 +200,10 @@ def write_folders(options):
         if why := why_not(row):
             print(f"left out: {options.folder}:{number}: {row['query_id']}: {why}")
             continue
-        write_folder(row, options.folder.parent, options.output_dir / row["query_id"])
+        try:
+            write_folder(row, options.folder.parent, options.output_dir / row["query_id"])
+        except (ValueError, OSError) as error:
+            raise ValueError(f"{options.folder}:{number}: {row['query_id']}: {error}") from None
         written += 1
     print(f"{options.output_dir}: {written} of {len(rows)} tasks")
 
@@ -294,7 +297,9 @@ def dockerfile_of(row):
 
 def installed_in(venv):
     """("3.12", ["package==version"]) of a Python environment; raises ValueError where there is none."""
-    [site] = venv.glob("lib/python3*/site-packages")
+    site = next(venv.glob("lib/python3*/site-packages"), None)
+    if not site:
+        raise ValueError(f"venv: {venv} is no Python environment")
     names = sorted(path.stem for path in site.glob("*.dist-info"))
     return site.parent.name.removeprefix("python"), [name.replace("-", "==", 1) for name in names]
 
@@ -303,7 +308,7 @@ def copy_workspace(source, target):
     if source.is_dir():
         copy_tree(source, target)
     else:
-        subprocess.run(["tar", "-xf", source, "-C", target], check=True)
+        shutil.unpack_archive(source, target, "tar", filter="tar")
 
 
 def parse_options():
@@ -324,6 +329,6 @@ if __name__ == "__main__":
     options = parse_options()
     try:
         read_folders(options) if options.command == "in" else write_folders(options)
-    except (ValueError, OSError, subprocess.CalledProcessError) as error:
+    except (ValueError, OSError) as error:
         print(f"harbor.py: {error}", file=sys.stderr)
         sys.exit(2)
