@@ -943,8 +943,8 @@ class Sandbox:
         self.image = task.get("image") or settings.image
         unprotected = settings.sandbox == "none" and not settings.sandbox_command
         self.root = str(self.workspace) if unprotected else "/workspace"
-        self.mounts = [(self.workspace, self.root, "rw")]  # (path of the host, path inside, mode)
-        self.mounts += [(self.venv, "/opt/venv", "ro")] if self.venv else []
+        # (path of the host, path inside, mode); the workspace comes last, it may lie in one of them
+        self.mounts = [(self.venv, "/opt/venv", "ro")] if self.venv else []
         self.mounts += [(Path(host).absolute(), inside, "ro") for inside, host in (mounts or {}).items()]
         self.limits = None if unprotected else LIMITS | {"own_user": not settings.sandbox_command}
         self.reads_all = False  # what its own user made unreadable, too
@@ -972,14 +972,15 @@ class Sandbox:
 
     def launcher(self, name):
         """(command prefix, file descriptors to pass on)"""
+        mounts = [*self.mounts, (self.workspace, self.root, "rw")]
         if self.settings.sandbox_command:
-            parts = (self.mounts, self.venv, self.image, self.slot, self.root)
+            parts = (mounts, self.venv, self.image, self.slot, self.root)
             return [*own_command(self.settings, name, *parts), "python3"], []
         python, _ = python_home(self.venv)
         if not self.limits:
             return ["env", "-C", self.root, f"HOME={self.root}", python], []
         hosts = memory_file(b"127.0.0.1 localhost sandbox\n")
-        parts = (self.mounts, self.venv, self.settings.network, self.root, hosts)
+        parts = (mounts, self.venv, self.settings.network, self.root, hosts)
         command, options = bwrap_command(bwrap_options(*parts), self.slot, self.reads_all)
         return [*command, python], [hosts, options]
 
