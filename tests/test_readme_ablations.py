@@ -57,6 +57,17 @@ def log(number):
     return {"query_id": f"q{number}", "messages": messages, "tools": tools}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """A model as small as this one is slower on several, which wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     """Eight logs, and the tasks that they come from: two domains, two sources."""
