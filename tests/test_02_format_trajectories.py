@@ -1086,7 +1086,7 @@ def test_an_input_is_never_overwritten(tmp_path, monkeypatch):
 def many(path, count):
     with open(path, "w") as file:
         for number in range(count):
-            made = edited(4, content=f"It says {number}. " + "word " * 500)
+            made = edited(4, content=f"It says {number}. " + "word " * 200)
             file.write(json.dumps(made | {"query_id": f"q{number}"}) + "\n")
     return path
 
