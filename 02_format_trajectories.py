@@ -1358,7 +1358,7 @@ def make_row(source, reader: Format, record, run: Run):
 
 def prompt_of(source, tasks):
     """The prompt of a log that holds none: its file is named after a task."""
-    task = tasks.get(Path(source).stem)
+    task = tasks.get(re.sub(r"\.jsonl?(\.gz|\.zst)?$", "", Path(source).name))
     if task is None:
         raise Reject("no_prompt: not in the log; name its file QUERY_ID.jsonl after a task of --queries")
     return {"role": "user", "content": task["turns"][0]["query"]}

@@ -1005,12 +1005,13 @@ def test_a_log_without_its_prompt_takes_it_from_the_task_that_its_file_is_named_
     init = {"type": "system", "subtype": "init", "session_id": "S", "uuid": "i"}
     answer = {"role": "assistant", "id": "m", "content": [{"type": "text", "text": "Done."}]}
     log = [init, {"type": "assistant", "session_id": "S", "uuid": "a", "message": answer}]
-    named = write(tmp_path / "gomoku.jsonl", *log)
     other = write(tmp_path / "other.jsonl", *log)
-    task = {"query_id": "gomoku", "domain": "vibe_coding", "turns": [{"query": "Write gomoku."}]}
+    named = tmp_path / "gomoku-1.2.jsonl.gz"
+    named.write_bytes(gzip.compress(other.read_bytes()))
+    task = {"query_id": "gomoku-1.2", "domain": "vibe_coding", "turns": [{"query": "Write gomoku."}]}
     queries = str(write(tmp_path / "queries.jsonl", task))
     [made] = run_here(tmp_path, named, other, queries=queries)
-    assert made["query_id"] == "gomoku" and made["meta"]["domain"] == "vibe_coding"
+    assert made["query_id"] == "gomoku-1.2" and made["meta"]["domain"] == "vibe_coding"
     assert made["messages"] == [{"role": "user", "content": "Write gomoku."}, DONE]
     [reject] = read(tmp_path / "data/train.rejected.jsonl")
     assert reject["reasons"][0].startswith("no_prompt: ")
