@@ -69,6 +69,9 @@ def sample_flops(config, active: float, tokens: int, trained: int) -> float:
     return 6 * (active * tokens + config.vocab_size * config.hidden_size * trained + attention)
 
 
+KEPT_FREE = 1.5  # on a CPU: glibc keeps freed pieces below 32 MB; as measured
+PIECE = 2**22  # weights that RoundingAdamW takes at a time, with copies in fp32
+
 # Bytes that a layer keeps for its backward pass, per token and unit of (the model's width, queries + keys +
 # values, the MLP's width, a routed copy of the token): counted with saved_tensors_hooks on Qwen3 and GLM-4.5
 KEPT = {
@@ -111,25 +114,40 @@ def memory(skeleton, run: Run) -> dict[str, float]:
     activations = tokens * layer_activations(config, run)
     if not run.checkpointing:
         activations *= config.num_hidden_layers
+    activations += gathered_weights(config, run, layer, size)
     activations += 6 * config.vocab_size * config.hidden_size  # output layer: bf16 weight, fp32 gradient
-    activations += gathered_weights(run, total, layer, size)
     host = 0.0
     if run.gpu:
         host = kept * run.checkpointing  # inputs of the layers, offloaded
     else:
-        activations += kept * run.checkpointing
+        activations = KEPT_FREE * (activations + kept * run.checkpointing)
+    activations = max(activations, loss_buffers(config, run))  # one after the other
+    if run.bf16_master and not run.lora_parameters:
+        largest = max(parameter.numel() for parameter in skeleton.parameters())
+        activations += (60 if run.gpu else 150) * min(PIECE, largest)
     parts = {"weights": size * total / shards, "optimizer": 2 * trained, "gradients": trained}
     parts |= {"activations": activations, "host": host}
     return {name: part / 1e9 for name, part in parts.items()}
 
 
-def gathered_weights(run: Run, total: int, layer: int, size: int) -> float:
+def loss_buffers(config, run: Run) -> float:
+    """Bytes of TRL's output layer, which scores 4,096 tokens against 32,768 words at a time: on a GPU in place,
+    on a CPU with eight copies in fp32 and a mask."""
+    tokens = min(4096, run.longest / run.cp)
+    if run.gpu:
+        return tokens * 32_768 * (2 if run.bf16 else 4)
+    return tokens * min(32_768, config.vocab_size) * 37
+
+
+def gathered_weights(config, run: Run, layer: int, size: int) -> float:
     """Bytes of weights that exist twice for a while: under FSDP2 two layers gathered in bf16 and one's
-    gradient in fp32, else autocast's bf16 copy of one layer; a layer of experts with their adapters."""
+    gradient in fp32, else autocast's bf16 copy of one layer; a layer of experts with their adapters, and on a
+    CPU, whose grouped product turns the weights and their gradient."""
     if run.fsdp:
         return (8 if run.lora_experts or not run.lora_parameters else 4) * layer
     copy = 2 * layer if run.bf16 and size == 4 else 0
-    return copy + (2 * size * layer if run.lora_experts else 0)
+    experts = bool(getattr(config, "num_experts_per_tok", None)) and not run.gpu
+    return copy + (2 * size * layer if run.lora_experts or experts else 0)
 
 
 def print_table(skeleton, runs: list[Run], card: float) -> None:

@@ -408,14 +408,45 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def test_two_processes_equal_one(glm_run, glm_base, train_file, work):
-    config = work / "two.yaml"
-    config.write_text("distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n")
-    flags = ["--model_name_or_path", glm_base, "--train_file", train_file, "--output_dir", work / "glm-2", *FLAGS]
-    launch(config, ROOT / "03_sft.py", *flags)
+# As a user's command, but several runs in the same two processes; the last on a disk that takes no optimizer's state
+PLAIN_DATA_PARALLEL = """
+import importlib, json, resource, sys, torch
+sys.path.insert(0, ".")
+sft = importlib.import_module("03_sft")
+for flags, limit in json.loads(sys.argv[1]):
+    parsed = sft.read_settings(sft.make_parser(), flags)
+    hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit or hard, hard))
+    try:
+        sft.main(*parsed)
+    except OSError as error:
+        sys.stdout.write(f"{torch.distributed.get_rank()} {error}\\n")  # at one go, or the lines of both mix
+torch.distributed.destroy_process_group()
+"""
+
+
+@pytest.fixture(scope="session")
+def two_processes(glm_base, train_file, work):
+    (work / "two.yaml").write_text("distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n")
+    (work / "two.py").write_text(PLAIN_DATA_PARALLEL)
+    runs = []
+    for name, limit in (("glm-2", None), ("one-disk", 200_000)):
+        flags = ["--model_name_or_path", glm_base, "--train_file", train_file, "--output_dir", work / name, *FLAGS]
+        runs.append([[str(flag) for flag in flags], limit])
+    return launch(work / "two.yaml", work / "two.py", json.dumps(runs))
+
+
+def test_two_processes_equal_one(two_processes, glm_run, work):
     recipe = json.loads((work / "glm-2/recipe.json").read_text())
     assert recipe["processes"] == 2
     assert_same_run(recipe, work / "glm-2", glm_run)
+
+
+def test_full_disk_of_one_process_ends_the_other(two_processes, work):
+    """Without FSDP the first process alone writes; the second must not wait for it in the next update."""
+    told = sorted(line for line in two_processes.stdout.splitlines() if "no space for it" in line)
+    assert [line[0] for line in told] == ["0", "1"] and "inline_container" in told[0] and told[1].endswith("before. ")
+    assert not list((work / "one-disk").glob("checkpoint-*"))
 
 
 # accelerate takes FSDP on CPU for a mistake and trains without it, not saying so; this makes it see devices. All else
@@ -579,31 +610,6 @@ def test_full_disk_under_fsdp2_leaves_the_old_checkpoint(fsdp_runs, work):
     assert sorted(line[0] for line in told) == ["0", "1"] and all("checkpoint-3: " in line for line in told)
     assert f"going on from {work / 'fsdp-disk/checkpoint-2'}" in fsdp_runs.stdout
     assert losses(work / "fsdp-disk") == losses(work / "fsdp-glm")
-
-
-ONE_DISK = """
-import importlib, json, resource, sys, torch
-sys.path.insert(0, ".")
-sft = importlib.import_module("03_sft")
-parsed = sft.make_parser().parse_args_and_config(args=json.loads(sys.argv[1]))
-resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-try:
-    sft.main(*parsed)
-except OSError as error:
-    sys.stdout.write(f"{torch.distributed.get_rank()} {error}\\n")  # at one go, or the lines of both mix
-torch.distributed.destroy_process_group()
-"""
-
-
-def test_full_disk_of_one_process_ends_the_other(glm_base, train_file, tmp_path):
-    """Without FSDP the first process alone writes; the second must not wait for it in the next update."""
-    (tmp_path / "two.yaml").write_text("distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n")
-    (tmp_path / "one_disk.py").write_text(ONE_DISK)
-    flags = ["--model_name_or_path", glm_base, "--train_file", train_file, "--output_dir", tmp_path / "o", *FLAGS]
-    result = launch(tmp_path / "two.yaml", tmp_path / "one_disk.py", json.dumps([str(flag) for flag in flags]))
-    told = sorted(line for line in result.stdout.splitlines() if "no space for it" in line)
-    assert [line[0] for line in told] == ["0", "1"] and "inline_container" in told[0] and told[1].endswith("before. ")
-    assert not list((tmp_path / "o").glob("checkpoint-*"))
 
 
 def losses(folder):
