@@ -513,13 +513,13 @@ def turn_starts(tok, messages, tools, first: int) -> tuple[str, dict[int, int]]:
     it}).
 
     Raises Refused where inference would see another text: a template that rewrites what stands before a
-    message, or an earlier turn when the next user message comes.
+    message, or an earlier turn when the next message of user or system comes.
     """
     text = render(tok, messages, tools)
     starts = {}
     answered = False  # is there a trained message since the last user message?
     for i, message in enumerate(messages):
-        if message["role"] == "user" and answered:
+        if message["role"] in ("user", "system") and answered:
             answered = False
             if not text.startswith(render(tok, messages[:i], tools)):
                 raise Refused(f"messages[{i}]: the chat template rewrites the turn before it")
@@ -753,6 +753,8 @@ def encode_conversation(tok, messages, tools) -> list[tuple[list[int], list[int]
             raise
     samples = []
     for first, end in zip([0, *users[1:]], [*users[1:], len(messages)]):
+        while messages[end - 1]["role"] == "system":  # a stop for no engine, as the next user message is
+            end -= 1
         if any(is_trained(message) for message in messages[first:end]):
             samples.append(encode(tok, messages[:end], tools, first))
     return samples

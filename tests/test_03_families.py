@@ -147,8 +147,8 @@ class Oracle:
             return str(why.args[0])
 
     def turn(self, messages, tools, i):
-        users = [j for j, message in enumerate(messages) if message["role"] == "user" and j > i]
-        end = users[0] if users else len(messages)
+        others = [j for j in range(i, len(messages)) if messages[j]["role"] in ("user", "system")]
+        end = others[0] if others else len(messages)
         given = self.render(messages[:i], tools, prompt=True)
         text = self.render(messages[:end], tools)
         if not text.startswith(given):
@@ -318,9 +318,9 @@ ODD = {
     "a result of the user": [user("U"), assistant("A"), user("<tool_response>\na\n</tool_response>"),
                              assistant("B", why="R")],
 }
-# What the oracle, which looks at one turn at a time, takes for exact: a text of weight 0, or another role, that would
-# be trained because no stop token comes before it; a call without its result whose end is that of an answer
-REFUSED_MORE = {"system in the middle", "then weight 0", "a call, then the user"}
+# What the oracle, which looks at one turn at a time, takes for exact: a text of weight 0 that would be trained because
+# no stop token comes before it; a call without its result whose end is that of an answer
+REFUSED_MORE = {"then weight 0", "a call, then the user"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
