@@ -356,6 +356,8 @@ BREAKS = [
     ("tool | tojson(ensure_ascii=False)", "tool.function.name", "a call", "tools[0]: the chat template leaves 'It does"),
     ("for m in messages %}\n{%- if m.role", "for m in messages[:-3] + messages[-3:] | sort(attribute='content') %}\n{%- if m.role",
      "a call", "rewrites what stands before it"),
+    ("for m in messages %}\n{%- if m.role", "for m in messages[:2] | reverse | list + messages[2:] %}\n{%- if m.role",
+     [user("First."), user("Second."), assistant("A")], "messages[0]: the chat template moves it behind messages[1]"),
 ]  # fmt: skip
 
 
