@@ -324,6 +324,35 @@ def test_a_program_that_kills_its_grader_is_a_0(endpoint, run):
     assert summary["rounds_ended_by"] == {"grader crashed": 1} and summary["metrics"]["S_avg"] == 0
 
 
+EATERS = {
+    "memory": ("python3 -c 'x = bytearray(500 << 20); import time; time.sleep(60)'", 0.5, "answer"),
+    "processes": ("for i in {1..200}; do sleep 60 & done; wait", 0, "grader crashed"),
+}
+
+
+@pytest.mark.parametrize("script, score, stop", EATERS.values(), ids=EATERS)
+def test_a_program_that_takes_too_much_is_the_models_doing(
+    endpoint, run, v2, monkeypatch, script, score, stop
+):
+    """Our own guard ends it, and the grader goes on, or falls with it: a score, not a scenario less."""
+    monkeypatch.setitem(v2.stage.LIMITS, "memory", 300 << 20)
+    monkeypatch.setitem(v2.stage.LIMITS, "processes", 100)
+
+    def answer(body):
+        if body["messages"][-1]["role"] == "user":
+            return call("write_file", file_path=f"{home(body)}/run.sh", content=script)
+        return say("done")
+
+    def home(body):
+        place = "/workspace/scenario2/agent/subtask1/workspace/attempt_0"
+        return place + ("2" if "attempt_02" in body["messages"][-1]["content"] else "1")
+
+    endpoint.script["write 1"] = answer
+    (episode,), summary, _, _ = run("runs", subtasks=1)
+    assert summary["not_run"] == {} and summary["metrics"]["S_avg"] == score
+    assert set(summary["rounds_ended_by"]) == {stop}
+
+
 PLANTS = {
     "socket": "import socket; socket.socket(socket.AF_UNIX).bind('left')",
     "fifo": "import os; os.mkfifo('left')",

@@ -86,9 +86,10 @@ class Scenario(stage.Episode):
                 await grader.stop()
             if self.fault:
                 raise self.fault
-            code, output = outcome(reply)
+            code, output = outcome(reply, self.begun)
             if code == 0:
-                code, output = outcome(await grader.call("check", {"command": SCORES}, 60))
+                reply = await grader.call("check", {"command": SCORES}, 60)
+                code, output = outcome(reply, self.begun)
                 await grader.stop()
         table = json.loads(output) if code == 0 else []
         count = sum(map(len, table))
@@ -232,10 +233,12 @@ class Scenario(stage.Episode):
         raise NotRun("judge_undecided", f"no answer that the grader could read: {text[:200] or reply.stop}")
 
 
-def outcome(reply):
-    """(exit code, output) of a command; raises NotRun where our own guard ended it."""
-    if reply.get("killed"):
-        raise NotRun("killed", f"the limit of {reply['killed']} ended the grader")
+def outcome(reply, begun):
+    """(exit code, output) of a command. Memory and processes are limits for what the model wrote; raises
+    NotRun where the disk is nearly full, which may be anybody's doing, or where the agent has not begun."""
+    killed = reply.get("killed")
+    if killed == "disk" or killed and not begun:
+        raise NotRun("killed", f"the limit of {killed} ended the grader")
     code, _, output = reply.get("output", f"1\n{reply.get('error')}").partition("\n")
     return int(code), output
 
