@@ -662,8 +662,6 @@ def test_a_browser_that_does_not_start_is_no_score(endpoint, run, v2, monkeypatc
     shutil.copytree(v2.HERE, here)
     api = here / "sandbox_api.py"
     api.write_text(api.read_text().replace('"/usr', '"/nowhere'))
-    start = here / "start.sh"
-    start.write_text(start.read_text().replace("seq 100", "seq 5"))
     monkeypatch.setattr(v2.episode, "HERE", here)
     rows, summary, _, code = run("page", subtasks=1)
     assert rows == [] and summary["not_run"] == {"check_not_started": 1} and code == 1

@@ -7,8 +7,9 @@ export PLAYWRIGHT_BROWSERS_PATH=/bridge/browsers FONTCONFIG_FILE=/bridge/fonts.c
 [ ! -e /bridge/judge.socket ] || python3 -I /bridge/relay.py 8089 /bridge/judge.socket &
 if [ "$1" = browser ]; then
     python3 -I /bridge/sandbox_api.py &
-    for _ in $(seq 100); do
+    for _ in $(seq 300); do  # a minute: a busy machine starts a browser slowly
         (exec 3<> /dev/tcp/127.0.0.1/9222) 2> /dev/null && break
+        kill -0 $! 2> /dev/null || break
         sleep 0.2
     done
     (exec 3<> /dev/tcp/127.0.0.1/9222) 2> /dev/null || { echo "Bail out! chromium does not start"; exit 1; }
