@@ -212,7 +212,7 @@ def make_parser() -> TrlParser:
     nearest."""
     on_gpu = torch.cuda.is_available()
     parser = TrlParser((Settings, SFTConfig), usage="03_sft.py [--config x.yaml] [--setting value ...]")
-    parser.description = "Fine-tune on rows of stage 2: 03_sft.py --config recipes/qwen3-8b/sft.yaml --dry_run"
+    parser.description = "Fine-tune on rows of 02: 03_sft.py --config recipes/qwen3-8b/sft.yaml --dry_run"
     precision = os.environ.get("ACCELERATE_MIXED_PRECISION", "bf16" if on_gpu else "no")
     offload = {"offload": True} if on_gpu else None  # of gradient checkpoints to the host's memory
     parser.set_defaults(**RECIPE, use_cpu=not on_gpu, bf16=precision == "bf16")
@@ -468,8 +468,7 @@ def load_tokenizer(model: str, template_kwargs: dict | None = None):
     except (OSError, ValueError) as error:
         first_line = str(error).splitlines()[0]
         raise InputError(f"{model}: no folder of a model, nor a reachable Hub id ({first_line})") from None
-    if not tok.chat_template:
-        raise InputError(f"{model}: the tokenizer has no chat template")
+    check_template(tok, model, template_kwargs or {})
     try:
         stops = GenerationConfig.from_pretrained(model).eos_token_id
     except OSError:  # not every checkpoint has the file
@@ -483,6 +482,17 @@ def load_tokenizer(model: str, template_kwargs: dict | None = None):
     return tok
 
 
+def check_template(tok, model: str, switches: dict) -> None:
+    if not tok.chat_template:
+        raise InputError(f"{model}: the tokenizer has no chat template")
+    if not tok.is_fast:
+        raise InputError(f"{model}: the tokenizer is no fast one, which knows where its tokens begin")
+    for name in switches:
+        known = re.search(rf"\b{re.escape(name)}\b", str(tok.chat_template))
+        if not known or name in ("messages", "tools", "add_generation_prompt"):
+            raise InputError(f"--chat_template_kwargs {name}: no switch of {model}'s chat template")
+
+
 def token_after_an_answer(tok) -> int | None:
     """GLM-4.5 writes no stop token after a conversation's last answer: the next role token is it. None for
     the templates that write one."""
@@ -494,8 +504,8 @@ def token_after_an_answer(tok) -> int | None:
         return None
     if not three.startswith(two):
         return None
-    following = tok(three.removeprefix(two), add_special_tokens=False)["input_ids"][0]
-    return following if following in tok.stop_ids else None
+    following = tok(three.removeprefix(two), add_special_tokens=False)["input_ids"][:1]
+    return following[0] if tok.stop_ids.intersection(following) else None
 
 
 def render(tok, messages: list[dict], tools: list[dict] | None, **kwargs) -> str:
@@ -503,7 +513,7 @@ def render(tok, messages: list[dict], tools: list[dict] | None, **kwargs) -> str
     try:
         options = getattr(tok, "template_kwargs", {}) | kwargs
         return tok.apply_chat_template(messages, tools=tools or None, tokenize=False, **options)
-    except (TemplateError, TypeError, ValueError, KeyError) as error:
+    except (TemplateError, AttributeError, LookupError, TypeError, ValueError) as error:
         first_line = (str(error) or type(error).__name__).splitlines()[0]
         raise Refused(f"messages: the chat template does not take them: {first_line}") from None
 

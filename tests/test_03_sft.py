@@ -1431,6 +1431,8 @@ def test_every_setting_works_or_is_refused(stage):
         (["--lr_scheduler_type", "linear"], "--lr_scheduler_kwargs {'min_lr': 1e-06} of --lr_scheduler_type: "),
         (["--max_steps", "1"], "1 updates end inside the warm-up of 2; lower --global_batch_size or raise"),
         (["--chat_template_kwargs", "no"], "--chat_template_kwargs no: must be a JSON object"),
+        (["--chat_template_kwargs", '{"enable_thinkin": false}'], "--chat_template_kwargs enable_thinkin: no switch of"),
+        (["--chat_template_kwargs", '{"tools": []}'], "--chat_template_kwargs tools: no switch of"),
         (["--learning_rat", "1"], "no such setting: --learning_rat; nearest: --learning_rate"),
         (["--learning_rate", "fast"], "--learning-rate: invalid float value: 'fast'"),
         (["--resume_from_checkpoint", "nowhere"], "--resume_from_checkpoint nowhere: not a whole checkpoint"),
@@ -1443,6 +1445,16 @@ def test_a_mistake_is_told_before_a_model_is_loaded(stage, monkeypatch, glm_base
         train(sft, glm_base, train_file, tmp_path / "out", *flags)
     assert told in str(error.value)
     assert not (tmp_path / "out/run.json").exists()
+
+
+def test_a_tokenizer_that_does_not_know_its_offsets_is_refused(stage, monkeypatch, glm_base):
+    from transformers import ByT5Tokenizer
+
+    sft = stage("03_sft")
+    slow = ByT5Tokenizer(chat_template="{{ messages[0].content }}")
+    monkeypatch.setattr(sft.AutoTokenizer, "from_pretrained", lambda _: slow)
+    with pytest.raises(sft.InputError, match="the tokenizer is no fast one"):
+        sft.load_tokenizer(str(glm_base))
 
 
 def test_unknown_keys_of_a_yaml_are_named_with_the_nearest(stage, tmp_path):
