@@ -597,109 +597,88 @@ def encode(tok, messages, tools, first=0) -> tuple[list[int], list[int]]:
     """
     text, starts = turn_starts(tok, messages, tools, first)
     ids, labels, spans = label_tokens(tok, text, starts)
-    marks = Marks(messages, tools)
-    check_kept(tok, messages, list(marks.tool_texts.values()), ids, spans)
-    text, starts = turn_starts(tok, marks.messages, marks.tools, first)
-    marked_ids, _, spans = label_tokens(tok, text, starts)
-    tool_marks = [(j, mark) for mark, (j, _) in marks.tool_texts.items()]
-    check_kept(tok, marks.messages, tool_marks, marked_ids, spans)
-    marks.check_order(decode(tok, marked_ids))
+    marked, marked_tools, marks = mark_row(messages, tools)
+    check_kept(tok, messages, [pair for pair in marks.values() if pair[0][0] == "tools"], ids, spans)
+    text, starts = turn_starts(tok, marked, marked_tools, first)
+    ids_of_marks, _, spans = label_tokens(tok, text, starts)
+    tool_marks = [(path, mark) for mark, (path, _) in marks.items() if path[0] == "tools"]
+    check_kept(tok, marked, tool_marks, ids_of_marks, spans)
+    check_order(messages, marks, decode(tok, ids_of_marks))
     for i, span in spans.items():
-        marks.check_turn(i, decode(tok, marked_ids[span]))
+        check_turn(i, marks, decode(tok, ids_of_marks[span]))
     return ids, labels
 
 
-class Marks:
-    """A copy of a row with a mark of its own in every text, and the rules where the marks must stand."""
+def mark_row(messages: list[dict], tools: list[dict] | None) -> tuple[list[dict], list[dict], dict]:
+    """(messages and tools with a mark of its own in every text, {mark: (where in the row, the text)})."""
+    marks = {}
+    marked = []
+    ids = {}
+    for i, message in enumerate(messages):
+        copied = mark_value(message, (i,), marks)
+        text = message["content"]
+        if message["role"] in ("system", "user"):  # templates look at how these begin and end
+            half = len(text) // 2
+            copied["content"] = text[:half] + copied["content"] + text[half:]
+        for j, call in enumerate(copied.get("tool_calls", [])):
+            name = message["tool_calls"][j]["function"]["name"]
+            if call.get("id"):  # Kimi-K2's holds the name: functions.NAME:0
+                new_id = call["id"].replace(f".{name}:", f".{call['function']['name']}:")
+                call["id"] = ids[call["id"]] = new_id
+        if "tool_call_id" in copied:
+            copied["tool_call_id"] = ids.get(copied["tool_call_id"], copied["tool_call_id"])
+        marked.append(copied)
+    return marked, mark_value(tools or [], ("tools",), marks), marks
 
-    def __init__(self, messages: list[dict], tools: list[dict] | None):
-        self.owner = {}  # {mark: (message, its call or None)}; system messages and tools may stand anywhere
-        self.names = set()  # marks of calls' names: results and ids repeat them
-        self.tool_texts = {}  # {mark: (tool, its name or description, or a parameter's)}
-        self.ids = {}
-        self.messages = [self.message(i, message) for i, message in enumerate(messages)]
-        self.tools = [self.schema(tool, j) for j, tool in enumerate(tools or [])]
 
-    def new(self, message: int, call: int | None = None) -> str:
-        mark = f"x7318{len(self.owner):06}x"
-        self.owner[mark] = (message, call)
-        return mark
+def mark_value(value, path: tuple, marks: dict):
+    """A copy with marks for contents and reasoning of messages, names and arguments of calls, names, parameters
+    and descriptions of tools."""
+    argument = path[3:5] == ("function", "arguments")
+    if isinstance(value, list):
+        return [mark_value(part, (*path, i), marks) for i, part in enumerate(value)]
+    if isinstance(value, dict):
+        names = argument or path[-1] == "properties" != path[-2]
+        pairs = [(new_mark(key, (*path, key), marks) if names else key, key) for key in value]
+        return {mark: mark_value(value[key], (*path, key), marks) for mark, key in pairs}
+    is_text = argument or path[-1] in ("content", "reasoning_content", "name", "description")
+    return new_mark(value, path, marks) if is_text else value
 
-    def message(self, i: int, message: dict) -> dict:
-        marked = copy.deepcopy(message)
-        for key in ("content", "reasoning_content"):
-            text = message.get(key)
-            if text and message["role"] in ("system", "user"):  # templates look at how they begin and end
-                half = len(text) // 2
-                marked[key] = text[:half] + self.new(i) + text[half:]
-            elif text:
-                marked[key] = self.new(i)
-        for j, call in enumerate(marked.get("tool_calls", [])):
-            self.call(call["function"], i, j)
-            old_name = message["tool_calls"][j]["function"]["name"]
-            old_id = call.get("id")
-            if old_id:  # Kimi-K2's holds the name: functions.NAME:0
-                new_name = call["function"]["name"]
-                call["id"] = self.ids[old_id] = old_id.replace(f".{old_name}:", f".{new_name}:")
-        if "tool_call_id" in marked:
-            marked["tool_call_id"] = self.ids.get(marked["tool_call_id"], marked["tool_call_id"])
-        return marked
-    def call(self, function: dict, i: int, j: int) -> None:
-        name = self.new(i, j)
-        self.names.add(name)
-        function |= {"name": name, "arguments": self.value(function["arguments"], i, j)}
 
-    def value(self, value, i: int, j: int):
-        if isinstance(value, dict):
-            return {self.new(i, j): self.value(part, i, j) for part in value.values()}
-        if isinstance(value, list):
-            return [self.value(part, i, j) for part in value]
-        if isinstance(value, bool) or value in EMPTY:
-            return value
-        mark = self.new(i, j)
-        return mark if isinstance(value, str) else type(value)(mark.strip("x"))
+def new_mark(value, path: tuple, marks: dict):
+    if value in EMPTY or isinstance(value, bool):
+        return value
+    digits = f"7318{len(marks):06}"
+    marks[f"x{digits}x"] = (path, value)
+    return f"x{digits}x" if isinstance(value, str) else type(value)(digits)
 
-    def schema(self, value, j: int):
-        """With marks for names and descriptions on every level."""
-        if isinstance(value, list):
-            return [self.schema(part, j) for part in value]
-        if not isinstance(value, dict):
-            return value
-        marked = {}
-        for key, part in value.items():
-            if key == "properties" and isinstance(part, dict):
-                part = {self.tool_text(name, j): inner for name, inner in part.items()}
-            text = key in ("name", "description") and isinstance(part, str)
-            marked[key] = self.tool_text(part, j) if text else self.schema(part, j)
-        return marked
 
-    def tool_text(self, text: str, j: int) -> str:
-        mark = f"x7318t{len(self.tool_texts):05}x"
-        self.tool_texts[mark] = (j, text)
-        return mark
+def marked_places(marks: dict, text: str) -> list[tuple]:
+    found = [f"x{digits}x" for digits in re.findall(r"7318\d{6}", text)]
+    return [marks[mark][0] for mark in found if mark in marks]
 
-    def found(self, text: str) -> list[str]:
-        return [f"x{digits}x" for digits in re.findall(r"7318\d{6}", text) if f"x{digits}x" in self.owner]
 
-    def check_order(self, text: str) -> None:
-        """Raise Refused if a message stands behind a later one; the system's may stand anywhere."""
-        owners = [self.owner[mark][0] for mark in self.found(text) if mark not in self.names]
-        owners = [i for i in owners if self.messages[i]["role"] != "system"]
-        for before, after in itertools.pairwise(owners):
-            if after < before:
-                raise Refused(f"messages[{after}]: the chat template moves it behind messages[{before}]")
+def check_order(messages: list[dict], marks: dict, text: str) -> None:
+    """Raise Refused if a message stands behind a later one. Tools and system messages may stand anywhere, and
+    results and ids repeat the names of calls."""
+    places = [path for path in marked_places(marks, text) if path[0] != "tools" and path[-1] != "name"]
+    owners = [i for i, *_ in places if messages[i]["role"] != "system"]
+    for before, after in itertools.pairwise(owners):
+        if after < before:
+            raise Refused(f"messages[{after}]: the chat template moves it behind messages[{before}]")
 
-    def check_turn(self, i: int, text: str) -> None:
-        """Raise Refused if the trained text of a message holds another's, or its own otherwise than once and
-        in order."""
-        found = self.found(text)
-        others = [self.owner[mark][0] for mark in found if self.owner[mark][0] != i]
-        if others:
-            raise Refused(f"messages[{i}]: the chat template does not end it before messages[{others[0]}]")
-        calls = [self.owner[mark][1] for mark in found if self.owner[mark][1] is not None]
-        texts = [mark for mark in found if self.owner[mark][1] is None]
-        if calls != sorted(calls) or len(texts) > len(set(texts)):
-            raise Refused(f"messages[{i}]: the chat template writes calls in another order, or a text twice")
+
+def check_turn(i: int, marks: dict, text: str) -> None:
+    """Raise Refused if the trained text of a message holds another's, or its own otherwise than once and in
+    order."""
+    places = marked_places(marks, text)
+    others = [path[0] for path in places if path[0] != i]
+    if others:
+        raise Refused(f"messages[{i}]: the chat template does not end it before messages[{others[0]}]")
+    calls = [path[2] for path in places if path[1] == "tool_calls"]
+    texts = [path for path in places if path[1] != "tool_calls"]
+    if calls != sorted(calls) or len(texts) > len(set(texts)):
+        raise Refused(f"messages[{i}]: the chat template writes calls in another order, or a text twice")
 
 
 def parts_of(message: dict, thoughts: bool) -> list[tuple[str, object]]:
@@ -737,7 +716,7 @@ def stands_in(value, text: str) -> bool:
 
 def check_kept(tok, messages, tool_texts, ids: list[int], spans: dict[int, slice]) -> None:
     """Raise Refused for a part of the row that is not in its place: of a trained message in its trained
-    tokens, of everything else in all. tool_texts: [(tool, name or description)]."""
+    tokens, of everything else in all. tool_texts: [(where in the row, name or description)]."""
     whole = decode(tok, ids)
     for i, message in enumerate(messages):
         text = decode(tok, ids[spans[i]]) if i in spans else whole
@@ -746,9 +725,9 @@ def check_kept(tok, messages, tool_texts, ids: list[int], spans: dict[int, slice
                 thought = name == "reasoning_content"
                 remedy = "--no_reasoning trains without it" if thought else "no label of it would be exact"
                 raise Refused(f"messages[{i}].{name}: chat template or tokenizer leave it out; {remedy}")
-    for j, text in tool_texts:
+    for path, text in tool_texts:
         if not stands_in(text, whole):
-            raise Refused(f"tools[{j}]: the chat template leaves {text[:60]!r} out")
+            raise Refused(f"tools[{path[1]}]: the chat template leaves {text[:60]!r} out")
 
 
 def encode_conversation(tok, messages, tools) -> list[tuple[list[int], list[int]]]:
