@@ -632,8 +632,8 @@ def mark_row(messages: list[dict], tools: list[dict] | None) -> tuple[list[dict]
 
 
 def mark_value(value, path: tuple, marks: dict):
-    """A copy with marks for contents and reasoning of messages, names and arguments of calls, names, parameters
-    and descriptions of tools."""
+    """A copy with marks for contents and reasoning of messages, names and arguments of calls, and names,
+    parameters and descriptions of tools."""
     argument = path[3:5] == ("function", "arguments")
     if isinstance(value, list):
         return [mark_value(part, (*path, i), marks) for i, part in enumerate(value)]
