@@ -95,7 +95,7 @@ def test_a_folder_becomes_a_task(read_in, harbor_task, tmp_path):
         "turns": [
             {
                 "query": "Put the sum into /workspace/out/sum.txt.",
-                "check": "bash /private/check.sh",
+                "check": "bash /private/check.sh /private",
                 "solution": "PATH=/private/bin:$PATH bash /private/solution/solve.sh",
             }
         ],
@@ -119,7 +119,7 @@ def run_in_sandbox(folder, command):
     prefix += f" --dev /dev --tmpfs /tmp --setenv HOME /tmp/home --bind {folder}/workspace /workspace"
     prefix += f" --ro-bind {folder}/private /private"
     command = [*prefix.split(), "--chdir", "/workspace", "bash", "-c", command]
-    return subprocess.run(command, stdout=subprocess.DEVNULL).returncode
+    return subprocess.run(command).returncode
 
 
 @needs_bwrap
@@ -137,8 +137,9 @@ def test_nothing_fails_the_check_and_the_solution_passes_it(read_in, harbor_task
     [
         ("echo 1 > /logs/verifier/reward.txt\nexit 3\n", 0),  # the reward decides
         ("echo 0.5 > /logs/verifier/reward.txt\n", 1),
-        ("echo '{\"a\": 1, \"b\": 0}' > /logs/verifier/reward.json\n", 1),
-        ("echo '{\"a\": 1, \"b\": 1}' > /logs/verifier/reward.json\n", 0),
+        ('echo \'{"a": 1, "b": 0}\' > /logs/verifier/reward.json\n', 1),
+        ("cd /logs/verifier; echo 1 > reward.json; echo 0 > reward.txt\n", 0),
+        ('echo \'{"a": 1, "b": 1}\' > /logs/verifier/reward.json\n', 0),
         ("exit 0\n", 0),  # no reward: the exit code
         ("exit 4\n", 4),
         ("no-such-program\n", 127),  # for 04: not run
@@ -147,6 +148,44 @@ def test_nothing_fails_the_check_and_the_solution_passes_it(read_in, harbor_task
 def test_the_reward_of_a_verifier(read_in, harbor_task, tmp_path, test, code):
     [row], _ = read_in(harbor_task(**{"tests/test.sh": test}))
     assert run_in_sandbox(tmp_path / "in/sums-easy", row["turns"][0]["check"]) == code
+
+
+@needs_bwrap
+@pytest.mark.parametrize(
+    "name, reward", [("txt", "pass"), ("txt", ""), ("txt", "nan"), ("json", '["1"]'), ("json", "{")]
+)
+def test_a_reward_that_is_no_number_is_no_verdict(read_in, harbor_task, tmp_path, name, reward, capfd):
+    test = f"echo '{reward}' > /logs/verifier/reward.{name}\n"
+    [row], _ = read_in(harbor_task(**{"tests/test.sh": test}))
+    capfd.readouterr()
+    run_in_sandbox(tmp_path / "in/sums-easy", row["turns"][0]["check"])
+    assert capfd.readouterr().out.startswith("Bail out! the verifier's reward is no number: ")
+
+
+STEPS = TOML + '[[steps]]\nname = "first"\n[[steps]]\nname = "second.b"\n'
+STEP_FILES = {
+    "task.toml": STEPS,
+    "steps/first/instruction.md": "Make /app/a.\n",
+    "steps/first/tests/test.sh": "source /tests/shared.sh; is_there /app/a\n",
+    "steps/first/solution/solve.sh": "touch /app/a\n",
+    "steps/second.b/instruction.md": "Move it to /app/b.\n",
+    "steps/second.b/tests/test.sh": "source /tests/shared.sh; is_there /app/b && ! is_there /app/a\n",
+    "steps/second.b/solution/solve.sh": "mv /app/a /app/b; cat /solution/note.txt\n",
+    "steps/second.b/solution/note.txt": "moved",
+    "tests/shared.sh": "is_there() { test -e $1; }\n",
+}
+
+
+@needs_bwrap
+def test_steps_become_turns(read_in, harbor_task, tmp_path):
+    [row], _ = read_in(harbor_task(**STEP_FILES))
+    folder = tmp_path / "in/sums-easy"
+    assert [turn["query"] for turn in row["turns"]] == ["Make /workspace/a.", "Move it to /workspace/b."]
+    codes = []
+    for turn in row["turns"]:
+        for command in (turn["check"], turn["solution"], turn["check"]):
+            codes.append(run_in_sandbox(folder, command))
+    assert codes == [1, 0, 0, 1, 0, 0]
 
 
 @needs_bwrap
@@ -188,7 +227,11 @@ def test_a_dockerfile_cannot_read_the_machine(read_in, harbor_task, tmp_path):
     [
         ("task.toml", TOML + "gpus = 1\n", "a GPU"),
         ("task.toml", TOML + '[[environment.mcp_servers]]\nname = "a"\n', "MCP servers"),
-        ("task.toml", TOML + '[verifier.environment]\ndocker_image = "x"\n', "a container for its verifier"),
+        (
+            "task.toml",
+            TOML + '[verifier.environment]\ndocker_image = "x"\n',
+            "a container for its verifier",
+        ),
         ("environment/docker-compose.yaml", "services: {main: {}, db: {}}\n", "several containers"),
     ],
 )
@@ -228,7 +271,9 @@ def test_copies_with_flags_and_stars(read_in, harbor_task, tmp_path):
 @pytest.mark.parametrize(
     "name, text, why",
     [
-        ("task.toml", '[[steps]]\nname = "one"\n', "several steps"),
+        ("task.toml", '[[steps]]\nname = "one"\n', "No such file or directory"),
+        ("task.toml", '[[steps]]\nname = "../.."\n', "the step steps/../.. names no folder"),
+        ("task.toml", "[[steps]]\n", "'name'"),
         ("task.toml", '[environment]\nos = "windows"\n', "not for Linux"),
         ("task.toml", "metadata = []\n", "task.toml: metadata is no table"),
         ("task.toml", '[verifier.env]\nKEY = "${KEY}"\n', "needs a variable of your machine: KEY=${KEY}"),
@@ -261,7 +306,7 @@ TURN = {"query": 'Write "α"\n\\ into b.txt.\n', "check": "cmp b.txt /private/ex
 TURN |= {"solution": "cp /private/expected.txt b.txt"}
 ALL = {"query_id": "one", "domain": "research", "subdomain": "s", "source": "ours", "turns": [TURN]}
 ALL |= {"workspace": "ws", "private": "hidden", "needs": ["cmp", "network"], "system": "Be brief.\u2028"}
-ALL |= {"meta": {"n": 1, "s": "\x7f'\"\"\"", "deep": [None, {"α": 0.5}]}}
+ALL |= {"meta": {"n": 1, "s": '\x7f\'"""', "deep": [None, {"α": 0.5}]}}
 # The second turn finds what the agent left in the first one, and no trace of its check
 FIRST = {"query": "Say 1.", "check": 'echo checked > left.txt; test "$(cat /answer.md)" = 1'}
 FIRST |= {"solution": "echo 1; mkdir -p made; echo a > made/a.txt"}
@@ -422,7 +467,9 @@ print(json.dumps([task.instruction, str(task.paths.discovered_test_path), task.c
 @needs_harbor
 def test_harbors_own_loader_reads_ours(run_stage, own_tasks, tmp_path):
     write_out(run_stage, own_tasks / "tasks.jsonl", tmp_path / "out")
-    result = subprocess.run([HARBOR_PYTHON, "-c", LOAD, tmp_path / "out/one"], capture_output=True, text=True)
+    result = subprocess.run(
+        [HARBOR_PYTHON, "-c", LOAD, tmp_path / "out/one"], capture_output=True, text=True
+    )
     instruction, test, row = json.loads(result.stdout)
     assert instruction == f"{ALL['system']}\n\n{TURN['query']}" and json.loads(row) == ALL
     assert test == str(tmp_path / "out/one/tests/test.sh")

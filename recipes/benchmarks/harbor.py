@@ -8,7 +8,7 @@ in: every folder below FOLDER with a task.toml. Its working folder becomes /work
 changed), tests/ and solution/ become private, tests/test.sh runs under harbor/check.sh. What its Dockerfile
 copies and writes below the working folder is the workspace; packages that it installs must be in --venv or on
 this machine. A task that asks for more gets an "image", for 04 with a container (`docker build -t IMAGE
-TASK/environment` makes it); the reason is printed.
+TASK/environment` makes it); the reason is printed. The steps of a task are turns.
 out: a folder a task, a step a turn, with the row itself in task.toml, so that `in` gives the same row again.
 The check's environment becomes packages of the Dockerfile. Tools and rounds are those of the other harness.
 """
@@ -44,7 +44,7 @@ def make_new(folder):
         raise ValueError(f"{folder}: is not empty: remove it, or name another folder")
 
 
-def change_paths(folder, root):
+def change_paths(folder, root, private="/private"):
     """Rename, in every text file below, the places that Harbor has to those that the sandbox has."""
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
@@ -52,12 +52,12 @@ def change_paths(folder, root):
                 text = path.read_text()
             except UnicodeDecodeError:
                 continue
-            path.write_text(renamed(text, root))
+            path.write_text(renamed(text, root, private))
 
 
-def renamed(text, root):
-    places = {"/tests": "/private/tests", "/solution": "/private/solution", "/logs/verifier": "/tmp/verifier"}
-    places |= {"/logs/agent": "/tmp/agent", root: "/workspace"}
+def renamed(text, root, private):
+    places = {"/tests": f"{private}/tests", "/solution": f"{private}/solution", root: "/workspace"}
+    places |= {"/logs/verifier": "/tmp/verifier", "/logs/agent": "/tmp/agent"}
     names = "|".join(map(re.escape, sorted(places, key=len, reverse=True)))
     return re.sub(rf"(?<![\w.$}}/-])({names})(?![\w-])", lambda match: places[match[1]], text)
 
@@ -72,17 +72,22 @@ def restore(folder, config, target):
     return row
 
 
-def fill_private(folder, target, root):
-    """tests/ and solution/ of the task, its places renamed, and what runs them."""
-    for part in ("tests", "solution"):
-        if folder.joinpath(part).exists():
-            copy_tree(folder / part, target / "private" / part)
-    change_paths(target, root)
-    target.joinpath("private", "bin").mkdir(parents=True, exist_ok=True)
-    shutil.copy(HERE / "check.sh", target / "private")
+def fill_private(folder, target, root, steps):
+    """tests/ and solution/ of every step, over those of the task, their places renamed; what runs them."""
+    private = target / "private"
+    for step in steps:
+        for part in ("tests", "solution"):
+            for source in dict.fromkeys((folder / part, folder / step / part)):
+                if source.exists():
+                    copy_tree(source, private / step / part)
+        change_paths(private / step, root, str(Path("/private", step)))
+    change_paths(target / "workspace", root)
+    private.joinpath("bin").mkdir(parents=True, exist_ok=True)
+    for name in ("check.sh", "reward.py"):
+        shutil.copy(HERE / name, private)
     for stub in STUBS:
-        shutil.copy(HERE / "stub.sh", target / "private" / "bin" / stub)
-        target.joinpath("private", "bin", stub).chmod(0o755)
+        shutil.copy(HERE / "stub.sh", private / "bin" / stub)
+        private.joinpath("bin", stub).chmod(0o755)
 
 
 def read_config(folder):
@@ -93,13 +98,23 @@ def read_config(folder):
             raise ValueError(f"task.toml: {name} is no table")
     if "limi_task" in config["metadata"]:
         return config
-    if config.get("steps"):
-        raise ValueError("several steps")
     if str(config["environment"].get("os", "linux")).lower() != "linux":
         raise ValueError("not for Linux")
-    if not folder.joinpath("tests", "test.sh").exists():
-        raise ValueError("no tests/test.sh")
     return config
+
+
+def steps_of(folder, config):
+    """[place of a step in the task's folder, "." for a task of one]. Raises ValueError."""
+    names = [step["name"] for step in config.get("steps", [])]
+    steps = [f"steps/{name}" for name in names] or ["."]
+    for step in steps:
+        if not re.fullmatch(r"[\w./-]+", step) or ".." in step:
+            raise ValueError(f"the step {step} names no folder")
+        if folder.joinpath(step, "workdir").exists():
+            raise ValueError(f"{step} brings files of its own")
+        if not any(folder.joinpath(place, "tests", "test.sh").exists() for place in (step, ".")):
+            raise ValueError("no tests/test.sh")
+    return steps
 
 
 def with_variables(command, *tables):
@@ -121,11 +136,12 @@ def task_of(folder, options):
         raise ValueError(f"another task is called {name}")
     if "limi_task" in config["metadata"]:
         return restore(folder, config, target), []
+    steps = steps_of(folder, config)
     made = environment.Environment(folder / "environment", config["environment"])
     made.make(target / "workspace")
-    fill_private(folder, target, made.root)
+    fill_private(folder, target, made.root, steps)
     row = {"query_id": name, "domain": "vibe_coding", "source": "harbor"}
-    row["turns"] = [turn_of(folder, config, made)]
+    row["turns"] = [turn_of(folder, step, config, made) for step in steps]
     row |= {"workspace": f"{name}/workspace", "private": f"{name}/private", "venv": str(options.venv)}
     if programs := dict.fromkeys(filter(environment.program_path, made.packages["apt"])):
         row["needs"] = list(programs)
@@ -139,15 +155,18 @@ def task_of(folder, options):
     return row, reasons
 
 
-def turn_of(folder, config, made):
-    query = re.sub(r"^(?:(?:<!--|#).*canary.*\n\s*)+", "", folder.joinpath("instruction.md").read_text())
+def turn_of(folder, step, config, made):
+    private = str(Path("/private", step))
+    query = folder.joinpath(step, "instruction.md").read_text()
+    query = re.sub(r"^(?:(?:<!--|#).*canary.*\n\s*)+", "", query)
     variables = made.variables | config["environment"].get("env", {})
-    check = with_variables("bash /private/check.sh", variables, config["verifier"].get("env", {}))
-    turn = {"query": renamed(query, made.root).strip(), "check": renamed(check, made.root)}
-    if folder.joinpath("solution", "solve.sh").exists():
-        solve = "bash /private/solution/solve.sh"
+    check = with_variables(f"bash /private/check.sh {private}", variables, config["verifier"].get("env", {}))
+    turn = {"query": renamed(query, made.root, private).strip()}
+    turn["check"] = renamed(check, made.root, private)
+    if any(folder.joinpath(place, "solution", "solve.sh").exists() for place in (step, ".")):
+        solve = f"bash {private}/solution/solve.sh"
         solve = with_variables(solve, variables, config["solution"].get("env", {}))
-        turn["solution"] = f"PATH=/private/bin:$PATH {renamed(solve, made.root)}"
+        turn["solution"] = f"PATH=/private/bin:$PATH {renamed(solve, made.root, private)}"
     return turn
 
 
@@ -165,7 +184,7 @@ def read_folders(options):
             row, reasons = task_of(file.parent, options)
             if row["query_id"] in ids:
                 raise ValueError(f"another task has the query_id {row['query_id']}")
-        except (ValueError, OSError, subprocess.TimeoutExpired, yaml.YAMLError) as error:
+        except (ValueError, KeyError, OSError, subprocess.TimeoutExpired, yaml.YAMLError) as error:
             print(f"left out: {file.parent}: {' '.join(str(error).split())[:120]}")
             continue
         rows.append(row)
