@@ -1602,9 +1602,7 @@ class Solution:
 
     def leaks(self, text):
         """Yield what a text gives away; the texts that the tests ask for may be given."""
-        for asked in self.asked:
-            text = text.replace(asked, "")
-            text = re.sub(r"(?i)\b" + r"\W*".join(map(re.escape, words_of(asked))) + r"\b", "", text)
+        text = self.without_asked(text)
         for name in sorted(names_in(text)):
             if bare(name) in self.names:
                 yield f"leaks a new name of the solution: {name}"
@@ -1616,6 +1614,14 @@ class Solution:
             yield "repeats the title of the pull request"
         if self.called and (advice := re.search(ADVICE % "|".join(self.called), text, re.I)):
             yield f"leaks a means of the solution: {advice[1]}"
+
+    def without_asked(self, text):
+        """The text without what the tests ask for, as they have it and in other signs and cases."""
+        for asked in sorted(self.asked, key=len, reverse=True):  # one may be a part of another
+            text = text.replace(asked, "")
+        for asked in self.asked:
+            text = re.sub(r"(?i)\b" + r"\W*".join(map(re.escape, words_of(asked))) + r"\b", "", text)
+        return text
 
     def repeats(self, line, text):
         """Does a text have half a line of the solution, word for word or with its variables renamed?"""

@@ -560,15 +560,26 @@ def test_a_text_full_of_signs_and_an_inner_function_may_be_given_where_the_tests
     line = '    return fetch("https://[::ffff:192.168.0.1]/") or _split_parts(url)\n'
     old = "def get(url):\n    return None\n\n\ndef _split_parts(url):\n    return url\n"
     new = old.replace("    return None\n", line).replace("return url", "return url.parts")
-    test = "def test():\n    assert get(1) == 'https://[::ffff:192.168.0.1]/'\n    assert _split_parts(2)\n"
+    test = "def test():\n    assert get(0) == '::ffff:192.168.0.1'\n"
+    test += "    assert get(1) == 'https://[::ffff:192.168.0.1]/'\n    assert _split_parts(2)\n"
     solution = pull("Split", "get.py", old, new, "test_get.py", "", test)
-    assert solution.asked == ["https://[::ffff:192.168.0.1]/"]
+    assert solution.asked == ["::ffff:192.168.0.1", "https://[::ffff:192.168.0.1]/"]
     assert not list(solution.leaks("The address https://[::ffff:192.168.0.1]/ goes to _split_parts."))
     assert list(solution.leaks('It is `fetch("https://` and so on; edit _split_parts.')) == [
         "leaks a new name of the solution: fetch",
         f"repeats a line of the solution: {line.strip()}",
         "says which function to change: _split_parts",
     ]
+
+
+def test_of_texts_that_overlap_nothing_is_left_to_be_a_leak():
+    old = "def get(path):\n    return quote(path, safe='/')\n"
+    new = old.replace("safe='/'", 'safe=DELIMS + ":/[]@"')
+    texts = "/!$&'()*+,;= abc ABC 123 :/[]@", "!$&'()*+,;= abc ABC 123 :/[]@?#", "abc ABC 123 :/[]@"
+    test = "def test():\n" + "".join(f"    assert get(1) == {text!r}\n" for text in texts)
+    solution = pull("Quote less", "get.py", old, new, "test_get.py", "", test)
+    assert solution.asked == list(texts)
+    assert not list(solution.leaks(" ".join(f'It gives "{text}".' for text in texts)))
 
 
 @pytest.mark.parametrize(
