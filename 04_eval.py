@@ -2204,6 +2204,8 @@ SUMMARY = {
         "fingerprints": {"type": "object"},
         "versions": {"type": "object"},
         "not_run": {"type": "object", "additionalProperties": {"type": "integer"}},
+        "rounds_ended_by": {"type": "object"},
+        "warnings": {"type": "array"},
         "task_sha256": NAMES,
         "sources": NAMES,
         "by_task": {"type": "object", "minProperties": 1, "additionalProperties": SCORES},
@@ -2241,7 +2243,8 @@ def scores_within(folder, summary, rounds):
     """by_task of a run as if it had been allowed so many rounds only."""
     if summary["settings"]["rounds"] == rounds:
         return summary["by_task"]
-    return by_task(episodes_in(Path(folder, "episodes.jsonl")).values(), rounds)
+    scores = by_task(episodes_in(Path(folder, "episodes.jsonl")).values(), rounds)
+    return {task: scores[task] for task in summary["by_task"] if task in scores}
 
 
 def print_differences(folders, summaries):
@@ -2343,9 +2346,11 @@ def compare(folders, paper):
     tasks = tasks_of_all(folders, summaries, runs)
     print_differences(folders, summaries)
     for folder, summary in zip(folders, summaries):
-        left = sum(summary["not_run"].values())
-        counts = f"{len(tasks)} of {summary['tasks']} tasks, {left} episodes not run"
-        print(f"{folder}: {summary['model']}, {counts}")
+        ended = listed(summary.get("rounds_ended_by", {}))
+        counts = f"{len(tasks)} of {summary['tasks']} tasks; rounds ended by: {ended}"
+        print(f"{folder}: {summary['model']}, {counts}; not run: {listed(summary['not_run'])}")
+        for told in summary.get("warnings", []):
+            print(f"beware: {folder}: {told}")
     if any(summary["settings"]["rounds"] != rounds for summary in summaries):
         print(f"the runs had different --rounds: only what {rounds} round(s) decide is compared")
     print_tasks(tasks, runs)

@@ -394,6 +394,9 @@ def test_what_cannot_be_compared_is_refused_and_what_differs_is_said(
     lines = compared(run_stage, two_runs[0], tmp_path / "hot")
     assert any(line.startswith("beware: temperature differs: ") and "0.6" in line for line in lines)
     assert any(line.startswith("SR@1: 0.0% ") for line in lines) and not any("SR@3" in line for line in lines)
+    told = [line for line in lines if line.startswith(str(tmp_path))]
+    assert told[0].endswith("base: base, 6 of 6 tasks; rounds ended by: answer 18; not run: none")
+    assert [line[0] for line in lines if line[:2] in ("a ", "b ", "c ", "d ", "e ", "f ")] == list("abcdef")
 
 
 @pytest.mark.parametrize("damage", ["{", "null", '{"by_task": {"a": {"FTFC": NaN}}}', '{"by_task": {"a": {"FTFC": 7}}}'])
