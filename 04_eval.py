@@ -209,12 +209,16 @@ def read_json(path):
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
-def write_json(path, value):
+def write_whole(path, text):
     """Under a temporary name first: a reader, or a run that goes on after a kill, sees the old file or the
     new one."""
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=2))
+    partial.write_text(text)
     partial.replace(path)
+
+
+def write_json(path, value):
+    write_whole(path, json.dumps(value, indent=2))
 
 
 def sha256(value):
@@ -244,7 +248,7 @@ TURN = {
 TASK = {
     "required": ["query_id", "turns"],
     "properties": {
-        "query_id": {"type": "string", "pattern": r"^[\w.@#-]+\Z"},  # it names a folder
+        "query_id": {"type": "string", "pattern": r"^[\w.@#-]{1,200}\Z"},  # it names a folder
         "turns": {"type": "array", "minItems": 1, "items": TURN},
         "workspace": {"type": ["string", "null"]},
         "private": {"type": ["string", "null"]},
@@ -272,6 +276,7 @@ def read_tasks(settings, tools):
                 raise InputError(f"{where}: {error.json_path.removeprefix('$.')}: {error.message[:200]}")
             if task["query_id"] in tasks:
                 raise InputError(f"{where}: query_id {task['query_id']!r} stands there twice")
+            task = json.loads(valid_text(json.dumps(task, ensure_ascii=False)))
             check_turns(where, task, settings)
             for key in ("workspace", "private", "venv"):
                 if task.get(key):
@@ -985,6 +990,7 @@ class Sandbox:
         return [*command, python], [hosts, options]
 
     async def start(self):
+        self.workspace.chmod(self.workspace.stat().st_mode | 0o700)  # whatever the agent did to the door
         self.name = f"limi-{uuid.uuid4().hex}"
         command, descriptors = self.launcher(self.name)
         command += ["-I", "-c", BOOT]  # isolated: no file of the agent's folder is imported
@@ -1478,7 +1484,8 @@ def remedy_of(text):
     """The setting that a refusal is about."""
     for word in ("temperature", "top_p", "seed", "max_tokens"):
         if re.search(rf"['\"`]?\b{word}\b", text):
-            return f" (`request: {{{word}: null}}` in --config leaves it out; see recipes/endpoints)"
+            request = "judge_request" if "--judge_model" in text else "request"
+            return f" (`{request}: {{{word}: null}}` in --config leaves it out; see recipes/endpoints)"
     if "tool" in text and "HTTP 400" in text:
         return " (a vLLM needs --enable-auto-tool-choice and --tool-call-parser; or try --no_tools)"
     return ""
@@ -2032,19 +2039,15 @@ class Regrade(Episode):
     def __init__(self, bench, task, old):
         super().__init__(bench, task, old["run"])
         self.old = old
-        self.source = Path(self.settings.regrade, "states", self.name)
+        self.states = Path(self.settings.regrade, "states", self.name)
 
     async def run(self):
         answers = answers_of(self.old["messages"])
-        self.states = self.source
         for record, answer in zip(self.old["rounds"], answers):
-            self.turn = record["turn"]
+            self.turn, self.attempt, self.stop = (record[key] for key in ("turn", "round", "stop"))
             self.talk.messages.append({"role": "assistant", "content": answer})
             await self.restore(record)
-            checks, feedback = await self.grade()
-            score = sum(check["passed"] for check in checks) / len(checks)
-            changed = {"checks": checks, "score": score, "feedback": "" if score == 1 else feedback}
-            self.rounds.append(record | changed)
+            self.close_round(*await self.grade())
         self.stats.update({key: self.old["meta"].get(key, 0) for key in STATS})
         return self.row(self.old["meta"]["seconds"]) | {"messages": self.old["messages"]}
 
@@ -2194,13 +2197,14 @@ def warnings_of(episodes, stops):
 
 # Of a summary.json, what --compare reads
 NAMES = {"type": "object", "additionalProperties": {"type": ["string", "null"]}}
-SCORES = {"type": "object", "minProperties": 1, "additionalProperties": {"minimum": 0, "maximum": 1}}
-SCORES["additionalProperties"]["type"] = "number"
+SCORE = {"type": "number", "minimum": 0, "maximum": 1}
+SCORES = {"type": "object", "minProperties": 1, "additionalProperties": SCORE}
+ROUNDS = {"rounds": {"type": "integer", "minimum": 1}}
 SUMMARY = {
     "type": "object",
     "required": ["model", "settings", "fingerprints", "tasks", "not_run", "task_sha256", "by_task"],
     "properties": {
-        "settings": {"required": ["rounds"], "properties": {"rounds": {"type": "integer", "minimum": 1}}},
+        "settings": {"type": "object", "required": ["rounds"], "properties": ROUNDS},
         "fingerprints": {"type": "object"},
         "versions": {"type": "object"},
         "not_run": {"type": "object", "additionalProperties": {"type": "integer"}},
@@ -2211,7 +2215,6 @@ SUMMARY = {
         "by_task": {"type": "object", "minProperties": 1, "additionalProperties": SCORES},
     },
 }
-SUMMARY["properties"]["settings"]["type"] = "object"
 
 
 def load_run(folder):
@@ -2789,9 +2792,7 @@ def write_summary(settings, tasks, rows, not_run, fingerprints):
     empty = {"tasks": 0, "episodes": 0, "metrics": {}, "by_task": {}}
     summary |= summarize(rows, settings) if rows else empty
     summary["usd"] = usd(settings, summary["metrics"])
-    partial = output_dir / "not_run.jsonl.partial"
-    partial.write_text("".join(json.dumps(entry) + "\n" for entry in not_run))
-    partial.replace(output_dir / "not_run.jsonl")
+    write_whole(output_dir / "not_run.jsonl", "".join(json.dumps(entry) + "\n" for entry in not_run))
     write_json(output_dir / "summary.json", summary)
     return summary
 

@@ -537,6 +537,20 @@ def test_modes_are_work_too(endpoint, evaluate, tmp_path):
     assert again["by_task"]["t"]["SR@1"] == 0.5
 
 
+@pytest.mark.parametrize("lock", ["chmod 000 /workspace", "rm -rf /workspace/* /workspace/.[a-z]*; chmod 0 ."])
+def test_an_agent_that_locks_its_folder_is_graded(endpoint, evaluate, lock):
+    """Not one that takes its failure out of the mean."""
+    endpoint.script["q"] = [call("run_shell_command", command=lock), say("done"), call("glob", pattern="*"), say("x")]
+    _, summary = evaluate(("t", [("q", "test -e a")]), rounds=2)
+    assert summary["not_run"] == {} and summary["by_task"]["t"]["SR@2"] == 0
+
+
+def test_half_an_emoji_in_a_task_harms_nobody(endpoint, evaluate):
+    endpoint.script["a\ufffd"] = [say("done")]
+    _, summary = evaluate({"query_id": "t", "system": "\udc80", "turns": [{"query": "a\ud83d", "check": "true"}]})
+    assert summary["by_task"]["t"]["SR@3"] == 1
+
+
 def test_what_a_machine_lacks_is_named(endpoint, evaluate):
     turns = [{"query": "q", "check": "true"}]
     tasks = [
@@ -934,6 +948,7 @@ BAD_TASKS = [
     (json.dumps(GOOD | {"turns": []}), ["queries.jsonl:1", "turns"]),
     (json.dumps({"turns": GOOD["turns"]}), ["queries.jsonl:1", "'query_id' is a required property"]),
     (json.dumps(GOOD | {"query_id": "../../etc"}), ["queries.jsonl:1", "query_id"]),
+    (json.dumps(GOOD | {"query_id": "x" * 250}), ["queries.jsonl:1", "query_id"]),
     (json.dumps(GOOD) + "\n" + json.dumps(GOOD), ["queries.jsonl:2", "'t' stands there twice"]),
     (json.dumps(GOOD | {"workspace": "none"}), ["queries.jsonl:1", "workspace", "none does not exist"]),
     (json.dumps(GOOD | {"tools": [{"function": {"name": "web_fetch", "parameters": {}}}]}), ["queries.jsonl:1: tools: ", "web_fetch"]),

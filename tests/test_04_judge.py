@@ -250,6 +250,16 @@ def test_the_judge_is_asked_before_anything_is_paid_for(endpoint, evaluate, m):
     assert not any("<task>" in str(body) or body["messages"][1]["content"] == "q" for body in endpoint.requests)
 
 
+def test_what_the_judge_refuses_names_its_own_setting(endpoint, evaluate, m):
+    refusal = (400, {}, '{"error": {"message": "\'temperature\' does not support 0.0"}}')
+    endpoint.script["Read /workspace/probe.txt with the tool read_file."] = lambda body: (
+        refusal if body["model"] == "grader" else say("x")
+    )
+    task = {"query_id": "t", "turns": [{"query": "q", "rubric": ["r"]}]}
+    with pytest.raises(m.InputError, match="`judge_request: {temperature: null}`"):
+        evaluate(task, feedback="judge", judge_model="grader")
+
+
 def test_the_judge_has_a_body_of_its_own(judged, endpoint):
     judged("true", [verdicts(("", False))], judge_request={"temperature": None, "top_p": None})
     mine = [body for body in endpoint.requests if body["model"] == "grader"]
