@@ -406,6 +406,10 @@ def normalise(messages, notes: Counter):
         else:
             calls = message.pop("calls", [])
             turns.append(message | {"calls": calls, "results": [None] * len(calls)})
+    for turn in turns:  # a text between calls is of their response; after a lost result it is an answer
+        if turn.get("text_after_calls") and None in turn["results"]:
+            call = turn["calls"][turn["results"].index(None)]
+            raise Reject(f"call_without_result: {call['function']['name']}, and an answer follows")
     turns, left_out = drop_pseudo_turns(turns)
     left_out += cut_end(turns, notes)
     mark_greeting(turns, notes)
@@ -420,8 +424,8 @@ def continues(last, message):
 def merge(last, message, notes):
     if message["weight"] != last["weight"]:
         raise Reject("two_weights: assistant messages in a row with and without loss")
-    if last.get("calls") and message["content"]:  # one turn would say the answer first, then call
-        raise Reject(f"call_without_result: {last['calls'][-1]['function']['name']}, and an answer follows")
+    if last.get("calls") and message["content"]:
+        last["text_after_calls"] = True
     notes["merged"] = 1
     for key in ("content", "reasoning_content"):
         if message.get(key):
