@@ -2,7 +2,7 @@
 
     NAME=qwen3-8b; accelerate launch --config_file recipes/$NAME/accelerate.yaml \\
         03_sft.py --config recipes/$NAME/sft.yaml
-    python 03_sft.py --config recipes/demo/sft.yaml --dry_run   # labels, updates, rates; trains nothing
+    python 03_sft.py --config recipes/demo/sft.yaml --dry_run   # labels, updates, rates, seconds
 
 Reads  data/train.jsonl (02_format_trajectories.py): {"query_id", "messages", "tools", "meta"} per line
 Writes outputs/limi/  bf16 checkpoint that vLLM loads, tokenizer with its chat template, recipe.json (all
@@ -1609,12 +1609,12 @@ def rehearse(settings, args, config, layout, samples, tok, lora) -> None:
     layers = getattr(text, "first_k_dense_replace", 0) + 1  # GLM-4.5's first ones have no experts
     layers = max(1, min(layers, text.num_hidden_layers - 1))
     needed = 16 * model_without_weights(first_layers(config, layers + 1)).num_parameters()
-    free = psutil.virtual_memory().available if args.use_cpu else torch.cuda.mem_get_info()[0]
+    free = min(psutil.virtual_memory().available, 1e10) if args.use_cpu else torch.cuda.mem_get_info()[0]
     if layout.processes > 1 or needed > 0.7 * free:
-        return say(f"seconds of a sample: not measured, {needed / 1e9:.0f} GB of a single device are needed")
+        return say(f"training is not tried: it takes one process and {needed / 1e9:.1f} GB of a free GPU")
     sample = sorted(samples, key=lambda sample: len(sample["labels"]))[len(samples) // 2]
     tokens = min(len(sample["labels"]), 512) if args.use_cpu else len(sample["labels"])
-    sample = {name: sample[name][:tokens] for name in ("input_ids", "labels")}
+    sample = {name: sample[name][-tokens:] for name in ("input_ids", "labels")}
     plan = Plan([0, 0], steps=2, accumulated=1, rates=[], tokens=[tokens, tokens])
     alone = replace(settings, eval_command=None)
     few = copy.deepcopy(args)
