@@ -46,7 +46,8 @@ def cost():
 @pytest.fixture
 def checkout(tmp_path):
     """A folder with run.sh and the recipes, and beside it programs that only write down how they were called
-    (cost.py runs); one whose command holds the word in the file "fails" ends with 1, as if killed."""
+    (cost.py runs); one whose command holds the word in the file "fails" ends with 1, the word in "kills" ends
+    run.sh itself at once."""
     root = tmp_path / "checkout"
     files = [*ROOT.glob("recipes/*/*.yaml"), *ROOT.glob("recipes/*/config.json")]
     for path in [*files, *LIMI.glob("*.sh"), LIMI / "cost.py"]:
@@ -62,6 +63,7 @@ def checkout(tmp_path):
             [[ $1 != *cost.py ]] || exec {sys.executable} "$@"
             echo "${{0##*/}} $*" >> {tmp_path}/calls
             case "$*" in *"$(cat {tmp_path}/fails 2> /dev/null || echo never)"*) exit 1 ;; esac
+            case "$*" in *"$(cat {tmp_path}/kills 2> /dev/null || echo never)"*) kill -KILL $PPID ;; esac
             [ "$1 $2" != "-m venv" ] || {{ mkdir -p "$3/bin"; cp {programs}/pip {programs}/python "$3/bin"; }}
             """
         )
@@ -378,6 +380,21 @@ def test_a_step_that_is_done_is_skipped_and_one_that_failed_runs_again(run, tmp_
     ]
     _, calls = run("Qwen/Qwen3-8B")
     assert [call.split()[1] for call in calls] == ["recipes/limi/table.py"]
+
+
+def test_a_run_that_is_killed_twice_does_what_is_left_and_no_more(run, tmp_path):
+    _, whole = run("Qwen/Qwen3-8B")
+    shutil.rmtree(tmp_path / "checkout" / "results")
+    calls = []
+    for place in ("03_sft.py", "tuned-no_tools"):
+        (tmp_path / "kills").write_text(place)
+        done, before = run("Qwen/Qwen3-8B")
+        assert done.returncode == -9
+        calls += before[:-1]  # the last one was cut short
+    (tmp_path / "kills").unlink()
+    done, rest = run("Qwen/Qwen3-8B")
+    assert done.returncode == 0
+    assert calls + rest == whole
 
 
 def test_a_step_whose_command_has_changed_runs_again(run):
