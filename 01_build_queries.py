@@ -436,8 +436,8 @@ def checkout(clone, commit, folder, paths=None):
                 raise InputError(f"{clone}: git {args[0]}: {done.stderr.decode(errors='replace').strip()}")
 
 
-def repository_names(clone):
-    """[owner/name of the clone's origin, else the folder's name; the name that its package gives itself]"""
+def repository_name(clone, deny):
+    """owner/name of the clone's origin, else the folder's name; neither it nor its package may be denied."""
     if git(clone, "rev-parse", "--is-shallow-repository") == b"true\n":
         raise InputError(f"{clone}: a shallow clone has no history to mine: git -C {clone} fetch --unshallow")
     if not head_of(clone):
@@ -448,7 +448,9 @@ def repository_names(clone):
     for file in ("pyproject.toml", "setup.cfg", "setup.py"):
         if blob_of(clone, "HEAD", file):
             names += re.findall(r"""(?m)^\s*name\s*=\s*["']?([\w.-]+)""", show(clone, "HEAD", file))[:1]
-    return names
+    if set(deny) & {name.split("/")[-1].lower() for name in names}:
+        raise InputError(f"{clone}: {names[0]} is part of a benchmark: leave it out, or give another --deny")
+    return names[0]
 
 
 def head_of(clone):
@@ -676,7 +678,7 @@ def attach_material(row, clone, pull, kinds):
 
 def mine_clone(settings, clone):
     """(name, rows) of a repository: a row for every pull request; those that pass have "material"."""
-    name = allowed_name(clone, settings.deny)
+    name = repository_name(clone, settings.deny)
     refs = git(clone, "for-each-ref", "--format=%(refname)", "refs/pull").decode(errors="replace")
     refs = set(map(int, re.findall(r"^refs/pull/(\d+)/", refs, re.M)))
     seen = set()
@@ -705,13 +707,6 @@ def mine_clone(settings, clone):
         if not row["reasons"]:
             attach_material(row, clone, pull, kinds)
     return name, rows
-
-
-def allowed_name(clone, deny):
-    names = repository_names(clone)
-    if set(deny) & {name.split("/")[-1].lower() for name in names}:
-        raise InputError(f"{clone}: {names[0]} is part of a benchmark: leave it out, or give another --deny")
-    return names[0]
 
 
 def row_of(name, pull, times):
@@ -1128,10 +1123,6 @@ def times_solved(episodes):
 
 def has_all(row, key):
     return all(key in turn for turn in row["turns"])
-
-
-def is_chain(row):
-    return "parts" in row
 
 
 def chains(rows, longest):
@@ -1817,7 +1808,7 @@ def ask_judge(settings, work, rows):
 def check(settings, work, rows):
     """Give every task the reasons against it; of two that are nearly the same the first is kept."""
     benchmark = benchmark_ngrams(settings.benchmark)
-    live = [row for row in open_rows(rows) if not is_chain(row)]
+    live = [row for row in open_rows(rows) if "parts" not in row]  # a chain is filled from its parts
     for row in live:
         if "material" in row:
             row["reasons"] += read_draft(row) or text_reasons(row)
@@ -1843,7 +1834,7 @@ def fill_chains(rows):
     """The turns of a chain are those of its parts; it takes their place if all of them passed."""
     by_id = {row["query_id"]: row for row in reversed(rows)}  # of one number the first was proven
     for row in rows:
-        if not is_chain(row) or row["reasons"]:
+        if "parts" not in row or row["reasons"]:
             continue
         parts = [by_id[name] for name in row["parts"]]
         if any(part["reasons"] for part in parts):
