@@ -1,6 +1,6 @@
 """Print [[score from 0 to 10 of each attempt] of each subtask] as they stand in a grader's meta_eval.json: a
-score an attempt; the mean of a text's and a picture's, as the paper has it (sec. 3.3); or one for the smallest
-loss (Code 6 and 7), here of its attempt; or success (MCP 2).
+score an attempt; the mean of a text's and a picture's, as the paper has it (sec. 3.3); or one for the
+smallest loss (Code 6 and 7), here of its attempt; or success (MCP 2).
 """
 
 import json
