@@ -1724,16 +1724,19 @@ def check_where(row, conditions, columns):
 
 # 8. Secrets and private names
 EXAMPLES = re.compile("EXAMPLE|eyJzdWIiOiIxMjM0NTY3ODkw")  # AWS's documentation, jwt.io
-OWN_SECRETS = {  # what pybetterleaks 0.6.2 does not find
-    "aws-access-key-id": re.compile(r"\b(?:AKIA|ASIA)[A-Z0-9]{16}\b"),
+# What pybetterleaks 0.6.2 does not find; letters first and \b after: re looks for letters ten times as fast
+OWN_SECRETS = {
+    "aws-access-key-id": re.compile(r"A(?<!\wA)(?:KIA|SIA)[A-Z0-9]{16}\b"),
     "aws-secret-access-key": re.compile(r"(?i)(?<=secret_access_key)[\"' ]*[:=][\"' ]*[a-z0-9/+=]{40}\b"),
-    "github-fine-grained-pat": re.compile(r"\bgithub_pat_\w{22,}"),
-    "openai-api-key": re.compile(r"\bsk-(?!ant-|or-)(?:proj-|svcacct-)?(?=[A-Za-z_]*\d)[A-Za-z0-9_]{32,}"),
-    "huggingface-token": re.compile(r"\bhf_[A-Za-z0-9]{30,}"),
+    "github-fine-grained-pat": re.compile(r"github_pat_\w{22,}"),
+    "openai-api-key": re.compile(
+        r"sk-(?<!\wsk-)(?!ant-|or-)(?:proj-|svcacct-)?(?=[A-Za-z_]*\d)[A-Za-z0-9_]{32,}"),
+    "huggingface-token": re.compile(r"hf_(?<!\whf_)[A-Za-z0-9]{30,}"),
     "zai-api-key": re.compile(r"\b[0-9a-f]{32}\.[A-Za-z0-9]{16}\b"),
-    "bearer-token": re.compile(r"\b[Bb]earer (?=[A-Za-z._-]*\d)[\w.~+/-]{30,}=*"),
-    "named-token": re.compile(r"\b(?:lsv2_[ps][tk]_|tvly-|ntn_|e2b_|fc-)(?=[A-Za-z-]*\d)[\w-]{24,}\b"),
-    "telegram-bot-token": re.compile(r"\b\d{8,10}:AA[\w-]{33}\b"),
+    "bearer-token": re.compile(r"[Bb]earer (?=[A-Za-z._-]*\d)[\w.~+/-]{30,}=*"),
+    "named-token": re.compile(r"\b(?:lsv2_[ps][tk]_[0-9a-f]{32}_|tvly-[\w-]{20}|ntn_[A-Za-z0-9]{40}"
+                              r"|e2b_[0-9a-f]{40}|fc-[0-9a-f]{32})[\w-]*"),
+    "telegram-bot-token": re.compile(r":AA(?<=\d{8}:AA)[\w-]{33}\b"),
     "azure-sas": re.compile(r"[?&]sig=[\w%+/]{40,}"),
     "private-key-cut": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----\s+(?:[\w-]+: .*\s+)*"
                                   r"(?:[A-Za-z0-9+/=]{30,}\s*)+(?:-----END [A-Z ]*-----)?"),
