@@ -71,9 +71,9 @@ def test_the_subsets_of_a_curve_are_nested(planner, tmp_path):
 
 
 def test_every_size_gets_equal_updates_or_equal_tokens(planner, tmp_path):
-    planner.plan("small", small_recipe(tmp_path), [2, 8], 2)
+    planner.plan("small", small_recipe(tmp_path), [2, 8], 6)
     points = points_of(tmp_path)
-    assert len(points) == 2 * 2 * 2
+    assert len(points) == 2 * 2 * 6
     for point in points:
         size, seed = point["size"], point["seed"]
         rows = rows_of(tmp_path / f"data/curve-small/rows-n{size}-seed{seed}.jsonl")
