@@ -899,11 +899,11 @@ def plan_of(settings, row, environment):
 
 def run_agents(folder, tasks, runs):
     """04's two agents on these tasks: {agent: {query_id: [episode]}}, {query_id: why it was not run}."""
-    write_jsonl(folder / "tasks.jsonl", tasks)
     done = {"nothing": defaultdict(list), "solution": defaultdict(list)}
     lost = {}
     for agent, episodes in done.items():
-        output = run_agent(folder, agent, runs)
+        own = [task for task in tasks if agent == "nothing" or has_all(task, "solution")]
+        output = run_agent(folder, agent, own, runs)
         for row in rows_if_there(output / "episodes.jsonl"):
             episodes[row["query_id"]].append(row)
         for row in rows_if_there(output / "not_run.jsonl"):
@@ -911,11 +911,13 @@ def run_agents(folder, tasks, runs):
     return done, lost
 
 
-def run_agent(folder, agent, runs):
-    """Run 04 with an agent on folder/tasks.jsonl; returns its output folder."""
-    output, log = folder / agent, folder / f"{agent}.log"
+def run_agent(folder, agent, tasks, runs):
+    """Run 04 with an agent on tasks; returns its output folder."""
+    output, log, path = folder / agent, folder / f"{agent}.log", folder / f"{agent}.jsonl"
     argv = f"--agent {agent} --n_runs {runs} --rounds 1 --concurrency {os.cpu_count()}".split()
-    argv += ["--tasks", str(folder / "tasks.jsonl"), "--output_dir", str(output)]
+    argv += ["--tasks", str(path), "--output_dir", str(output)]
+    if not write_jsonl(path, tasks):
+        return output
     with open(log, "w") as file:
         status = subprocess.run([sys.executable, str(EVALUATE), *argv], stdout=file, stderr=file).returncode
     if status and not (output / "summary.json").exists():
@@ -1055,7 +1057,9 @@ def verify(settings, work, rows):
     if settings.dry_run or not settings.verify_runs:
         print("verify: left out (--dry_run, or --verify_runs 0): nothing is proven")
         return rows
-    verify_real(work, [row for row in open_rows(rows) if not is_mined(row)])
+    shutil.rmtree(work / "verify" / "real", ignore_errors=True)
+    own = [row for row in open_rows(rows) if not is_mined(row) and row["turns"] and has_all(row, "check")]
+    verify_real(work / "verify" / "real", own)
     for (name, language), group in candidates(settings, rows).items():
         environment = environment_of(settings, language, group, work)
         if not environment["problem"]:
@@ -1099,14 +1103,19 @@ def verify_group(settings, work, name, group, environment):
         row["task"] = place_task(row, environment, work, plan_of(settings, row, environment) | found)
 
 
-def verify_real(work, rows):
-    """A check that passes before anybody did anything, or fails after its own solution, is rejected."""
-    rows = [row for row in rows if row["turns"] and has_all(row, "check")]
-    if not rows:
+def verify_real(folder, rows):
+    """A check that passes before anybody did anything, or fails after its own solution, is rejected.
+
+    So is a task that 04 refuses: it is found by halves, as it stops the others.
+    """
+    try:
+        done, lost = run_agents(folder, [without(row, "reasons", "material") for row in rows], 1)
+    except InputError as error:
+        if len(rows) == 1:
+            rows[0]["reasons"].append(f"04 refuses it: {error}")
+        for half in (rows[: len(rows) // 2], rows[len(rows) // 2 :]) if len(rows) > 1 else ():
+            verify_real(folder / half[0]["query_id"], half)
         return
-    folder = work / "verify" / "real"
-    shutil.rmtree(folder, ignore_errors=True)
-    done, lost = run_agents(folder, [without(row, "reasons", "material") for row in rows], 1)
     for row in rows:
         name = row["query_id"]
         if name in lost:

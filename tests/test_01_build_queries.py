@@ -1272,7 +1272,7 @@ def test_real_queries_are_proven_selected_and_read_back(tmp_path):
         tmp_path,
         fit=REAL,
         two=turns,
-        idle=REAL.replace("-f out.txt", "-f data.csv"),
+        idle=REAL.replace("-f out.txt", "-f data.csv").replace("solution: echo 2 > out.txt\n", ""),
         wrong=REAL.replace("2 > out.txt", "2"),
     )
     output = tmp_path / "out" / "queries.jsonl"
@@ -1393,6 +1393,19 @@ def test_own_queries_come_from_any_editor_and_one_that_cannot_be_run_stops_no_ot
     assert row["turns"][0]["query"].startswith("請把曲線") and row["turns"][0]["check"] == "test -f out.txt"
     [row] = rows_of(tmp_path / "out" / "rejected_queries.jsonl")
     assert row["reasons"] == ["its query_id is taken"] and "Fit" in row["turns"][0]["query"]
+
+
+def test_a_task_that_04_refuses_is_found_among_the_others(tmp_path, monkeypatch):
+    def agents(folder, tasks, runs):
+        if any(task["query_id"] == "d" for task in tasks):
+            raise stage.InputError("tools: no such tool")
+        unsolved = {task["query_id"]: [{"meta": {"solved": False}}] for task in tasks}
+        return {"nothing": unsolved, "solution": unsolved}, {}
+
+    monkeypatch.setattr(stage, "run_agents", agents)
+    rows = [task(name, name) for name in "abcde"]
+    stage.verify_real(tmp_path, rows)
+    assert [row["reasons"] for row in rows] == [[], [], [], ["04 refuses it: tools: no such tool"], []]
 
 
 def test_a_workspace_that_holds_the_output_is_refused(tmp_path):
