@@ -382,6 +382,23 @@ def test_a_step_that_is_done_is_skipped_and_one_that_failed_runs_again(run, tmp_
     assert [call.split()[1] for call in calls] == ["recipes/limi/table.py"]
 
 
+@pytest.mark.parametrize(
+    ("reasons", "code"),
+    [([], 0), (["missing_need"], 0), (["missing_need", "endpoint_error"], 1), (None, 1)],
+)
+def test_a_warning_does_not_end_the_run_and_an_episode_to_repeat_does(run, checkout, tmp_path, reasons, code):
+    """04 ends with 1 in all these cases; None: it has written no summary."""
+    (tmp_path / "fails").write_text("base-tools")
+    folder = checkout / "results/limi-qwen3-8b/base-tools"
+    if reasons is not None:
+        folder.mkdir(parents=True)
+        (folder / "summary.json").write_text("{}")
+        lines = [json.dumps({"query_id": "q", "run": 0, "reason": reason}) for reason in reasons]
+        (folder / "not_run.jsonl").write_text("".join(line + "\n" for line in lines))
+    done, _ = run("Qwen/Qwen3-8B")
+    assert done.returncode == code
+
+
 def test_a_run_that_is_killed_twice_does_what_is_left_and_no_more(run, tmp_path):
     _, whole = run("Qwen/Qwen3-8B")
     shutil.rmtree(tmp_path / "checkout" / "results")
