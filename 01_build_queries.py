@@ -804,8 +804,9 @@ def build_environment(settings, language, clone, base, folder):
         said = [line for line in log.read().splitlines() if line.strip()] or [""]
     shutil.rmtree(folder / "tree")
     if status:
-        errors = [line for line in said if re.search(r"(?i)\berror\b|not found|no matching", line)]
-        told = (errors or said[-1:])[0][:200]
+        errors = [line for line in said if re.search(r"(?i)\berror\b|not found|no matching|could not", line)]
+        errors = errors or said[-1:]
+        told = " ... ".join(dict.fromkeys((errors[0], errors[-1].strip())))[:200]  # what failed, and why
         return {"runner": None, "problem": f"cannot be built: {told} (all of it: {folder}/setup.log)"}
     runner = RUNNERS[language]
     if said[-1].startswith("runner: "):
