@@ -1355,9 +1355,9 @@ def make_row(source, reader: Format, record, run: Run):
         raise Reject(str(error) if named else f"malformed: {type(error).__name__}: {error}") from None
     if lost := lost_content(loose.get("checked", record), kept, reader.kinds, reader.left_out):
         raise Reject(f"lost_content: {lost}")
-    row["query_id"], row["meta"] = describe(row["meta"], source, reader.name)
+    row["query_id"], row["meta"] = describe(row["meta"], repair(source), reader.name)
     tie_to_task(row, run)
-    return map_strings(row, repair), notes
+    return row if kept.joined.isascii() else map_strings(row, repair), notes
 
 
 def prompt_of(source, tasks):
@@ -1752,7 +1752,7 @@ PRIVATE = (  # replaced by --redact; git@host is nobody's address, name@2x.png a
                 r"(?!(?:png|jpe?g|gif|svg|webp|[cm]?[jt]sx?|py|md|json|css|html?)\b)[A-Za-z]{2,}\b"),
      "user@example.com"),
 )  # fmt: skip
-APART = "\n\u2021\n"  # between two strings: no secret holds it
+APART = "\n\x1f\n"  # between two strings: no secret holds it
 SCAN_AT_ONCE = 2_000_000  # characters: a scan costs 10 ms before it begins
 
 
