@@ -24,6 +24,17 @@ QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 QWEN_ADDED = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Models as small as these take five times the CPU on two threads, which wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 def answers(name, thinks, turns):
     """What the scripted model says in a task: text with a call, a bare call, an answer; in the second turn again."""
     why = (lambda text: {"reasoning": text}) if thinks else (lambda text: {})
