@@ -551,6 +551,19 @@ def test_half_an_emoji_in_a_task_harms_nobody(endpoint, evaluate):
     assert summary["by_task"]["t"]["SR@3"] == 1
 
 
+def test_without_a_sandbox_the_states_are_those_of_their_episode(evaluate, tmp_path):
+    """Whatever the folders are called, and though /tmp is everybody's."""
+    tasks = []
+    for name in "abcdef":
+        turn = {"query": "q", "check": f"grep {name} x && ls | grep -c . | grep -x 1", "solution": f"echo {name} > x"}
+        tasks.append({"query_id": name, "turns": [turn]})
+    folder = tmp_path / "my workspace/state"
+    given = {"sandbox": "none", "agent": "solution"}
+    evaluate(*tasks, **given, output_dir=folder / "out")
+    _, again = evaluate(*tasks, **given, regrade=str(folder / "out"), output_dir=folder / "again")
+    assert again["metrics"]["SR@1"] == 1 and again["metrics"]["states_not_kept"] == 0
+
+
 def test_what_a_machine_lacks_is_named(endpoint, evaluate):
     turns = [{"query": "q", "check": "true"}]
     tasks = [
