@@ -16,7 +16,6 @@ import math
 import random
 import statistics
 import sys
-import zlib
 from pathlib import Path
 
 import yaml
@@ -30,8 +29,7 @@ COLUMNS += ["tasks for +5 points", "answered", "first 20 messages"]
 LOOKS = {"rows": ("#2f6fde", "#1f9d55"), "other": ("#b45309", "#9333ea")}  # a colour for each arm
 DEGENERATE = ("empty", "unparsed", "repetitive")
 LOOKED_AT = 20  # messages of a model in which it is looked for degeneration
-REPETITIVE = 0.15  # a text that zlib makes smaller than this share says the same again and again
-LONG = 400  # bytes, below which that share means nothing
+LONGEST_LOOP = 200  # characters of what is said again and again
 
 
 class InputError(ValueError):
@@ -174,9 +172,19 @@ def kind_of(said, before):
         return "empty"
     if '{"invalid_json": ' in said:  # 04's mark of a call that it could not read
         return "unparsed"
-    data = said.encode(errors="replace")
-    again = len(data) > LONG and len(zlib.compress(data)) < REPETITIVE * len(data)
-    return "repetitive" if again or said == before else ""
+    return "repetitive" if loops(said) or said == before else ""
+
+
+def loops(said):
+    """Does it end in the same, five times and 60 characters or more? What closes a call is no end."""
+    said = said.rstrip('"}] ')
+    for period in range(1, LONGEST_LOOP + 1):
+        same = 0
+        while same + period < len(said) and said[-1 - same] == said[-1 - same - period]:
+            same += 1
+        if same >= max(4 * period, 60):
+            return True
+    return False
 
 
 def degeneration(folders):

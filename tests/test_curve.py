@@ -279,7 +279,11 @@ def test_only_the_first_twenty_messages_are_looked_at(curve, tmp_path):
         (" \n", None, "empty"),
         ('bash {"invalid_json": "{"}', None, "unparsed"),
         ("ls ls ls " * 60, None, "repetitive"),
-        ("ls ls ls " * 10, None, ""),  # short texts may repeat a word
+        ("The code:\n" + "The text:\n" * 13 + "The te", None, "repetitive"),  # cut by its length
+        ("The lines: " + "1." * 50, None, "repetitive"),
+        ('bash {"command": "' + "sudo rm -r / && " * 9 + '"}', None, "repetitive"),
+        ("The text:\n" * 13 + "And now something else.", None, ""),
+        ("ls ls ls " * 6, None, ""),  # a short text may repeat a word
         ("Now the tests.", "Now the tests.", "repetitive"),
         ("Now the tests.", "First the tests.", ""),
         (" ".join(str(number * number) for number in range(300)), None, ""),
