@@ -1229,7 +1229,8 @@ def read_arguments(given):
             raise ValueError(f"expected an object, found {type(arguments).__name__}")
         return json.loads(valid_text(json.dumps(arguments, ensure_ascii=False, allow_nan=False))), None
     except (ValueError, RecursionError) as problem:
-        return {"invalid_json": given}, f"Error: the arguments are not a JSON object: {problem}"
+        kept = given if isinstance(given, str) else json.dumps(given)
+        return {"invalid_json": kept}, f"Error: the arguments are not a JSON object: {problem}"
 
 
 def read_calls(message, taken):

@@ -270,6 +270,7 @@ CALLS = {
     "cut": ({"arguments": '{"pattern": '}, {"invalid_json": '{"pattern": '}, 0),
     "a list": ({"arguments": "[1]"}, {"invalid_json": "[1]"}, 0),
     "no number": ({"arguments": '{"pattern": NaN}'}, {"invalid_json": '{"pattern": NaN}'}, 0),
+    "a list without end": ({"arguments": [float("inf")]}, {"invalid_json": "[Infinity]"}, 0),
     "no end": ({"arguments": '{"pattern": 1e999}'}, {"invalid_json": '{"pattern": 1e999}'}, 0),
     "half an emoji": ({"arguments": '{"pattern": "a\\ud83d"}'}, {"pattern": "a\ufffd"}, None),
 }
@@ -281,6 +282,43 @@ def test_a_bad_call_is_kept_as_it_was_and_never_trained(ask, what):
     reply = ask({"content": None, "tool_calls": [{"id": "1", "function": {"name": "glob"} | given}]})
     assert reply.stop is None and reply.message["tool_calls"][0]["function"]["arguments"] == arguments
     assert reply.message.get("weight") == weight and bool(reply.errors[0]) == (weight == 0)
+
+
+ODD = [None, 0, -1, 1e400, float("nan"), True, "", "x", "error", [], [None], [[]], {}, {"a": 1}, {"text": None}, 10**400]
+CALL = {"id": "a", "type": "function", "function": {"name": "glob", "arguments": '{"pattern": "*"}'}}
+SAID = {"role": "assistant", "content": [{"type": "text", "text": "hi"}], "refusal": None}
+WHOLE = {
+    "a call": {"choices": [{"finish_reason": "tool_calls", "message": SAID | {"tool_calls": [CALL]}}], "usage": {}},
+    "an answer": {"choices": [{"finish_reason": "stop", "message": SAID}], "usage": {"prompt_tokens": 1}, "error": None},
+}
+
+
+def places(value, path=()):
+    """The path of every value inside a JSON value."""
+    parts = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, part in parts:
+        yield (*path, key)
+        yield from places(part, (*path, key))
+
+
+@pytest.mark.parametrize("what", WHOLE)
+def test_whatever_stands_in_a_reply_is_a_stop_or_a_refusal(m, what):
+    for path in places(WHOLE[what]):
+        for odd in ODD:
+            data = json.loads(json.dumps(WHOLE[what]))
+            inner = data
+            for key in path[:-1]:
+                inner = inner[key]
+            inner[path[-1]] = odd
+            try:
+                reply = m.read_reply(data, set(), True)
+            except m.Refusal as refusal:
+                assert refusal.kind in ("again", "unknown"), (path, odd)
+                continue
+            except (ValueError, LookupError, TypeError, AttributeError):
+                continue  # post() makes "not a chat completion" of these
+            assert reply.stop in (*m.GRADED, None) and (reply.stop is None) == ("tool_calls" in reply.message)
+            json.dumps(reply.message, allow_nan=False)  # a row is JSON
 
 
 def test_calls_without_an_id_or_with_the_same_get_their_own(ask):
