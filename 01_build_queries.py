@@ -135,6 +135,7 @@ class Settings:
     # verify
     languages: str = setting(str(LANGUAGES_FOLDER), "Set-ups of environments, and check.py.")
     setup_command: str | None = setting(None, "Makes $ENVIRONMENT, run in a repository's tree.")
+    setup_seconds: int = setting(900, "Seconds that making an environment may take.")
     test_command: str | None = setting(None, "Runs {files}, writes JUnit XML to {report}.")
     timeout: int = setting(120, "Seconds that a test run may take.")
     verify_runs: int = setting(3, "Runs of each task's solution and of doing nothing; 0: none.")
@@ -796,13 +797,16 @@ def build_environment(settings, language, clone, base, folder):
     shutil.rmtree(folder, ignore_errors=True)
     checkout(clone, base, folder / "tree")
     env = setup_variables(clone, base)
-    argv = [sys.executable, Path(settings.languages) / "environment.py", folder / "tree", folder, language,
-            settings.setup_command or ""]
+    argv = ["timeout", "--kill-after=9", settings.setup_seconds, sys.executable]
+    argv += [Path(settings.languages) / "environment.py", folder / "tree", folder, language]
+    argv.append(settings.setup_command or "")
     with open(folder / "setup.log", "w+", errors="replace") as log:
         status = subprocess.run(list(map(str, argv)), env=env, stdout=log, stderr=log).returncode
         log.seek(0)
         said = [line for line in log.read().splitlines() if line.strip()] or [""]
     shutil.rmtree(folder / "tree")
+    if status in (124, 137):  # of timeout, or its second signal
+        return {"runner": None, "problem": f"took longer than --setup_seconds {settings.setup_seconds}"}
     if status:
         errors = [line for line in said if re.search(r"(?i)\berror\b|not found|no matching|could not", line)]
         errors = errors or said[-1:]
@@ -2102,8 +2106,9 @@ def check_settings(settings):
         raise InputError("nothing to read: give --real FILE_OR_DIR, --repos CLONE... or --papers DIR")
     if settings.issues and not settings.repos:
         raise InputError("--issues needs the clones of their repositories: --repos CLONE...")
-    if min(settings.concurrency, settings.timeout, settings.call_seconds) < 1:
-        raise InputError("--concurrency, --timeout and --call_seconds must be 1 or more")
+    for name in ("concurrency", "timeout", "call_seconds", "setup_seconds"):
+        if getattr(settings, name) < 1:
+            raise InputError(f"--{name} must be 1 or more")
     if settings.test_command and "{report}" not in settings.test_command:
         raise InputError("--test_command must write JUnit XML: pytest --junitxml={report} {files}")
 
@@ -2121,6 +2126,9 @@ def main(settings):
             rows = step(settings, work, rows)
             if not settings.dry_run:
                 write_jsonl(work / f"{name}.jsonl", rows)
+            if step is verify and settings.rule == "paper":
+                print("verify: pull requests are not run: --rule paper demands no tests")
+                live = [row for row in live if not is_mined(row)]
             print_step(step.__name__, live)
         before = name
     if settings.step in ("all", "select"):

@@ -425,7 +425,8 @@ def test_a_run_with_a_bad_clone_ends_well(tmp_path, small_repo, endpoint):
     endpoint.script = lambda call, request: (200, completion(json.dumps(DRAFT | {"query": GOOD})), 1)
     flags = "--repos", tmp_path / "folder", tmp_path / "nowhere", repo, "--base_url", endpoint.url
     output = tmp_path / "out" / "queries.jsonl"
-    assert "queries: 1\n" in run(*flags, "--rule", "paper", "--output_file", output)
+    told = run(*flags, "--rule", "paper", "--output_file", output)
+    assert "queries: 1\n" in told and "verify: pull requests are not run" in told and "verify: 1 of" not in told
     inputs = json.loads((output.parent / "queries.settings.json").read_text())["inputs"]
     head = git(repo, "rev-parse", "HEAD").strip()
     clones = tmp_path / "folder", tmp_path / "nowhere", repo
@@ -739,6 +740,10 @@ def test_a_missing_tool_and_a_failing_setup_are_named_once_a_repository(
     assert [row["reasons"] for row in rows] == [[f"environment: {problem}"]] * 2
     told = "small: no environment for its 2 candidates: "
     assert capsys.readouterr().out.count(told + problem) == 1
+    settings.setup_command = "sleep 600"
+    settings.setup_seconds = 1
+    stage.verify(settings, tmp_path, stage.mine(settings, None, []))
+    assert told + "took longer than --setup_seconds 1" in capsys.readouterr().out
     monkeypatch.setitem(stage.TOOLCHAINS, "python", "no-such-python")
     stage.verify(settings, tmp_path, stage.mine(settings, None, []))
     assert told + "no-such-python is not installed" in capsys.readouterr().out
