@@ -1,28 +1,8 @@
-"""Are your trainer's labels what your engine must generate? Any trainer's, from a dump of what it trains on.
-
+"""Are your trainer's labels what your engine must generate? See recipes/label_doctor/README.md
     python recipes/label_doctor.py --tokenizer Qwen/Qwen3-8B --rows rows.jsonl --labels dump.jsonl
 
-Reads  --rows    conversations, a line each: {"messages", "tools"?, "query_id"?} (02_format_trajectories.py)
-       --labels  what was trained, a line each: {"input_ids", "labels", "query_id"?}, -100 where there is no
-                 loss; a line is of the row with its query_id, or else of its number; a row may have several
-Prints a verdict for every turn of the model that is not exact, and a count of each kind; then exit code 1.
-
-What is right is not read from any trainer: for each turn the model's own chat template says what the engine
-is given (the conversation so far, with a generation prompt) and what the model must then write, up to and
-with the stop token (03_sft.py, whose labels are tested against vLLM's token ids). Verdicts:
-
-  exact                 trained in the context it is served in, all of it, stop token included
-  stop token            the stop token carries no loss, or is not there: the model never learns to stop
-  beginning             the first tokens carry no loss (a header that is cut too far)
-  hole                  tokens in the middle carry no loss
-  not trained           the turn carries no loss at all
-  truncated             the sample ends within the turn
-  missing               a text, call, argument or thought of the turn is nowhere in what is trained
-  written otherwise     all is there, in another form than the template's
-  context               it is trained after other tokens than it is served after
-  context never served  the same, because a later user message has changed what stands before it
-  extra                 tokens that the model never has to write carry loss
-  refused               the template cannot show the row exactly: no labels of it would be right
+Reads rows {"messages", "tools"?, "query_id"?} and what was trained of them, {"input_ids", "labels",
+"query_id"?}, -100 for no loss; prints a verdict for every turn that is not exact, then exit code 1.
 """
 
 import argparse
@@ -39,12 +19,10 @@ sys.path.insert(0, str(ROOT))
 
 @dataclass
 class Turn:
-    """What the engine is given, and what it must generate; token ids."""
-
     number: int  # of the message in the row
     message: dict
-    context: list
-    target: list
+    context: list  # token ids that the engine is given
+    target: list  # token ids that it must generate
 
 
 @dataclass
@@ -53,185 +31,219 @@ class Finding:
     turn: int | None
     detail: str = ""
 
+    def __str__(self):
+        where = "" if self.turn is None else f"messages[{self.turn}]: "
+        return f"{where}{self.kind}: {self.detail}"
+
+
+class Patient:
+    def __init__(self, sample):
+        self.ids = sample["input_ids"]
+        self.trained = [label != -100 for label in sample["labels"]]
+        self.right = sample["right"] = []  # places that should carry loss
+        self.taken = set()  # places of turns
+        self.end = 0  # of the last turn that was found
+
+    def run(self, start):
+        """The range of the first tokens with loss, from start on."""
+        start = next_place(True, self.trained, start)
+        return range(start, next_place(False, self.trained, start))
+
 
 def expected_turns(sft, tok, row):
     """A Turn for each message of the row that the model wrote; raises sft.Refused."""
-    turns = []
     messages = row["messages"]
-    for number, message in enumerate(messages):
-        if sft.is_trained(message):
-            end = number + 1
-            while end < len(messages) and messages[end]["role"] == "tool":
-                end += 1  # GLM-4.5 stops at the role that comes next
-            ids, labels = sft.encode(tok, messages[:end], row.get("tools"), first=number)
-            trained = [place for place, label in enumerate(labels) if label != -100]
-            start = trained[0]
-            turns.append(Turn(number, message, ids[:start], ids[start : trained[-1] + 1]))
-    return turns
+    numbers = [number for number, message in enumerate(messages) if sft.is_trained(message)]
+    spans = []
+    for ids, labels in sft.encode_conversation(tok, messages, row.get("tools")):
+        exact = Patient({"input_ids": ids, "labels": labels})
+        run = exact.run(0)
+        while run:
+            spans.append((ids[: run.start], ids[run.start : run.stop]))
+            run = exact.run(run.stop)
+    numbered = zip(numbers, spans, strict=True)
+    return [Turn(number, messages[number], *span) for number, span in numbered]
 
 
-def place_of(part, ids, start=0):
-    """Where a list of ids stands in another, from start on; None if it does not."""
-    for place in range(start, len(ids) - len(part) + 1):
-        if ids[place] == part[0] and ids[place : place + len(part)] == part:
-            return place
-    return None
+def places_of(part, ids, start):
+    length = len(part)
+    places = range(start, len(ids))
+    return [place for place in places if ids[place : place + length] == part]
 
 
 def first_difference(ours, theirs):
-    """The first place at which two lists differ."""
-    for place, (one, other) in enumerate(zip(ours, theirs)):
-        if one != other:
+    pairs = enumerate(zip(ours, theirs))
+    shorter = min(len(ours), len(theirs))
+    return next((place for place, (one, other) in pairs if one != other), shorter)
+
+
+def next_place(flag, flags, start):
+    return flags.index(flag, start) if flag in flags[start:] else len(flags)
+
+
+def find_turn(turn, patient):
+    """Where a turn begins that is not in its own context: with loss, or at all; else the next loss."""
+    whole = places_of(turn.target, patient.ids, patient.end)
+    part = turn.target[:-1] or turn.target
+    places = whole + places_of(part, patient.ids, patient.end)
+    length = len(turn.target)
+    for place in places:
+        if any(patient.trained[place : place + length]):
             return place
-    return min(len(ours), len(theirs))
+    return whole[0] if whole else patient.run(patient.end).start
 
 
 def shown(tok, ids):
     return repr(tok.decode(ids[:12]))
 
 
-def compare_context(tok, turn, sample, place, whole):
-    """A Finding where the tokens before a turn are not those that it is served after; None if they are."""
-    theirs = sample["input_ids"][:place]
-    if theirs == turn.context:
-        return None
-    at = first_difference(turn.context, theirs)
-    told = f"token {at}: served {shown(tok, turn.context[at:])}, trained {shown(tok, theirs[at:])}"
-    never = sample["input_ids"][: len(whole)] == whole
-    return Finding("context never served" if never else "context", turn.number, told)
+def difference(tok, verb, ours, theirs):
+    at = first_difference(ours, theirs)
+    return f"token {at}: {verb} {shown(tok, ours[at:])}, trained {shown(tok, theirs[at:])}"
 
 
-def compare_labels(tok, turn, labels):
-    """A Finding where a turn's tokens do not all carry loss; None if they do. labels: of its target."""
-    trained = [label != -100 for label in labels]
+def compare_labels(tok, turn, trained):
+    """[Finding] if tokens of a turn carry no loss. trained: of its target, or the beginning of it."""
     if all(trained):
-        return None
+        return []
     if not any(trained):
-        return Finding("not trained", turn.number)
-    if all(trained[:-1]):
-        return Finding("stop token", turn.number, f"{shown(tok, turn.target[-1:])} carries no loss")
+        return [Finding("not trained", turn.number)]
     first = trained.index(False)
-    kind = "beginning" if first == 0 and False not in trained[trained.index(True) : -1] else "hole"
-    return Finding(kind, turn.number, f"{shown(tok, turn.target[first:])} carries no loss")
+    told = f"{shown(tok, turn.target[first : next_place(True, trained, first)])} carries no loss"
+    kind = "hole" if first else "beginning"
+    if first == len(turn.target) - 1:
+        kind = "stop token"
+    return [Finding(kind, turn.number, told)]
 
 
-def missing_parts(sft, tok, turn, sample):
-    """Why a turn's tokens are not in a sample."""
-    ids = sample["input_ids"]
-    without_stop = place_of(turn.target[:-1], ids, 0) if len(turn.target) > 1 else None
-    if without_stop is not None:
-        ends = without_stop + len(turn.target) - 1 == len(ids)
-        told = f"{shown(tok, turn.target[-1:])} does not follow"
-        return Finding("stop token", turn.number, told + (", the sample ends" if ends else ""))
-    for length in range(len(turn.target) - 1, 0, -1):
-        if ids[-length:] == turn.target[:length]:
-            return Finding("truncated", turn.number, f"after {length} of {len(turn.target)} tokens")
-    text = tok.decode([label for label in sample["labels"] if label != -100])
-    for name, value in sft.parts_of(turn.message, thoughts=True):
-        if not sft.stands_in(value, text):
-            return Finding("missing", turn.number, f"{name}: {str(value)[:60]!r}")
-    return Finding("written otherwise", turn.number, f"the engine must write {shown(tok, turn.target)}")
+def compare_end(tok, turn, patient, end):
+    other = patient.ids[end : end + 1]  # none if the sample ends
+    trained = any(patient.trained[end : end + 1])
+    kind = "stop token"
+    if trained and other[0] in tok.stop_ids:
+        kind = "another stop token"
+    return Finding(kind, turn.number, f"{shown(tok, other)} for {shown(tok, turn.target[-1:])}")
 
 
-def examine_turn(sft, tok, turn, sample, whole):
-    """(Findings of one turn in one sample, the places that it takes there)."""
-    ids = sample["input_ids"]
+def written_otherwise(sft, tok, turn, patient, place):
+    """(findings, its tokens) of a turn in another form: what is trained from its place on."""
+    run = patient.run(place)
+    if not run:
+        return [Finding("not trained", turn.number, "nor does it stand there")], run
+    theirs = patient.ids[place : run.stop]
+    told = difference(tok, "must write", turn.target, theirs)
+    text = tok.decode(theirs)
+    parts = sft.parts_of(turn.message, thoughts=True)
+    missing = [name for name, value in parts if not sft.stands_in(value, text)]
+    empty = sum(value == "" for _, value in parts)
+    kind = "missing" if missing else "written otherwise"
+    found = [Finding(kind, turn.number, "".join(f"{name}; " for name in missing) + told)]
+    if not tok.stop_ids & set(theirs):
+        found.append(Finding("stop token", turn.number, "there is none"))
+    if len(missing) + empty == len(parts):
+        run = range(0)  # none of it is there: this is another turn
+    return found, run
+
+
+def examine_turn(sft, tok, turn, patient):
+    """(findings, range of a turn's tokens in a sample, how many of them are right)."""
+    ids = patient.ids
     place = len(turn.context)
-    if ids[place : place + len(turn.target)] != turn.target:
-        place = place_of(turn.target, ids)
-    if place is None:
-        return [missing_parts(sft, tok, turn, sample)], set()
-    places = range(place, place + len(turn.target))
-    labels = [sample["labels"][number] for number in places]
-    found = [compare_context(tok, turn, sample, place, whole), compare_labels(tok, turn, labels)]
-    return [finding for finding in found if finding], set(places)
+    found = []
+    if ids[:place] != turn.context:
+        place = find_turn(turn, patient)
+        told = difference(tok, "served", turn.context, ids[:place])
+        found = [Finding("context", turn.number, told)]
+    same = first_difference(turn.target, ids[place:])
+    end = place + same
+    length = len(turn.target)
+    if same < length - 1 and end < len(ids):
+        others, taken = written_otherwise(sft, tok, turn, patient, place)
+        return found + others, taken, 0
+    found += compare_labels(tok, turn, patient.trained[place:end])
+    if same == length - 1:
+        found.append(compare_end(tok, turn, patient, end))
+    elif same < length:
+        found.append(Finding("truncated", turn.number, f"after {same} of {length} tokens"))
+    return found, range(place, place + length), same
 
 
-def best_findings(sft, tok, turn, samples, whole, taken):
-    """Findings of a turn in the sample where it is best; the places that it takes are added to `taken`."""
-    best = None
-    for number, sample in enumerate(samples):
-        found, places = examine_turn(sft, tok, turn, sample, whole)
-        taken[number] |= places
-        if best is None or len(found) < len(best):
-            best = found
-    return [Finding("not trained", turn.number, "no sample has it")] if best is None else best
-
-
-def extra_loss(tok, samples, taken):
-    """Findings of loss on tokens that no turn has to generate."""
-    findings = []
-    for sample, places in zip(samples, taken):
-        trained = [place for place, label in enumerate(sample["labels"]) if label != -100]
-        extra = [place for place in trained if place not in places]
-        if extra:
-            told = f"{len(extra)} tokens, first {shown(tok, sample['input_ids'][extra[0] :])}"
-            findings.append(Finding("extra", None, told))
-    return findings
+def best_findings(sft, tok, turn, patients):
+    places = [examine_turn(sft, tok, turn, patient) for patient in patients]
+    nothing = [Finding("not trained", turn.number, "no sample has it")]
+    best = min((found for found, _, _ in places), key=len, default=nothing)
+    for patient, (found, taken, right) in zip(patients, places):
+        patient.end = max(patient.end, taken.stop)
+        if found is best or not found:
+            patient.taken.update(taken)
+            patient.right += taken[:right]
+    return best or [Finding("exact", turn.number)]
 
 
 def examine_row(sft, tok, row, samples):
     """Findings of a row: one "exact" or more for each turn, and loss where none belongs."""
     try:
         turns = expected_turns(sft, tok, row)
-        text = sft.render(tok, row["messages"], row.get("tools"))
     except sft.Refused as error:
         return [Finding("refused", None, str(error))]
-    whole = tok(text, add_special_tokens=False)["input_ids"]
-    taken = [set() for _ in samples]
+    patients = [Patient(sample) for sample in samples]
     findings = []
     for turn in turns:
-        found = best_findings(sft, tok, turn, samples, whole, taken)
-        findings += found or [Finding("exact", turn.number)]
-    unplaced = {"missing", "written otherwise", "truncated"} & {finding.kind for finding in findings}
-    return findings if unplaced else findings + extra_loss(tok, samples, taken)
-
-
-def read_lines(path, sft):
-    return [row for _, row in sft.read_jsonl(path)]
+        findings += best_findings(sft, tok, turn, patients)
+    for patient in patients:
+        extra = [place for place, on in enumerate(patient.trained) if on and place not in patient.taken]
+        if extra:
+            first = shown(tok, patient.ids[extra[0] :])
+            told = f"{len(extra)} tokens, first {first}"
+            findings.append(Finding("extra", None, told))
+    return findings
 
 
 def read_dump(path, rows, sft):
     """[the samples of each row]; raises InputError for a line that is none."""
     by_id = {row.get("query_id"): number for number, row in enumerate(rows)}
     samples = [[] for _ in rows]
-    for number, line in enumerate(read_lines(path, sft)):
+    for number, (where, line) in enumerate(sft.read_jsonl(path)):
         ids = line.get("input_ids")
         labels = line.get("labels")
-        if not isinstance(ids, list) or not isinstance(labels, list) or len(ids) != len(labels):
-            raise sft.InputError(f"{path}:{number + 1}: input_ids and labels must be lists of one length")
+        if not ids or not labels or len(ids) != len(labels):
+            raise sft.InputError(f"{where}: input_ids and labels must be lists of one length")
         at = by_id.get(line["query_id"]) if "query_id" in line else number
         if at is None or at >= len(rows):
-            raise sft.InputError(f"{path}:{number + 1}: belongs to no row of --rows")
+            raise sft.InputError(f"{where}: belongs to no row of --rows")
         samples[at].append(line)
     return samples
 
 
 def main(arguments=None):
-    form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=form)
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--tokenizer", required=True, help="Folder or Hub id, with a chat template.")
     parser.add_argument("--rows", required=True, help="Conversations, JSONL.")
     parser.add_argument("--labels", required=True, help="The trainer's input_ids and labels, JSONL.")
     parser.add_argument("--chat_template_kwargs", type=json.loads, help="Switches of the template, JSON.")
+    parser.add_argument("--output_dir", type=Path, help="Folder for recipes/view.py.")
     flags = parser.parse_args(arguments)
     sft = importlib.import_module("03_sft")
     try:
         tok = sft.load_tokenizer(flags.tokenizer, flags.chat_template_kwargs)
-        rows = read_lines(flags.rows, sft)
+        rows = [row for _, row in sft.read_jsonl(flags.rows)]
         dump = read_dump(flags.labels, rows, sft)
     except (sft.InputError, OSError) as error:
         print(f"label_doctor.py: {error}", file=sys.stderr)
         return 2
     counts = Counter()
     for number, (row, samples) in enumerate(zip(rows, dump), 1):
-        for finding in examine_row(sft, tok, row, samples):
-            counts[finding.kind] += 1
-            if finding.kind != "exact":
-                where = "" if finding.turn is None else f": messages[{finding.turn}]"
-                print(f"{flags.rows}:{number}{where}: {finding.kind}: {finding.detail}")
+        findings = examine_row(sft, tok, row, samples)
+        counts.update(finding.kind for finding in findings)
+        verdicts = [str(finding) for finding in findings if finding.kind != "exact"]
+        for verdict in verdicts:
+            print(f"{flags.rows}:{number}: {verdict}")
+        for sample in samples:
+            sample |= {"query_id": row.get("query_id", str(number)), "verdicts": verdicts}
     print(", ".join(f"{kind}: {count}" for kind, count in counts.most_common()))
-    return 1 if set(counts) - {"exact"} else 0
+    if flags.output_dir:
+        sft.write_samples(flags.output_dir, sum(dump, []))
+    return int(set(counts) != {"exact"})
 
 
 if __name__ == "__main__":

@@ -60,16 +60,30 @@ def view_rows(path, output, most):
 # ---- Trained tokens ----
 
 
+def token_kinds(sample):
+    """A word for each token: "trained" or "context" by its label, and where the label doctor's "right" says
+    otherwise "extra" (trained, but should not be) or "untrained" (should be, but is not)."""
+    trained = [label != -100 for label in sample["labels"]]
+    right = set(sample.get("right", [place for place, on in enumerate(trained) if on]))
+    kinds = []
+    for place, on in enumerate(trained):
+        if on:
+            kinds.append("trained" if place in right else "extra")
+        else:
+            kinds.append("untrained" if place in right else "context")
+    return kinds
+
+
 def token_runs(sample, tokenizer):
-    """[("context" | "trained" | "stop", text)] of the labels; a stop is a special token that ends a span."""
+    """[(kind of token_kinds or "stop", text)]; a stop is a special token that ends a trained span."""
     added = tokenizer.get_added_tokens_decoder()
     special = {number for number, token in added.items() if token.special}
     runs = []
-    pairs = zip(sample["input_ids"], sample["labels"], strict=True)
-    for trained, group in itertools.groupby(pairs, key=lambda pair: pair[1] != -100):
+    pairs = zip(sample["input_ids"], token_kinds(sample), strict=True)
+    for kind, group in itertools.groupby(pairs, key=lambda pair: pair[1]):
         ids = [token for token, _ in group]
-        stop = [ids.pop()] if trained and ids[-1] in special else []
-        runs.append(("trained" if trained else "context", ids))
+        stop = [ids.pop()] if kind == "trained" and ids[-1] in special else []
+        runs.append((kind, ids))
         runs.append(("stop", stop))
     return [(kind, tokenizer.decode(ids, skip_special_tokens=False)) for kind, ids in runs if ids]
 
@@ -85,6 +99,7 @@ def sample_card(sample, tokenizer):
         "spans": sum(is_trained for is_trained, _ in itertools.groupby(trained)),
         "stops": sum(kind == "stop" for kind, _ in runs),
         "runs": runs,
+        "verdicts": sample.get("verdicts"),  # the label doctor's
     }
 
 

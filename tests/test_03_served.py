@@ -11,6 +11,8 @@ import os
 import pytest
 from scripted import call
 
+from recipes import label_doctor
+
 TOOLS = '''
 def look(path):
     return f"{path} holds three lines:\\n a = 1\\n\\n b = 2"
@@ -146,6 +148,7 @@ def test_a_trained_trajectory_is_served_to_the_token(stage, make_model, rows, ev
         settings = dict(base_url=[url], model=str(tmp_path / "tuned"), tools=str(tmp_path / "tools.py"), rounds=1)
         settings |= dict(temperature=0.0, top_p=1.0, max_tokens=200, output_dir=tmp_path / "replayed")
         episodes, _ = evaluate(*[task(kind) for kind in KINDS], **settings)
+    tok = sft.load_tokenizer(str(tmp_path / "tuned"))
     for row in rows:
         episode = episodes[row["query_id"], 0]
         told = [message["content"].strip() for message in episode["messages"]]  # templates strip them
@@ -158,6 +161,9 @@ def test_a_trained_trajectory_is_served_to_the_token(stage, make_model, rows, ev
         steps = steps_of(episode)
         assert all(any(ids[: len(step)] == step for ids in trained) for step in steps), row["query_id"]
         assert all(ids in steps for ids in trained), row["query_id"]
+        turns = label_doctor.expected_turns(sft, tok, row)  # what the label doctor calls right
+        assert [turn.context + turn.target for turn in turns] == steps[::-1], row["query_id"]
+        assert [turn.target for turn in turns] == [step["token_ids"] for step in episode["served"]]
 
 
 # Families whose exported tokenizer describes its answers, so that vLLM needs no parser of its own for them
