@@ -116,27 +116,33 @@ def memory(skeleton, run: Run) -> dict[str, float]:
         activations *= config.num_hidden_layers
     activations += gathered_weights(config, run, layer, size)
     activations += 6 * config.vocab_size * config.hidden_size  # output layer: bf16 weight, fp32 gradient
-    host = 0.0
-    if run.gpu:
-        host = kept * run.checkpointing  # inputs of the layers, offloaded
-    else:
-        activations = KEPT_FREE * (activations + kept * run.checkpointing)
+    host = kept * run.checkpointing  # inputs of the layers, offloaded from a GPU
+    if not run.gpu:
+        activations = KEPT_FREE * (activations + host)
+        host = 0.0
     activations = max(activations, loss_buffers(config, run))  # one after the other
-    if run.bf16_master and not run.lora_parameters:
-        largest = max(parameter.numel() for parameter in skeleton.parameters())
-        activations += (60 if run.gpu else 150) * min(PIECE, largest)
+    copies = rounding_copies(skeleton, run)
+    activations = max(activations, copies) if run.gpu else activations + copies  # glibc keeps both
     parts = {"weights": size * total / shards, "optimizer": 2 * trained, "gradients": trained}
     parts |= {"activations": activations, "host": host}
     return {name: part / 1e9 for name, part in parts.items()}
 
 
 def loss_buffers(config, run: Run) -> float:
-    """Bytes of TRL's output layer, which scores 4,096 tokens against 32,768 words at a time: on a GPU in place,
-    on a CPU with eight copies in fp32 and a mask."""
+    """Bytes of TRL's output layer, which scores 4,096 tokens against 32,768 words at a time: on a GPU in
+    place, on a CPU with eight copies in fp32 and a mask."""
     tokens = min(4096, run.longest / run.cp)
     if run.gpu:
         return tokens * 32_768 * (2 if run.bf16 else 4)
     return tokens * min(32_768, config.vocab_size) * 37
+
+
+def rounding_copies(skeleton, run: Run) -> float:
+    """Bytes of fp32 copies of the weights that RoundingAdamW takes at a time; on a CPU what glibc keeps too."""
+    if not run.bf16_master or run.lora_parameters:
+        return 0.0
+    largest = max(parameter.numel() for parameter in skeleton.parameters())
+    return (60 if run.gpu else 150) * min(PIECE, largest)
 
 
 def gathered_weights(config, run: Run, layer: int, size: int) -> float:
