@@ -138,7 +138,7 @@ def loss_buffers(config, run: Run) -> float:
 
 
 def rounding_copies(skeleton, run: Run) -> float:
-    """Bytes of fp32 copies of the weights that RoundingAdamW takes at a time; on a CPU what glibc keeps too."""
+    """Bytes of fp32 copies of the weights that RoundingAdamW takes at once; on a CPU what glibc keeps too."""
     if not run.bf16_master or run.lora_parameters:
         return 0.0
     largest = max(parameter.numel() for parameter in skeleton.parameters())
