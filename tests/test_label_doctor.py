@@ -157,6 +157,43 @@ def test_a_row_that_the_template_cannot_show_is_refused(clinic):
     assert examine(CONVERSATIONS["thoughts"], [{"input_ids": [1], "labels": [1]}]) == ["refused"]
 
 
+def test_another_stop_token_is_no_missing_one(clinic):
+    """GLM-4.5's engine stops at <|endoftext|> too; the template goes on with <|user|>."""
+    tok, samples, examine = clinic("GLM-4.5")
+    messages = CONVERSATIONS["plain"]
+    given = samples(messages)
+    last = spans(given[0])[-1][1] - 1
+    other = tok.convert_tokens_to_ids("<|endoftext|>")
+    given[0]["input_ids"][last] = given[0]["labels"][last] = other
+    assert examine(messages, given) == ["another stop token"]
+    given[0]["labels"][last] = -100
+    assert examine(messages, given) == ["stop token"]
+
+
+def test_the_same_words_in_a_result_are_not_the_turn(clinic):
+    _, samples, examine = clinic("Qwen2.5")
+    messages = copy.deepcopy(CONVERSATIONS["a bare call"])
+    messages[2]["content"] = messages[3]["content"]
+    given = samples(messages)
+    other_context(given[0])
+    assert examine(messages, given) == ["context"] * 2
+
+
+def test_what_should_be_trained_is_written_for_the_page(clinic):
+    from recipes import view
+
+    _, samples, examine = clinic("Qwen2.5")
+    (sample,) = samples(CONVERSATIONS["plain"])
+    start, end = spans(sample)[0]
+    no_stop(sample)
+    user_too(sample)
+    examine(CONVERSATIONS["plain"], [sample])
+    assert sample["right"] == list(range(start, end))
+    kinds = view.token_kinds(sample)
+    assert kinds[:4] == ["extra"] * 3 + ["context"]
+    assert kinds[start:end] == ["trained"] * (end - start - 1) + ["untrained"]
+
+
 def test_from_the_shell(sft, monkeypatch, tmp_path, capsys, clinic):
     tok, samples, _ = clinic("Qwen2.5")
     monkeypatch.setattr(sft, "load_tokenizer", lambda *_: tok)
