@@ -157,6 +157,9 @@ def make_results(folder, episodes, by_task, **more):
         "model": str(folder / "model"),
         "settings": {"rounds": 3, "temperature": 0.0, "max_round_tokens": None},
         "fingerprints": {"tasks_sha256": "ab" * 32},
+        "tasks": len(by_task),
+        "episodes": len(episodes),
+        "not_run": {},
         "task_sha256": dict.fromkeys(by_task, "cd" * 32),
         "sources": dict.fromkeys(by_task, "birds"),
         "metrics": metrics | {"seconds": 3725.0, "prompt_tokens": 123456},
@@ -428,7 +431,7 @@ def test_a_task_shows_base_beside_tuned(pages):
 def test_what_was_not_run_has_its_reason(pages):
     page = Page(pages["comparison"] / "2/index.html")
     row = next(row for row in page.rows if row[0] == "lost")
-    assert row[1:3] == ["0", "the endpoint failed"]
+    assert row[1:3] == ["1", "the endpoint failed"]
 
 
 def test_a_run_that_goes_on_has_pages_too(view, tmp_path):
