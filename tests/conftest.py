@@ -32,6 +32,17 @@ def stage():
     return importlib.import_module
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Models as small as the tests' take five times the CPU on two threads, which wait for each other."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def run_stage():
     """Run a stage as a user does: run_stage("02_format_trajectories.py", *flags) -> CompletedProcess with text."""

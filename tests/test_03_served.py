@@ -13,6 +13,8 @@ from scripted import call
 
 from recipes import label_doctor
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TOOLS = '''
 def look(path):
     return f"{path} holds three lines:\\n a = 1\\n\\n b = 2"
@@ -24,17 +26,6 @@ TOOLS = [{"type": "function", "function": {"name": "look", "description": "Shows
 STOPS = {"glm": ["<|endoftext|>", "<|user|>", "<|observation|>"], "qwen": ["<|im_end|>", "<|endoftext|>"]}
 QWEN = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 QWEN_ADDED = ["<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>"]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models as small as these take five times the CPU on two threads, which wait for each other."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def answers(name, thinks, turns):

@@ -26,17 +26,6 @@ QWEN = dict(zip(
      "<tool_response>", "</tool_response>"], range(256, 265)))  # fmt: skip
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Models as small as these take five times the CPU on two threads, which wait for each other."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="session")
 def work(tmp_path_factory):
     return tmp_path_factory.mktemp("sft")
@@ -746,6 +735,8 @@ def test_a_killed_run_goes_on_exactly(stage, request, train_file, tmp_path, run)
 # Every run is a fork of a process that has imported everything, so that most of its time is in the run itself
 KILLS = """
 import importlib, json, os, random, signal, sys, time
+
+pytestmark = pytest.mark.usefixtures("one_thread")
 sys.path.insert(0, ".")
 sft = importlib.import_module("03_sft")
 flags, folder, wanted = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])

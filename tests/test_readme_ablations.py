@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT
 from scripted import write_tasks
 
-pytestmark = pytest.mark.demo
+pytestmark = [pytest.mark.demo, pytest.mark.usefixtures("one_thread")]
 ANSWER = "Done."
 FLAGS = "--global_batch_size 4 --max_steps 3 --learning_rate 1e-3 --warmup_steps 1"
 FLAGS += " --gradient_checkpointing false --save_steps 0"
@@ -55,17 +55,6 @@ def log(number):
     messages.append({"role": "assistant", "content": ANSWER})
     tools = [{"type": "function", "function": tool}]
     return {"query_id": f"q{number}", "messages": messages, "tools": tools}
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """A model as small as this one is slower on several, which wait for each other."""
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
