@@ -1064,7 +1064,8 @@ def verify(settings, work, rows):
         return rows
     shutil.rmtree(work / "verify" / "real", ignore_errors=True)
     own = [row for row in open_rows(rows) if not is_mined(row) and row["turns"] and has_all(row, "check")]
-    verify_real(work / "verify" / "real", own)
+    if own:
+        verify_real(work / "verify" / "real", own)
     for (name, language), group in candidates(settings, rows).items():
         environment = environment_of(settings, language, group, work)
         if not environment["problem"]:
