@@ -360,8 +360,8 @@ import threading  # noqa: E402
 
 ROOT = "/workspace"
 LONGEST = 16_000  # characters of an output that the model sees
-# The call under way; why our own guard killed something of it
-CALL = {"id": None, "seconds": 0, "deadline": 0.0, "killed": None}
+# The call under way; why our own guard killed something of it; the room on the disk when it began
+CALL = {"id": None, "seconds": 0, "deadline": 0.0, "killed": None, "room": (0, 0)}
 DECIDES = re.compile(rb"^(?:ok|not ok|Bail out!).{0,400}", re.MULTILINE)
 MISTAKES_OF_A_CALL = (OSError, ValueError, LookupError, ArithmeticError, RecursionError, MemoryError)
 MISTAKES_OF_A_CALL += (re.error,)
@@ -470,9 +470,25 @@ def memory_held():
     return sizes, sum(shared.values())
 
 
+def room_on_disk():
+    """(bytes, names of files) that the workspace's disk still takes; some file systems count no names."""
+    disk = os.statvfs(ROOT)
+    return disk.f_bavail * disk.f_frsize, disk.f_favail if disk.f_files else sys.maxsize
+
+
+def disk_is_full(limits):
+    """Is there too little room, and clearly less than when the call began? What makes room ends its work,
+    whatever a neighbour writes meanwhile."""
+    space, names = room_on_disk()
+    space_before, names_before = CALL["room"]
+    lost_space = space < min(limits["reserve"], space_before - (16 << 20))
+    lost_names = names < min(limits["files"], names_before - 1000)
+    return lost_space or lost_names
+
+
 def guard(limits):
     """Ten times a second: kill the largest process while all hold too much together, for the kernel's limit
-    is for each one alone; all of them while the disk is nearly full; end the sandbox at a fork bomb."""
+    is for each one alone; all of them while they fill the disk; end the sandbox at a fork bomb."""
     while True:
         time.sleep(0.1)
         sizes, shared = memory_held()
@@ -482,10 +498,8 @@ def guard(limits):
             os._exit(1)
         for pid in (1, os.getppid(), os.getpid()):  # the launcher's and this one
             sizes.pop(pid, None)
-        disk = os.statvfs(ROOT)
         victims = []
-        no_names = disk.f_files and disk.f_favail < limits["files"]
-        if no_names or disk.f_bavail * disk.f_frsize < limits["reserve"]:
+        if disk_is_full(limits):
             CALL["killed"] = "disk"
             victims = list(sizes)
         elif sum(sizes.values()) + shared > limits["memory"]:
@@ -518,7 +532,8 @@ def serve(root, limits, functions):
     for line in sys.stdin:
         request = json.loads(line)
         seconds = request["seconds"]
-        CALL.update(id=request["id"], seconds=seconds, deadline=time.monotonic() + seconds, killed=None)
+        CALL.update(id=request["id"], seconds=seconds, killed=None, room=room_on_disk())
+        CALL["deadline"] = time.monotonic() + seconds
         signal.setitimer(signal.ITIMER_REAL, seconds + 2)
         try:
             reply = {"output": functions[request["name"]](**request["arguments"])}
