@@ -1461,7 +1461,8 @@ async def probe(endpoint, schemas, system):
         reply = await endpoint.complete(wire, list(schemas.values()), endpoint.settings.seed)
     except NotRun as fault:
         raise InputError(f"probe: {fault.detail}{remedy_of(fault.detail)}") from None
-    print(f"probe: {what_came_back(reply) if schemas else 'it answers'}", flush=True)
+    parser_fits = endpoint.alive is not None and not endpoint.settings.tool_call_parser  # the template's own
+    print(f"probe: {what_came_back(reply, parser_fits) if schemas else 'it answers'}", flush=True)
     calls = (reply.message or {}).get("tool_calls", [])
     if calls:
         wire.append(reply.wire)
@@ -1475,12 +1476,14 @@ async def probe(endpoint, schemas, system):
     endpoint.settings = with_changes(endpoint.settings, patience=patience)
 
 
-def what_came_back(reply):
+def what_came_back(reply, parser_fits):
     """What the probe's first reply shows, in words; raises InputError where no score could be believed."""
     if reply.stop == "context_full":
         raise InputError("probe: system prompt, tools and --max_tokens do not fit the window of the model")
     if reply.stop == "refused":
         raise InputError("probe: the endpoint refuses to read a file; are account and --model right?")
+    if reply.stop == "unparsed_call" and parser_fits:
+        return "a call that is not in the form of its template: the model has not learned it"
     if reply.stop == "unparsed_call":
         raise InputError(
             "probe: the tool call came back as text; is --tool_call_parser right for its template?"

@@ -10,6 +10,7 @@ import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from scripted import call, calls, say, tool_outputs
@@ -577,6 +578,14 @@ def test_the_probe_tells_before_anything_is_paid_for(endpoint, evaluate, m, repl
     with pytest.raises(m.InputError, match=text):
         evaluate(("t", [("q", "true")]))
     assert not endpoint.folder.joinpath("out/summary.json").exists()
+
+
+def test_a_model_that_cannot_write_calls_is_measured(m):
+    """Where 04 chose the parser by the template, a call that it cannot read is the model's: a half-trained one's."""
+    reply = SimpleNamespace(stop="unparsed_call", message=None)
+    assert "the model has not learned it" in m.what_came_back(reply, parser_fits=True)
+    with pytest.raises(m.InputError, match="came back as text"):
+        m.what_came_back(reply, parser_fits=False)
 
 
 @needs_bwrap
