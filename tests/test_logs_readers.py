@@ -337,11 +337,14 @@ def test_claude_new_versions_log_the_system_prompt_and_the_schemas():
     schema = {"name": "Bash", "description": "d", "input_schema": {"type": "object", "properties": {}}}
     snapshot = {"type": "prompt_snapshot", "systemPrompt": ["You are C.", "Be brief."], "tools": [schema]}
     log = [
-        line("user", "1", None, "hi"),
-        line("attachment", "2", "1", attachment=snapshot),
-        line("assistant", "3", "2", [text("hello")]),
+        line("attachment", "1", None, attachment=snapshot),
+        line("user", "2", "1", "hi"),
+        line("attachment", "3", "2", attachment=snapshot),
+        line("assistant", "4", "3", [text("hello")]),
     ]
-    assert said("claude_code", log)[0] == ("system", "You are C.\nBe brief.")
+    assert said("claude_code", log) == [
+        ("system", "You are C.\nBe brief."), ("user", "hi"), ("assistant", "hello", "", [])
+    ]  # fmt: skip
     assert read("claude_code", log)["tools"] == [schema]
 
 

@@ -94,7 +94,7 @@ def blocks_of(line):
     """What a line sends to the model, as content blocks."""
     content = line["message"]["content"] if is_turn(line) else []
     if line["type"] == "attachment" and KINDS[line["attachment"]["type"]] == "message":
-        content = "\n".join(texts_of(line["attachment"]))
+        content = "\n".join(texts_of(line["attachment"])) or []  # a snapshot of the prompt has none
     if line.get("operation") == "enqueue":
         content = line.get("content") or []
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
@@ -239,7 +239,8 @@ def read(record):
     for line in lines:
         if line.get("attachment", {}).get("type") == "prompt_snapshot":  # since 2.1.270
             tools = line["attachment"]["tools"]
-            messages = [{"role": "system", "content": line["attachment"]["systemPrompt"]}, *messages]
+            system = {"role": "system", "content": line["attachment"]["systemPrompt"]}
+            messages = messages if system in messages else [system, *messages]  # it is written again at a restart
     # the stream shows what the model and the tools say, not always the prompt
     lacks_prompt = messages[0]["role"] == "assistant" and "session_id" in lines[0]
     return {"messages": messages, "tools": tools, "meta": meta_of(lines, log) | row, "checked": lines,
