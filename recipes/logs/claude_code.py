@@ -240,7 +240,8 @@ def read(record):
         if line.get("attachment", {}).get("type") == "prompt_snapshot":  # since 2.1.270
             tools = line["attachment"]["tools"]
             system = {"role": "system", "content": line["attachment"]["systemPrompt"]}
-            messages = messages if system in messages else [system, *messages]  # it is written again at a restart
+            if system not in messages:  # it is written again at a restart
+                messages.insert(0, system)
     # the stream shows what the model and the tools say, not always the prompt
     lacks_prompt = messages[0]["role"] == "assistant" and "session_id" in lines[0]
     return {"messages": messages, "tools": tools, "meta": meta_of(lines, log) | row, "checked": lines,
