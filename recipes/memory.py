@@ -6,8 +6,8 @@
 
 Asks nobody: config.json is the model's folder's, the Hub cache's, or of a recipe of ours the copy beside its
 sft.yaml; --train_file's longest sample counts unless --longest says it. Prints GB a device for the usual
-layouts. Beside the peak of real runs on a CPU (tests/test_03_memory.py) it is within a tenth; for a long sample,
-where the allocator keeps more or less from run to run, up to 13 % low.
+layouts. Beside the peak of real runs on a CPU (tests/test_03_memory.py) it is within a tenth; for a long
+sample, where the allocator keeps more or less from run to run, up to 13 % low.
 """
 
 import argparse
