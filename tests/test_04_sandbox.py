@@ -187,8 +187,9 @@ def test_what_a_command_cannot_take_down(m, sandboxed):
 
 
 def test_a_disk_that_is_nearly_full_stops_commands(sandboxed):
+    """All that fill it; one that fills nothing has the time to make room."""
     free = shutil.disk_usage(sandboxed.folder).free
-    commands = ("fallocate -l 1G big && sleep 60; echo went on", "rm -f big; echo short")
+    commands = ("fallocate -l 1G big && sleep 60; echo went on", "sleep 1; rm -f big; echo short")
     reply, after = sandboxed(*commands, reserve=free - (300 << 20))
     assert reply == "KILLED disk -9\n" and after.endswith("0\nshort")
 
@@ -197,7 +198,7 @@ def test_a_disk_that_takes_no_more_files_stops_commands(sandboxed):
     files = os.statvfs(sandboxed.folder)
     if not files.f_files:
         pytest.skip("this file system counts no files")
-    commands = ("mkdir d; cd d; seq 9000 | xargs touch; sleep 60; echo went on", "rm -rf d; echo short")
+    commands = ("mkdir d; cd d; seq 9000 | xargs touch; sleep 60; echo went on", "sleep 1; rm -rf d; echo short")
     reply, after = sandboxed(*commands, files=files.f_favail - 4000)
     assert reply == "KILLED disk -9\n" and after.endswith("0\nshort")
 
