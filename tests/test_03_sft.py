@@ -735,8 +735,6 @@ def test_a_killed_run_goes_on_exactly(stage, request, train_file, tmp_path, run)
 # Every run is a fork of a process that has imported everything, so that most of its time is in the run itself
 KILLS = """
 import importlib, json, os, random, signal, sys, time
-
-pytestmark = pytest.mark.usefixtures("one_thread")
 sys.path.insert(0, ".")
 sft = importlib.import_module("03_sft")
 flags, folder, wanted = json.loads(sys.argv[1]), sys.argv[2], int(sys.argv[3])
