@@ -29,6 +29,7 @@ COLUMNS += ["tasks for +5 points", "answered", "first 20 messages"]
 LOOKS = {"rows": ("#2f6fde", "#1f9d55"), "other": ("#b45309", "#9333ea")}  # a colour for each arm
 DEGENERATE = ("empty", "unparsed", "repetitive")
 LOOKED_AT = 20  # messages of a model in which it is looked for degeneration
+NEARLY_EQUAL = 0.1  # of the updates: where rows are about equally long, both curves are of the same runs
 LONGEST_LOOP = 200  # characters of what is said again and again
 
 
@@ -89,7 +90,10 @@ def plan_set(recipe, name, lines, tokens, sizes, seeds, updates, equal):
             rows = ROOT / f"data/curve-{recipe}/{name}-n{size}-seed{seed}.jsonl"
             rows.write_text("".join(lines[place] + "\n" for place in part))
             mean = statistics.mean(tokens[place] for place in part)
-            for arm, steps in (("updates", updates), ("tokens", round(updates * equal[seed] / mean))):
+            as_many_tokens = round(updates * equal[seed] / mean)
+            if abs(as_many_tokens - updates) <= NEARLY_EQUAL * updates:
+                as_many_tokens = updates
+            for arm, steps in (("updates", updates), ("tokens", as_many_tokens)):
                 run = f"{name}-n{size}-seed{seed}-updates{steps}"
                 point = {"set": name, "arm": arm, "size": size, "seed": seed, "run": run}
                 points.append(point | {"updates": steps, "mean_tokens": mean})

@@ -78,10 +78,12 @@ def test_every_size_gets_equal_updates_or_equal_tokens(planner, tmp_path):
         size, seed = point["size"], point["seed"]
         rows = rows_of(tmp_path / f"data/curve-small/rows-n{size}-seed{seed}.jsonl")
         mean = sum(map(tokens_of, rows)) / len(rows)
-        expected = {"updates": 12, "tokens": round(12 * 135 / mean)}  # 8 rows x 3 passes / 2
+        as_many_tokens = round(12 * 135 / mean)  # 8 rows x 3 passes / 2
+        alike = as_many_tokens in (11, 12, 13)  # one run for both
+        expected = {"updates": 12, "tokens": 12 if alike else as_many_tokens}
         assert point["updates"] == expected[point["arm"]]
         assert point["tokens"] == round(2 * mean * point["updates"])
-        if point["arm"] == "tokens":
+        if point["arm"] == "tokens" and not alike:
             assert point["tokens"] == pytest.approx(12 * 2 * 135, abs=mean)  # to half an update of two rows
     text = (tmp_path / "results/curve-small/runs.tsv").read_text()
     first, *others = text.splitlines()
