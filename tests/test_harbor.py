@@ -222,6 +222,32 @@ def test_a_dockerfile_cannot_read_the_machine(read_in, harbor_task, tmp_path):
         assert not list(tmp_path.rglob("workspace/secret")), printed
 
 
+STEP = TOML + '[[steps]]\nname = "a"\n'
+
+
+@needs_bwrap
+@pytest.mark.parametrize(
+    "line, toml",
+    [
+        ("COPY two/file /app/../../outside/file\n", TOML),
+        ("COPY one two /app/\n", TOML),  # one/outside is a link, two/outside a folder with a file
+        ("COPY one /app/\nCOPY two/file /app/outside/\n", TOML),
+        ("", STEP),  # so are tests/outside and steps/a/tests/outside
+    ],
+)
+def test_no_copy_leads_out_of_a_tasks_folder(read_in, harbor_task, tmp_path, line, toml):
+    files = {"task.toml": toml, "environment/Dockerfile": "FROM ubuntu\nWORKDIR /app\n" + line}
+    files |= {"environment/two/file": "", "environment/two/outside/file": "", "environment/one/a": ""}
+    files |= {"steps/a/tests/outside/file": "", "steps/a/instruction.md": "Do it."}
+    folder = harbor_task(**files)
+    (tmp_path / "outside").mkdir()
+    for place in ("environment/one/outside", "tests/outside"):
+        folder.joinpath("sums/easy", place).symlink_to(tmp_path / "outside")
+    rows, lines = read_in(folder)
+    assert rows == [] and lines[0].endswith(" leads out of its folder")
+    assert not list(tmp_path.glob("outside/*")) + list(tmp_path.glob("in/outside"))
+
+
 @pytest.mark.parametrize(
     "name, text, reason",
     [
@@ -273,9 +299,15 @@ def test_copies_with_flags_and_stars(read_in, harbor_task, tmp_path):
     [
         ("task.toml", '[[steps]]\nname = "one"\n', "No such file or directory"),
         ("task.toml", '[[steps]]\nname = "../.."\n', "the step steps/../.. names no folder"),
-        ("task.toml", "[[steps]]\n", "'name'"),
+        ("task.toml", "[[steps]]\n", "task.toml: steps[0]: 'name' is a required property"),
+        ("task.toml", "steps = 'one'\n", "task.toml: steps: 'one' is not of type 'array'"),
         ("task.toml", '[environment]\nos = "windows"\n', "not for Linux"),
-        ("task.toml", "metadata = []\n", "task.toml: metadata is no table"),
+        ("task.toml", "metadata = []\n", "task.toml: metadata: [] is not of type 'object'"),
+        ("task.toml", '[agent]\ntimeout_sec = "5"\n', "agent.timeout_sec: '5' is not of type 'number'"),
+        ("task.toml", "[verifier]\nenv = ['A=1']\n", "verifier.env: ['A=1'] is not of type 'object'"),
+        ("task.toml", "[environment.env.A]\nb = 1\n", "environment.env.A: {'b': 1} is not of type 'string'"),
+        ("task.toml", "[environment]\nworkdir = 5\n", "environment.workdir: 5 is not of type 'string'"),
+        ("instruction.md", "<!-- canary -->\n", "instruction.md is empty"),
         ("task.toml", '[verifier.env]\nKEY = "${KEY}"\n', "needs a variable of your machine: KEY=${KEY}"),
         ("task.toml", "[metadata]\nlimi_task = 3\n", "no task: TypeError: "),
         ("task.toml", "[metadata]\nlimi_task = '[]'\n", "no task: TypeError: "),

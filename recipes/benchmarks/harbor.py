@@ -24,13 +24,24 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jsonschema
 import yaml
 
 HERE = Path(__file__).resolve().with_suffix("")
 sys.path.insert(0, str(HERE))
 environment = importlib.import_module("environment")
-copy_tree = environment.copy_tree
+copy = environment.copy
 STUBS = ("uv", "uvx", "pytest", "pip", "pip3", "apt", "apt-get", "curl")
+
+# What is read of a task.toml
+VARIABLES = {"type": "object", "additionalProperties": {"type": "string"}}
+TABLE = {"type": "object", "properties": {"timeout_sec": {"type": "number"}, "env": VARIABLES}}
+PLACES = {"workdir": {"type": "string"}, "docker_image": {"type": "string"}}
+STEP = {"type": "object", "required": ["name"], "properties": {"name": {"type": "string"}}}
+TABLES = {name: TABLE for name in ("metadata", "agent", "verifier", "solution")}
+TABLES |= {"environment": TABLE | {"properties": TABLE["properties"] | PLACES}}
+TABLES |= {"steps": {"type": "array", "items": STEP}}
+CONFIG = jsonschema.Draft202012Validator({"properties": TABLES})
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -68,7 +79,7 @@ def restore(folder, config, target):
     for key, place in (("workspace", "environment/workspace"), ("private", "tests/private")):
         if key in row:
             row[key] = f"{target.name}/{key}"
-            copy_tree(folder / place, target / key)
+            copy(folder / place, target / key, target)
     return row
 
 
@@ -79,7 +90,7 @@ def fill_private(folder, target, root, steps):
         for part in ("tests", "solution"):
             for source in dict.fromkeys((folder / part, folder / step / part)):
                 if source.exists():
-                    copy_tree(source, private / step / part)
+                    copy(source, private / step / part, private)
         change_paths(private / step, root, str(Path("/private", step)))
     change_paths(target / "workspace", root)
     private.joinpath("bin").mkdir(parents=True, exist_ok=True)
@@ -91,13 +102,11 @@ def fill_private(folder, target, root, steps):
 
 
 def read_config(folder):
-    """task.toml, its tables that are read here made sure of. Raises ValueError: it cannot be a task here."""
-    config = tomllib.loads(folder.joinpath("task.toml").read_text())
-    for name in ("metadata", "environment", "agent", "verifier", "solution"):
-        if not isinstance(config.setdefault(name, {}), dict):
-            raise ValueError(f"task.toml: {name} is no table")
-    if "limi_task" in config["metadata"]:
-        return config
+    """task.toml, with the tables that it lacks. Raises ValueError: it cannot be a task here."""
+    config = dict.fromkeys(TABLES, {}) | {"steps": []}
+    config |= tomllib.loads(folder.joinpath("task.toml").read_text())
+    if error := jsonschema.exceptions.best_match(CONFIG.iter_errors(config)):
+        raise ValueError(f"task.toml: {error.json_path.removeprefix('$.')}: {error.message}")
     if str(config["environment"].get("os", "linux")).lower() != "linux":
         raise ValueError("not for Linux")
     return config
@@ -105,14 +114,13 @@ def read_config(folder):
 
 def steps_of(folder, config):
     """[place of a step in the task's folder, "." for a task of one]. Raises ValueError."""
-    names = [step["name"] for step in config.get("steps", [])]
-    steps = [f"steps/{name}" for name in names] or ["."]
+    steps = [f"steps/{step['name']}" for step in config["steps"]] or ["."]
     for step in steps:
         if not re.fullmatch(r"[\w./-]+", step) or ".." in step:
             raise ValueError(f"the step {step} names no folder")
         if folder.joinpath(step, "workdir").exists():
             raise ValueError(f"{step} brings files of its own")
-        if not any(folder.joinpath(place, "tests", "test.sh").exists() for place in (step, ".")):
+        if not any(folder.joinpath(place, "tests", "test.sh").is_file() for place in (step, ".")):
             raise ValueError("no tests/test.sh")
     return steps
 
@@ -158,10 +166,12 @@ def task_of(folder, options):
 def turn_of(folder, step, config, made):
     private = str(Path("/private", step))
     query = folder.joinpath(step, "instruction.md").read_text()
-    query = re.sub(r"^(?:(?:<!--|#).*canary.*\n\s*)+", "", query)
+    query = re.sub(r"^(?:(?:<!--|#).*canary.*\n\s*)+", "", query).strip()
+    if not query:
+        raise ValueError("instruction.md is empty")
     variables = made.variables | config["environment"].get("env", {})
     check = with_variables(f"bash /private/check.sh {private}", variables, config["verifier"].get("env", {}))
-    turn = {"query": renamed(query, made.root, private).strip()}
+    turn = {"query": renamed(query, made.root, private)}
     turn["check"] = renamed(check, made.root, private)
     if any(folder.joinpath(place, "solution", "solve.sh").exists() for place in (step, ".")):
         solve = f"bash {private}/solution/solve.sh"
@@ -267,7 +277,7 @@ def write_folder(row, source, target):
         copy_workspace(source / row["workspace"], target / "environment" / "workspace")
     private = source / row["private"] if row.get("private") else None
     if private:
-        copy_tree(private, target / "tests" / "private")
+        copy(private, target / "tests" / "private", target)
     shutil.copy(HERE / "test.sh", target / "tests")
     target.joinpath("environment", "Dockerfile").write_text("\n".join(dockerfile_of(row)) + "\n")
     settings = HERE.joinpath("task.toml").read_text()
@@ -294,7 +304,7 @@ def write_turn(turn, system, private, folder):
         folder.joinpath("solution", "solution.sh").write_text(turn["solution"])
         shutil.copy(HERE / "solve.sh", folder / "solution")
         if private:
-            copy_tree(private, folder / "solution" / "private")
+            copy(private, folder / "solution" / "private", folder)
 
 
 def dockerfile_of(row):
@@ -325,7 +335,7 @@ def installed_in(venv):
 
 def copy_workspace(source, target):
     if source.is_dir():
-        copy_tree(source, target)
+        copy(source, target, target)
     else:
         shutil.unpack_archive(source, target, "tar", filter="tar")
 

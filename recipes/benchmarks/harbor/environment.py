@@ -29,8 +29,18 @@ def program_path(name):
     return shutil.which(name, path=SYSTEM_PATH)
 
 
-def copy_tree(source, target):
-    shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+def copy(source, target, root):
+    """Copy a file, or what is in a folder, links as links. Raises ValueError where `..`, or a link of a copy
+    before, leads out of root: the tasks are a stranger's."""
+    for path in (source, *source.rglob("*")):
+        place = target / path.relative_to(source)
+        if not place.resolve().is_relative_to(root.resolve()):
+            raise ValueError(f"the copy of {path.name} leads out of its folder")
+    if source.is_dir():
+        shutil.copytree(source, target, symlinks=True, dirs_exist_ok=True)
+    else:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(source, target, follow_symlinks=False)
 
 
 def read_dockerfile(path):
@@ -59,7 +69,7 @@ def commands_of(text):
 def has_several_services(compose):
     content = yaml.safe_load(compose.read_text())
     services = content.get("services") if isinstance(content, dict) else None
-    return len(services or ()) > 1
+    return isinstance(services, dict) and len(services) > 1
 
 
 def variables_in(text):
@@ -191,11 +201,8 @@ class Environment:
         for source, below in self.copies:
             if not source.resolve().is_relative_to(self.folder.parent.resolve()):
                 raise ValueError(f"COPY {source.name} leads out of the task's folder")
-            if source.is_dir():
-                copy_tree(source, target / below)
-            elif source.exists():
-                (target / below).parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(source, target / below, follow_symlinks=False)
+            if source.exists():
+                copy(source, target / below, target)
             else:
                 self.reasons.append(f"{source.name} is missing")
         for command in self.runs:
