@@ -29,7 +29,7 @@ tasks_flags=() train_flags=(--seed "$seed" --num_train_epochs "$passes") limit=(
 if [ "$model" = tiny ]; then  # random weights: it can only replay, so it is tested on what it was trained on
     name=demo-tiny
     tasks_flags=(--per_family 1)
-    train_flags=(--seed "$seed" --num_train_epochs 60 --learning_rate 1.5e-3 --global_batch_size 4
+    train_flags=(--seed "$seed" --num_train_epochs 42 --learning_rate 1.5e-3 --global_batch_size 4
                  --per_device_train_batch_size 4 --warmup_steps 20 --weight_decay 0)
 elif [ "$model" != smollm2 ]; then
     name=demo-$(basename "$model")
