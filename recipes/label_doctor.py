@@ -242,7 +242,7 @@ def main(arguments=None):
             sample |= {"query_id": row.get("query_id", str(number)), "verdicts": verdicts}
     print(", ".join(f"{kind}: {count}" for kind, count in counts.most_common()))
     if flags.output_dir:
-        sft.write_samples(flags.output_dir, sum(dump, []))
+        sft.write_samples(flags.output_dir, sum(dump, []), tok)
     return int(set(counts) != {"exact"})
 
 

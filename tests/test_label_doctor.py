@@ -205,7 +205,13 @@ def test_from_the_shell(sft, monkeypatch, tmp_path, capsys, clinic):
     (sample,) = samples(TALK)
     flags = ["--tokenizer", "x", "--rows", str(rows), "--labels", str(dump)]
     dump.write_text(json.dumps(sample) + "\n")
-    assert label_doctor.main(flags) == 0 and capsys.readouterr().out == "exact: 4\n"
+    folder = tmp_path / "told"
+    assert label_doctor.main([*flags, "--output_dir", str(folder)]) == 0
+    assert capsys.readouterr().out == f"exact: 4\nwrote {folder}/tokenized.jsonl: what is trained; recipes/view.py shows it\n"
+    (shown,) = map(json.loads, (folder / "tokenized.jsonl").read_text().splitlines())
+    assert (shown["query_id"], shown["input_ids"], shown["verdicts"]) == ("a", sample["input_ids"], [])
+    assert {index for index, label in enumerate(sample["labels"]) if label != -100} == set(shown["right"])
+    assert (folder / "tokenizer.json").exists()  # recipes/view.py needs no more
     no_stop(sample)
     dump.write_text(json.dumps(sample | {"query_id": "a"}) + "\n")
     assert label_doctor.main(flags) == 1
