@@ -60,6 +60,7 @@ from transformers import PrinterCallback, get_scheduler
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_utils import SaveStrategy
 from transformers.utils import cached_file
+from transformers.utils.chat_template_utils import _get_template_variables
 from trl import SFTConfig, SFTTrainer, TrlParser
 from trl.chat_template_utils import add_response_schema
 from trl.trainer.utils import add_fused_lm_head
@@ -176,8 +177,10 @@ HARMLESS = """
 # Numbers below these would end in the middle of something, or do nothing
 LEAST = dict(
     global_batch_size=1, per_device_train_batch_size=1, max_length=1, num_train_epochs=0, max_refused=0,
-    save_steps=0, weight_decay=0, max_grad_norm=0, neftune_noise_alpha=0, dataloader_num_workers=0, seed=0,
+    save_steps=0, save_total_limit=0, logging_steps=0, eval_steps=1, weight_decay=0, max_grad_norm=0,
+    neftune_noise_alpha=0, router_aux_loss_coef=0, dataloader_num_workers=0, seed=0,
 )  # fmt: skip
+MOST = 2**32 - 1  # numpy's largest seed
 
 ROLES = ("system", "user", "assistant", "tool")
 ROW_KEYS = {"query_id", "messages", "tools", "meta", "id", "source"}
@@ -240,7 +243,7 @@ def read_settings(parser: TrlParser, arguments=None) -> tuple[Settings, SFTConfi
         return parser.parse_args_and_config(arguments)
     except (ValueError, TypeError, IndexError, yaml.YAMLError) as error:
         message = " ".join(str(error).split())
-    names = re.findall(r"'--([\w-]+)", message) if "arguments" in message else []
+    names = re.findall(r"\['(?:--)?([\w-]+)", message) if "arguments" in message else []
     if names:
         known = [action.dest for action in parser._actions]
         nearest = difflib.get_close_matches(names[0], known, 1)
@@ -252,7 +255,11 @@ def read_settings(parser: TrlParser, arguments=None) -> tuple[Settings, SFTConfi
 
 def check_flags(settings: Settings, args: SFTConfig) -> None:
     """Refuse, before anything is loaded, what would do nothing."""
-    defaults = SFTConfig(output_dir=args.output_dir, use_cpu=args.use_cpu, bf16=args.bf16)
+    defaults = SFTConfig(output_dir="x", use_cpu=args.use_cpu, bf16=args.bf16)
+    given = vars(settings) | vars(args)
+    for name, default in (vars(Settings()) | vars(defaults)).items():
+        if default not in EMPTY and given[name] in (None, ""):
+            raise InputError(f"--{name}: has no value")
     for why, names in REFUSED.items():
         for name in names.split():
             if getattr(args, name) != getattr(defaults, name):
@@ -274,12 +281,12 @@ def check_flags(settings: Settings, args: SFTConfig) -> None:
 def check_numbers(settings: Settings, args: SFTConfig) -> None:
     for name, least in LEAST.items():
         value = getattr(settings if hasattr(settings, name) else args, name)
-        if value is not None and value < least:
-            raise InputError(f"--{name} {value}: at least {least}")
+        if value is not None and not least <= value <= MOST:
+            raise InputError(f"--{name} {value}: at least {least}, at most {MOST}")
     if args.max_steps != -1 and args.max_steps < 1:
         raise InputError(f"--max_steps {args.max_steps}: at least 1, or -1 for --num_train_epochs")
-    if args.learning_rate <= 0:
-        raise InputError(f"--learning_rate {args.learning_rate}: must be above 0")
+    if not 0 < args.learning_rate < MOST:
+        raise InputError(f"--learning_rate {args.learning_rate}: must be a number above 0")
 
 
 def check_machine(args: SFTConfig) -> None:
@@ -292,6 +299,22 @@ def check_machine(args: SFTConfig) -> None:
             raise InputError(f"--report_to {name}: pip install {name}, or leave it out{offline}")
     if args.activation_offloading and args.use_cpu:
         raise InputError("--activation_offloading needs a GPU")
+    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
+        raise InputError("--dataloader_persistent_workers needs --dataloader_num_workers")
+    options = args.gradient_checkpointing_kwargs or {}
+    if not isinstance(options, dict) or options.keys() - {"use_reentrant", "offload", "selective"}:
+        raise InputError(f"--gradient_checkpointing_kwargs {options}: a JSON object with use_reentrant, "
+                         "offload or selective")
+    if args.torch_compile:
+        check_compiler(args)
+
+
+def check_compiler(args: SFTConfig) -> None:
+    backend = args.torch_compile_backend or "inductor"
+    try:
+        torch.compile(torch.nn.Identity(), backend=backend, mode=args.torch_compile_mode)
+    except RuntimeError as error:
+        raise InputError(f"--torch_compile: {str(error).splitlines()[0]}") from None
 
 
 def check_optimizer(args: SFTConfig) -> None:
@@ -346,7 +369,7 @@ def write_whole(path: Path, text: str) -> None:
 def read_rows(path: str) -> tuple[list[dict], list[str]]:
     """(rows of train.jsonl, refusals "path:line: field: why"). Not through an Arrow schema, which would fill
     tool arguments with nulls. Keys without a value are left out, as templates take them for given."""
-    if not Path(path).exists():
+    if not Path(path).is_file():
         raise InputError(f"{path}: no such file; 02_format_trajectories.py writes it, --train_file names one")
     rows = []
     refused = []
@@ -383,19 +406,26 @@ def check_row(row: dict) -> None:
     check_results(messages)
     if not any(is_trained(message) for message in messages):
         raise Refused("messages: no assistant message in it to train")
+    if is_trained(messages[0]):
+        raise Refused('messages[0]: an answer to nothing; begin with a user message, or write "weight": 0')
     if is_trained(messages[-1]) and messages[-1].get("tool_calls"):  # its stop token is not that of an answer
         raise Refused(f"messages[{len(messages) - 1}]: the row ends with a tool call without its result")
 
 
 def check_results(messages: list[dict]) -> None:
-    waiting = 0
+    """Raise Refused for a result that is not in the place of its call's: most templates write no ids."""
+    waiting = []  # ids of the calls before it
     for i, message in enumerate(messages):
         if message["role"] != "tool":
-            waiting = len(message.get("tool_calls") or [])
+            waiting = [call.get("id") for call in message.get("tool_calls") or []]
             continue
-        waiting -= 1
-        if waiting < 0:
+        if not waiting:
             raise Refused(f"messages[{i}]: a result without its call before it")
+        expected = waiting.pop(0)
+        given = message.get("tool_call_id")
+        if given != expected and given not in EMPTY and expected not in EMPTY:
+            raise Refused(f"messages[{i}].tool_call_id: {given!r} in the place of the result of {expected!r}; "
+                          "02_format_trajectories.py puts results in the order of their calls")
 
 
 def check_tools(row: dict) -> None:
@@ -428,6 +458,8 @@ def check_message(message: dict, name: str) -> None:
     if "weight" in message and (message["role"] != "assistant" or message["weight"] not in (0, 1)):
         raise Refused(f"{name}.weight: must be 0 or 1, on an assistant message")
     refuse_other_keys(message, MESSAGE_KEYS[message["role"]], name)
+    if not isinstance(message.get("tool_calls"), list | None):
+        raise Refused(f"{name}.tool_calls: must be a list of objects")
     for j, call in enumerate(message.get("tool_calls") or []):
         check_call(call, f"{name}.tool_calls[{j}]")
     refuse_half_characters(message, name)
@@ -487,9 +519,9 @@ def check_template(tok, model: str, switches: dict) -> None:
         raise InputError(f"{model}: the tokenizer has no chat template")
     if not tok.is_fast:
         raise InputError(f"{model}: the tokenizer is no fast one, which knows where its tokens begin")
+    known = _get_template_variables(tok.get_chat_template()) if switches else set()
     for name in switches:
-        known = re.search(rf"\b{re.escape(name)}\b", str(tok.chat_template))
-        if not known or name in ("messages", "tools", "add_generation_prompt"):
+        if name not in known - {"messages", "tools", "add_generation_prompt", *tok.special_tokens_map}:
             raise InputError(f"--chat_template_kwargs {name}: no switch of {model}'s chat template")
 
 
@@ -617,7 +649,7 @@ def mark_row(messages: list[dict], tools: list[dict] | None) -> tuple[list[dict]
     for i, message in enumerate(messages):
         copied = mark_value(message, (i,), marks)
         text = message["content"]
-        if message["role"] in ("system", "user"):  # templates look at how these begin and end
+        if message["role"] != "assistant":  # templates look at how these begin and end
             half = len(text) // 2
             copied["content"] = text[:half] + copied["content"] + text[half:]
         for j, call in enumerate(copied.get("tool_calls", [])):
@@ -642,19 +674,19 @@ def mark_value(value, path: tuple, marks: dict):
         pairs = [(new_mark(key, (*path, key), marks) if names else key, key) for key in value]
         return {mark: mark_value(value[key], (*path, key), marks) for mark, key in pairs}
     is_text = argument or path[-1] in ("content", "reasoning_content", "name", "description")
-    return new_mark(value, path, marks) if is_text else value
+    return new_mark(value, path, marks) if is_text or path[-2] == "enum" else value
 
 
 def new_mark(value, path: tuple, marks: dict):
     if value in EMPTY or isinstance(value, bool):
         return value
     digits = f"7318{len(marks):06}"
-    marks[f"x{digits}x"] = (path, value)
-    return f"x{digits}x" if isinstance(value, str) else type(value)(digits)
+    marks[f"X{digits}x"] = (path, value)
+    return f"X{digits}x" if isinstance(value, str) else type(value)(digits)
 
 
 def marked_places(marks: dict, text: str) -> list[tuple]:
-    found = [f"x{digits}x" for digits in re.findall(r"7318\d{6}", text)]
+    found = [f"X{digits}x" for digits in re.findall(r"7318\d{6}", text)]
     return [marks[mark][0] for mark in found if mark in marks]
 
 
@@ -679,6 +711,16 @@ def check_turn(i: int, marks: dict, text: str) -> None:
     texts = [path for path in places if path[1] != "tool_calls"]
     if calls != sorted(calls) or len(texts) > len(set(texts)):
         raise Refused(f"messages[{i}]: the chat template writes calls in another order, or a text twice")
+    for mark, (path, _) in marks.items():
+        if path == (i, "content") and not stands_alone(mark, text):
+            raise Refused(f"messages[{i}].content: the chat template writes words or quotes beside it, "
+                          "which the engine would give back as its own")
+
+
+def stands_alone(mark: str, text: str) -> bool:
+    """Is there nothing but tags beside it? Those a parser takes away again."""
+    before, after = (part.strip() for part in text.split(mark))
+    return before[-1:] in ("", ">", "]") and after[:1] in ("", "<", "[")
 
 
 def parts_of(message: dict, thoughts: bool) -> list[tuple[str, object]]:
@@ -723,11 +765,11 @@ def check_kept(tok, messages, tool_texts, ids: list[int], spans: dict[int, slice
         for name, value in parts_of(message, thoughts=i in spans):
             if not stands_in(value, text):
                 thought = name == "reasoning_content"
-                remedy = "--no_reasoning trains without it" if thought else "no label of it would be exact"
+                remedy = "--no_reasoning trains without it" if thought else "another template, or --max_refused"
                 raise Refused(f"messages[{i}].{name}: chat template or tokenizer leave it out; {remedy}")
     for path, text in tool_texts:
         if not stands_in(text, whole):
-            raise Refused(f"tools[{path[1]}]: the chat template leaves {text[:60]!r} out")
+            raise Refused(f"tools[{path[1]}]: the chat template leaves {str(text)[:60]!r} out")
 
 
 def encode_conversation(tok, messages, tools) -> list[tuple[list[int], list[int]]]:
@@ -899,6 +941,9 @@ def plan_updates(samples, settings: Settings, args: SFTConfig, layout: Layout) -
     for start in range(0, len(order), size):
         tokens.append(sum(lengths[i] for i in order[start : start + size]))
     rates = learning_rates(args, steps, settings.zero_first_update)
+    if not all(0 <= rate < 1.001 * args.learning_rate for rate in rates):
+        raise InputError(f"--lr_scheduler_kwargs {args.lr_scheduler_kwargs}: learning rates from {min(rates):g} "
+                         f"to {max(rates):g}, where 0 to {args.learning_rate:g} are meant")
     return Plan(order, steps, size // per_step, rates, tokens)
 
 
@@ -989,6 +1034,11 @@ def load_config(model: str, longest: int):
     config.max_position_embeddings = factor * 32_768
     say(f"YaRN factor {factor} for a sample of {longest:,} tokens: window {window:,} -> {factor * 32_768:,}")
     return config
+
+
+def check_router_loss(args: SFTConfig, config) -> None:
+    if args.router_aux_loss_coef and not hasattr(config.get_text_config(), "router_aux_loss_coef"):
+        raise InputError(f"--router_aux_loss_coef: a {config.model_type} has no such loss; leave it out")
 
 
 def load_model(settings: Settings, args: SFTConfig, config, layout: Layout, resume: Path | None):
@@ -1718,6 +1768,7 @@ def main(settings: Settings, args: SFTConfig) -> None:
     config = load_config(settings.model_name_or_path, facts["longest"])
     plan = plan_updates(samples, settings, args, layout)
     show_plan(plan, settings, args, layout)
+    check_router_loss(args, config)
     names = try_export(model_without_weights(config), tok, settings, args)
     lora = lora_config(settings, config) if settings.lora else None
     record = record_of_run(settings, args, facts)

@@ -60,6 +60,7 @@ def tool_schema(name, **properties):
 
 
 TOOLS = [tool_schema("run_it", command="string", seconds="integer"), tool_schema("look", path="string", deep="object")]
+TOOLS[1]["function"]["parameters"]["properties"]["path"]["enum"] = ["warm", "cold"]
 
 
 def system(text):
@@ -315,6 +316,12 @@ ODD = {
     "blank ends": [user("U"), assistant("A  \n\n"), user("V"), assistant("\n\n B\t")],
     "the same words": [user("Done."), assistant("Done."), user("Done."), assistant("Done.")],
     "switches in the text": [system("/no_think"), user("U /nothink"), assistant("A")],
+    "the system, then the model": [system("Greet them."), assistant("Hello."), user("U"), assistant("A")],
+    "the model begins without loss": [assistant("Hello.", weight=0), user("U"), assistant("A")],
+    "the row ends with a result": [user("U"), assistant("", LS), result("a")],
+    "parts of letters": [user("e\u0301 \ud55c \u1112\u1161\u11ab"), assistant("A\u030a \u1112\u1161\u11ab")],
+    "numbers within": [user("U"), assistant("", ("look", {"deep": {"a": [1.5, -0.0, 1e22, {"b": [[], {}, None]}], "": 3.0}})),
+                       result("a", 0, "look"), assistant("A")],
     "a result of the user": [user("U"), assistant("A"), user("<tool_response>\na\n</tool_response>"),
                              assistant("B", why="R")],
 }
@@ -335,6 +342,7 @@ def test_an_odd_row_is_trained_exactly_or_refused(stage, family):
 # GLM-4.5's own template changed at one place: (text of it, what stands there instead, conversation, what is told)
 NUMBER = [user("Do it."), assistant("", ("run_it", {"command": "sleep seconds 5", "seconds": 5})), result("a"), assistant("D")]
 SAME = [user("Done."), assistant("Done."), user("Done."), assistant("Done.")]
+TWICE = [user("Go."), assistant("", LS), result("A & B"), assistant("", LS), result("A & B"), assistant("End.")]
 CONTENT = "{{ '\\n' + content.strip() }}"
 BREAKS = [
     ("for tc in m.tool_calls", "for tc in m.tool_calls[:1]", "two calls", "tool_calls[1].function.name"),
@@ -356,6 +364,29 @@ BREAKS = [
     ("tool | tojson(ensure_ascii=False)", "tool.function.name", "a call", "tools[0]: the chat template leaves 'It does"),
     ("for m in messages %}\n{%- if m.role", "for m in messages[:-3] + messages[-3:] | sort(attribute='content') %}\n{%- if m.role",
      "a call", "rewrites what stands before it"),
+    (CONTENT, "{{ '\\n' + content.strip() | tojson }}", "plain", "messages[2].content: the chat template writes words"),
+    (CONTENT, "{{ '\\nAnswer: ' + content.strip() }}", "plain", "messages[2].content: the chat template writes words or"),
+    (CONTENT, "{{ '\\n' + content.strip() | striptags }}", [user("u"), assistant("a <b>c</b> d")], "messages[1].content"),
+    (CONTENT, "{{ '\\n' + content.split() | join(' ') }}", "white space", "messages[1].content"),
+    (CONTENT, "{{ '\\n' + content.strip() if not m.tool_calls }}", "a call", "messages[2].content"),
+    (CONTENT, "{{ '\\n' + content.strip() | lower if loop.last else content }}", SAME, "messages[1].content"),
+    ("<|user|>\n{{ visible_text(m.content) }}", "<|user|>\n{{ m.content[:-1] }}", "plain", "messages[1].content"),
+    ("<|user|>\n{{ visible_text(m.content) }}", "<|user|>\n{{ m.content | wordwrap(3) }}", "a call", "messages[1].content"),
+    ("<|user|>\n{{ visible_text(m.content) }}", "<|user|>\n{{ m.content | e }}", "other letters", "messages[2].content"),
+    ("{{- m.content }}", "{{- m.content | lower if loop.index > 4 else m.content }}", TWICE, "messages[4].content"),
+    ("{{- m.content }}", "{{- m.content | e if loop.index > 4 else m.content }}", TWICE, "messages[4].content"),
+    ("{{- m.content }}", "{{- m.content[:50] }}", [user("u"), assistant("", LS), result("a line\n" * 20), assistant("D")],
+     "messages[2].content"),
+    ("{{- m.content }}", "{{- m.content if loop.index > messages | length - 3 else 'cleared' }}", TWICE, "rewrites what stands"),
+    ("reasoning_content.strip() +", "reasoning_content.strip()[:6] +", "thoughts", "messages[1].reasoning_content"),
+    ("<arg_key>{{ k }}", "<arg_key>{{ k | lower }}", [user("u"), assistant("", ("run_it", {"Name": 1})), result("r"),
+     assistant("D")], "messages[1].tool_calls[0].function.arguments"),
+    ("v | tojson(ensure_ascii=False)", "(v | tojson(ensure_ascii=False))[:10]", "nested arguments", "function.arguments.deep"),
+    ("v | tojson(ensure_ascii=False)", "v | round(1)", [user("u"), assistant("", ("run_it", {"seconds": 0.125})),
+     result("r"), assistant("D")], "messages[1].tool_calls[0].function.arguments.seconds"),
+    ("tool | tojson(ensure_ascii=False)", "(tool | tojson).replace('\"cold\"', '')", "a call", "leaves 'cold' out"),
+    ("<|system|>\n{{ visible_text(m.content) }}", "", "plain", "messages[0].content"),
+    ("for m in messages %}\n{%- if m.role", "for m in messages[-40:] %}\n{%- if m.role", "forty steps", "rewrites what stands"),
     ("for m in messages %}\n{%- if m.role", "for m in messages[:2] | reverse | list + messages[2:] %}\n{%- if m.role",
      [user("First."), user("Second."), assistant("A")], "messages[0]: the chat template moves it behind messages[1]"),
 ]  # fmt: skip

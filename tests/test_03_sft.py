@@ -954,6 +954,7 @@ GOOD = {"query_id": "q", "messages": [user("U"), assistant("D")]}
 
 CALL = assistant("", ("f", {}))
 CALLED = CALL["tool_calls"][0]
+BOTH = assistant("", ("f", {}), ("g", {}))
 
 
 @pytest.mark.parametrize(
@@ -987,6 +988,14 @@ def test_what_else_a_row_says_is_read_or_refused(stage, tmp_path, keys, told):
         ([], "no assistant message"),
         ([user("U"), tool("T"), assistant("D")], "messages[1]: a result without its call before it"),
         ([user("U"), assistant("", ("f", {})), tool("T"), tool("T"), assistant("D")], "messages[3]: a result without"),
+        ([user("U"), BOTH, tool("T", 1), tool("T", 0), assistant("D")], "messages[2].tool_call_id: 'call_1' in the place of"),
+        ([user("U"), BOTH, tool("T", 0), tool("T", 0), assistant("D")], "messages[3].tool_call_id: 'call_0' in the place of"),
+        ([user("U"), BOTH, tool("T", 1), assistant("D")], "messages[2].tool_call_id: 'call_1' in the place of the result of"),
+        ([user("U"), BOTH, tool("T", 7), assistant("D")], "puts results in the order of their calls"),
+        ([user("U"), BOTH, user("V"), tool("T", 0), assistant("D")], "messages[3]: a result without its call before it"),
+        ([assistant("Hello."), user("U"), assistant("D")], "messages[0]: an answer to nothing; begin with a user message"),
+        ([user("U"), assistant("D") | {"tool_calls": 5}], "messages[1].tool_calls: must be a list of objects"),
+        ([user("U"), assistant("D") | {"tool_calls": {"name": "f"}}], "messages[1].tool_calls: must be a list of objects"),
         ([user("U") | {"reasoning_content": "R"}, assistant("D")], "messages[0].reasoning_content: not read by 03"),
         ([user("U") | {"name": "Ann"}, assistant("D")], "messages[0].name: not read by 03; take it out"),
         ([user("U"), assistant("", ("f", {})), tool("T", [1]) | {"tool_call_id": 1}, assistant("D")], "[2].tool_call_id: must"),
@@ -1417,15 +1426,33 @@ def test_every_setting_works_or_is_refused(stage):
         (["--adam_beta1", "2"], "--optim: Invalid beta parameter at index 0: 2.0"),
         (["--activation_offloading", "true"], "--activation_offloading needs a GPU"),
         (["--global_batch_size", "0"], "--global_batch_size 0: at least 1"),
+        (["--num_train_epochs", "nan"], "--num_train_epochs nan: at least 0, at most 4294967295"),
+        (["--num_train_epochs", "inf"], "--num_train_epochs inf: at least 0"),
+        (["--weight_decay", "nan"], "--weight_decay nan: at least 0"),
+        (["--max_grad_norm", "nan"], "--max_grad_norm nan: at least 0"),
+        (["--neftune_noise_alpha", "nan"], "--neftune_noise_alpha nan: at least 0"),
+        (["--seed", "4294967296"], "--seed 4294967296: at least 0, at most 4294967295"),
+        (["--eval_command", "true", "--eval_steps", "0.5"], "--eval_steps 0.5: at least 1"),
+        (["--logging_steps", "-1"], "--logging_steps -1.0: at least 0"),
+        (["--learning_rate", "nan"], "--learning_rate nan: must be a number above 0"),
+        (["--output_dir", ""], "--output_dir: has no value"),
+        (["--train_file", "recipes"], "recipes: no such file; 02_format_trajectories.py writes it"),
+        (["--lr_scheduler_kwargs", '{"min_lr": 1}', "--max_steps", "4"], "learning rates from 0.0005 to "),
+        (["--dataloader_persistent_workers", "true"], "--dataloader_persistent_workers needs --dataloader_num_workers"),
+        (["--gradient_checkpointing_kwargs", '{"a": 1}'], "--gradient_checkpointing_kwargs {'a': 1}: a JSON object with"),
+        (["--gradient_checkpointing_kwargs", "[]"], "--gradient_checkpointing_kwargs []: a JSON object with use_reentrant"),
+        (["--torch_compile_mode", "fastest"], "--torch_compile: Unrecognized mode=fastest, should be one of: default"),
+        (["--torch_compile_backend", "x"], "--torch_compile: Invalid backend"),
+        (["--router_aux_loss_coef", "0.1"], "--router_aux_loss_coef: a glm4_moe has no such loss; leave it out"),
+        (["--chat_template_kwargs", '{"m": 1}'], "--chat_template_kwargs m: no switch of"),
+        (["--report_to", "none", "wandb"], "no such setting: --wandb"),
         (["--max_refused", "-1"], "--max_refused -1: at least 0"),
-        (["--dry_run", "--torch_compile_backend", "x"], "no run with these settings: ValueError: 'X' is not a valid"),
-        (["--dry_run", "--router_aux_loss_coef", "0.1"], "no run with these settings: AttributeError: 'Glm4MoeC"),
         (["--dry_run", "--lora", "--lora_target_modules", "query"], "Target modules {'query'} not found"),
         (["--dry_run", "--resume_from_checkpoint", "x"], "--resume_from_checkpoint x: not a whole checkpoint"),
         (["--eval_file", "x"], "no such setting: --eval_file; nearest: --train_file"),
         (["--eval_strategy", "steps"], "--eval_strategy has no place here: --eval_command measures while training"),
         (["--max_steps", "0"], "--max_steps 0: at least 1"),
-        (["--learning_rate", "0"], "--learning_rate 0.0: must be above 0"),
+        (["--learning_rate", "0"], "--learning_rate 0.0: must be a number above 0"),
         (["--report_to", "trackio"], "--report_to trackio: pip install trackio"),
         (["--report_to", "wandb"], "WANDB_MODE=offline"),
         (["--optim", "adamw_torch_8bit"], "--optim: You need to have `torchao"),
@@ -1456,6 +1483,14 @@ def test_a_tokenizer_that_does_not_know_its_offsets_is_refused(stage, monkeypatc
     monkeypatch.setattr(sft.AutoTokenizer, "from_pretrained", lambda _: slow)
     with pytest.raises(sft.InputError, match="the tokenizer is no fast one"):
         sft.load_tokenizer(str(glm_base))
+
+
+def test_a_setting_without_a_value_is_named(stage, tmp_path):
+    sft = stage("03_sft")
+    for name in ("learning_rate", "train_file", "max_length", "global_batch_size"):
+        (tmp_path / "x.yaml").write_text(f"{name}:\n")
+        with pytest.raises(sft.InputError, match=f"^--{name}: has no value$"):
+            sft.check_flags(*sft.read_settings(sft.make_parser(), ["--config", str(tmp_path / "x.yaml")]))
 
 
 def test_unknown_keys_of_a_yaml_are_named_with_the_nearest(stage, tmp_path):
