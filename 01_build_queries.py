@@ -36,7 +36,6 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
 import tempfile
 import time
 import warnings
@@ -55,7 +54,6 @@ from trl import TrlParser
 
 HERE = Path(__file__).resolve().parent
 EVALUATE = HERE / "04_eval.py"
-LANGUAGES_FOLDER = HERE / "recipes" / "languages"
 # The paper's ten categories (appendix B) are the sub-domains of its two domains.
 CODING = ("algorithm", "application", "llm", "backend", "ui", "frontend", "build", "debugging")
 DOMAINS = dict.fromkeys(CODING, "vibe_coding") | dict.fromkeys(("research", "data_analysis"), "research")
@@ -107,19 +105,15 @@ def setting(default, text):
     return field(default=default, metadata={"help": text})
 
 
-def settings_list(default, text):
-    return field(default_factory=lambda: list(default), metadata={"help": text})
-
-
-def structure(text):
-    """A setting that is written in YAML only: a mapping."""
-    return field(default_factory=dict, metadata={"help": f"In YAML: {text}"})
+def setting_of_several(default, text):
+    """A list or, in YAML only, a mapping."""
+    return field(default_factory=lambda: type(default)(default), metadata={"help": text})
 
 
 @dataclass
 class Settings:
     real: str | None = setting(None, "Real-world queries: JSONL or a folder of markdown.")
-    repos: list[str] = settings_list([], "Git clones to mine.")
+    repos: list[str] = setting_of_several([], "Git clones to mine.")
     papers: str | None = setting(None, "A folder of papers (*.md, *.txt) that become research queries.")
     issues: str | None = setting(None, "JSON of issues: gh issue list --json number,title,body,url.")
     output_file: str = setting("data/queries.jsonl", "Tasks; the rest goes beside it.")
@@ -127,13 +121,13 @@ class Settings:
         "all", "One step alone, or all.")
     # mine
     rule: Literal["tests", "paper"] = setting("tests", "One code file and its tests; or the paper's funnel.")
-    deny: list[str] = settings_list(BENCHMARKS.split(), "Repositories of benchmarks, refused (SWE-bench's).")
+    deny: list[str] = setting_of_several(BENCHMARKS.split(), "Repositories of benchmarks, refused (SWE-bench's).")
     max_tokens: int = setting(2000, "Longest code and test diff; a token is 4 characters.")
     max_candidates: int = setting(200, "PRs to verify and write, newest of each clone first.")
     chain: int = setting(1, "Join up to so many dependent PRs into the turns of one task.")
     seed: int = setting(100, "Draws the paper rule's 100 pull requests a repository.")
     # verify
-    languages: str = setting(str(LANGUAGES_FOLDER), "Set-ups of environments, and check.py.")
+    languages: str = setting(str(HERE / "recipes/languages"), "Set-ups of environments, and check.py.")
     setup_command: str | None = setting(None, "Makes $ENVIRONMENT, run in a repository's tree.")
     setup_seconds: int = setting(900, "Seconds that making an environment may take.")
     test_command: str | None = setting(None, "Runs {files}, writes JUnit XML to {report}.")
@@ -143,8 +137,7 @@ class Settings:
     model: str = setting("gpt-5", "Writes the queries (paper: GPT-5).")
     judge_model: str | None = setting(None, "Also asked whether a query leaks its solution.")
     base_url: str | None = setting(None, "OpenAI-compatible endpoint; key: OPENAI_API_KEY.")
-    request: dict = structure("merged into every request's body, e.g. {max_tokens: 4000}.")
-    answers: str | None = setting(None, "An answers.jsonl to replay.")
+    request: dict = setting_of_several({}, "In YAML: goes into every request, e.g. {max_tokens: 4000}.")
     retry_bad: bool = setting(False, "Ask again where the answer was refused or is no draft.")
     concurrency: int = setting(8, "Calls under way at a time.")
     call_seconds: int = setting(300, "Longest wait for an answer; tried seven times.")
@@ -153,7 +146,7 @@ class Settings:
     max_usd: float | None = setting(None, "Most dollars; a call under way counts with 4,000 tokens.")
     dry_run: bool = setting(False, "Print a prompt and the number of calls, and stop there.")
     # check
-    benchmark: list[str] = settings_list([], "Files or folders: who shares 13 words in a row is rejected.")
+    benchmark: list[str] = setting_of_several([], "Files or folders: who shares 13 words in a row is rejected.")
     # select
     reject: Literal["any", "majority"] = setting("any", "Reviewers' rejections that count.")
     n_real: int = setting(60, "Real-world and research queries to select (paper: 60).")
@@ -404,10 +397,10 @@ def git_command(clone, *args):
     return ["git", "-c", "safe.directory=*", "-c", "core.quotePath=no", "-C", clone, *args], env
 
 
-def git(clone, *args):
+def git(clone, *args, stdin=b"", **variables):
     """What `git -C clone args` prints, as bytes; raises InputError with its first line of complaint."""
     argv, env = git_command(clone, *args)
-    done = subprocess.run(argv, env=env, capture_output=True)
+    done = subprocess.run(argv, env=env | variables, capture_output=True, input=stdin)
     if done.returncode:
         problem = done.stderr.decode(errors="replace").strip().split("\n")[0]
         raise InputError(f"{clone}: git {args[0]}: {problem}")
@@ -429,12 +422,9 @@ def checkout(clone, commit, folder, paths=None):
     Path(folder).mkdir(parents=True, exist_ok=True)
     names = "\0".join(paths_of(clone, commit) if paths is None else paths)
     with tempfile.TemporaryDirectory() as index:
-        for args in (("read-tree", commit), ("checkout-index", "-f", "-q", "-z", "--stdin")):
-            argv, env = git_command(clone, f"--work-tree={os.path.abspath(folder)}", *args)
-            env["GIT_INDEX_FILE"] = f"{index}/index"
-            done = subprocess.run(argv, env=env, capture_output=True, input=os.fsencode(names))
-            if done.returncode:
-                raise InputError(f"{clone}: git {args[0]}: {done.stderr.decode(errors='replace').strip()}")
+        places = {"GIT_INDEX_FILE": f"{index}/index", "GIT_WORK_TREE": os.path.abspath(folder)}
+        git(clone, "read-tree", commit, **places)
+        git(clone, "checkout-index", "-f", "-q", "-z", "--stdin", stdin=os.fsencode(names), **places)
 
 
 def repository_name(clone, deny):
@@ -755,15 +745,10 @@ def mine_clones(settings, faults):
             faults.append(str(error))
             print(f"left out: {error}")
             continue
-        print_clone(name, mined, time.monotonic() - start)
+        passed = len(open_rows(mined))
+        print(f"{name}: {len(mined)} pull requests, {passed} pass, {time.monotonic() - start:.1f} s")
+        print_counts(Counter(row["reasons"][0] for row in mined if row["reasons"]).most_common())
         yield name, clone, mined
-
-
-def print_clone(name, mined, seconds):
-    shapes = Counter(row["meta"]["shape"] for row in mined)
-    print(f"{name}: {len(mined)} pull requests ({', '.join(f'{n} {shape}' for shape, n in shapes.items())}), "
-          f"{sum(not row['reasons'] for row in mined)} pass, {seconds:.1f} s")
-    print_counts(Counter(row["reasons"][0] for row in mined if row["reasons"]).most_common())
 
 
 def leave_out(rows, chosen, reason):
@@ -869,7 +854,8 @@ def place_task(row, environment, work, plan):
         with tempfile.TemporaryDirectory() as tree:
             checkout(clone, base, tree)
             shutil.copytree(environment["folder"] / "made", tree, symlinks=True, dirs_exist_ok=True)
-            write_tar(tree, workspace)
+            partial = shutil.make_archive(str(folder / "partial"), "tar", tree, owner="root", group="root")
+            os.replace(partial, workspace)
     turn = {"query": row["meta"]["title"] or row["query_id"], "check": "python3 -I /private/check.py",
             "solution": "cp -R /private/solution/. ."}
     task = {"query_id": row["query_id"], "domain": "vibe_coding", "source": row["source"], "turns": [turn],
@@ -877,19 +863,6 @@ def place_task(row, environment, work, plan):
             "venv": str(environment["folder"] / "venv")}
     needs = {"go": ["go"], "node": ["node"]}.get(language_of(row["pr"]["code"][0]))
     return task | ({"needs": needs} if needs else {})
-
-
-def write_tar(folder, path):
-    """The files of folder, with the same bytes whenever and by whomever it is written."""
-    def plain(member):
-        member.uid = member.gid = member.mtime = 0
-        member.uname = member.gname = ""
-        return member
-
-    partial = path.with_suffix(".partial")
-    with tarfile.open(partial, "w") as tar:
-        tar.add(folder, ".", filter=plain)
-    partial.replace(path)
 
 
 def plan_of(settings, row, environment):
@@ -951,14 +924,6 @@ ENVIRONMENT_FAULTS = {
 }
 
 
-def environment_fault(text):
-    """What an environment lacks, told from the messages of the tests; None if nothing is known."""
-    for pattern, told in ENVIRONMENT_FAULTS.items():
-        if found := re.search(pattern, text):
-            return "environment: " + told.format(found[1])
-    return None
-
-
 def passed_in(episode):
     """({test: passed}, messages of what failed) of a run that was to find out, packed by check.py."""
     [line] = [check["requirement"] for check in episode["rounds"][-1]["checks"][:1]]
@@ -988,7 +953,10 @@ def judge_survey(nothing, solution, timeout):
     elif sometimes - passing or before_sometimes - before_always:
         reason = "its tests are flaky"
     else:
-        reason = environment_fault(messages) or "its tests fail with the change too"
+        reason = "its tests fail with the change too"
+        for pattern, told in reversed(ENVIRONMENT_FAULTS.items()):  # the first that is found counts
+            if found := re.search(pattern, messages):
+                reason = "environment: " + told.format(found[1])
     return {"reason": reason, "output": messages[-1500:]}
 
 
@@ -1166,8 +1134,10 @@ def join(chain, work):
         turns.append({key: text.replace("/private/", f"/private/{number}/") for key, text in turn.items()})
     meta = first["meta"] | {"numbers": [row["meta"]["number"] for row in chain]}
     task = first["task"] | {"query_id": name, "turns": turns, "private": str(private)}
-    return {"query_id": name, "domain": None, "subdomain": "", "source": "pull_requests", "turns": [],
-            "meta": meta, "reasons": [], "pr": {}, "task": task, "parts": [row["query_id"] for row in chain]}
+    parts = [row["query_id"] for row in chain]
+    return without(first, "tree", "material") | {
+        "query_id": name, "source": "pull_requests", "turns": [], "meta": meta, "reasons": [], "task": task,
+        "parts": parts}
 
 
 def add_chains(settings, work, rows):
@@ -1264,8 +1234,6 @@ def prompt_of(row, rule):
 
 def write(settings, work, rows):
     """Ask for every query that has no answer yet. An answer is stored the moment it comes: paid once."""
-    if settings.answers and not Path(settings.answers).is_file():
-        raise InputError(f"--answers {settings.answers}: no such file")
     if settings.max_usd is not None and not settings.price_in + settings.price_out:
         raise InputError("--max_usd needs the prices of the model: --price_in and --price_out")
     live = [row for row in open_rows(rows) if "material" in row]
@@ -1282,26 +1250,19 @@ def answers_to(settings, work, rows, prompts, model, form):
         request = {"query_id": row["query_id"], "model": model, "messages": messages, "form": form}
         requests[digest(model, messages, row["query_id"])] = request
     path = work / "answers.jsonl"
-    known = by_key(settings.answers or path) | by_key(path)
+    known = by_key(path)
     if settings.retry_bad:
         known = {key: answer for key, answer in known.items() if find_object(answer.get("content"))}
     missing = {key: request for key, request in requests.items() if key not in known}
     if settings.dry_run:
         dry_run(missing)
     if missing:
-        asyncio.run(ask_all(settings, missing, path, bill(settings, by_key(path).values())))
+        asyncio.run(ask_all(settings, missing, path, dollars_for(settings, by_key(path).values())))
         known |= by_key(path)
-    print_bill(settings, model, len(requests), [known[key] for key in missing])
+    asked = [known[key] for key in missing]
+    print(f"{model}: {len(asked)} answers asked for, {len(requests) - len(asked)} replayed, "
+          f"${dollars_for(settings, asked):.2f}")
     return [known[key] for key in requests]
-
-
-def print_bill(settings, model, count, asked):
-    tokens = Counter()
-    for answer in asked:
-        tokens.update(usage_of(answer))
-    sent, made = tokens["prompt_tokens"], tokens["completion_tokens"]
-    print(f"{model}: {len(asked)} answers asked for, {count - len(asked)} replayed; {sent} tokens in, "
-          f"{made} out, ${bill(settings, asked):.2f}")
 
 
 def dry_run(missing):
@@ -1322,13 +1283,11 @@ def usage_of(answer):
     return counts
 
 
-def cost(settings, prompt_tokens, completion_tokens):
-    """Dollars of an answer."""
-    return (prompt_tokens * settings.price_in + completion_tokens * settings.price_out) / 1e6
-
-
-def bill(settings, answers):
-    return sum(cost(settings, **usage_of(answer)) for answer in answers)
+def dollars_for(settings, answers):
+    total = 0
+    for usage in map(usage_of, answers):
+        total += usage["prompt_tokens"] * settings.price_in + usage["completion_tokens"] * settings.price_out
+    return total / 1e6
 
 
 class Endpoint:
@@ -1344,11 +1303,6 @@ class Endpoint:
         self.client = openai.AsyncOpenAI(
             base_url=settings.base_url, max_retries=6, timeout=settings.call_seconds,
             api_key=os.environ.get("OPENAI_API_KEY") or "EMPTY")  # a local server wants none
-
-    def estimate(self, request):
-        """Dollars that a call may cost: its prompt, four characters a token, and 4,000 tokens."""
-        prompt = sum(len(message["content"]) for message in request["messages"]) // 4
-        return cost(self.settings, prompt, 4000)
 
     async def ask(self, request):
         """A completion as {"content", "finish_reason", "usage"}; {"refused"} where repeating cannot help."""
@@ -1402,7 +1356,7 @@ async def ask_all(settings, missing, path, dollars):
     if not (settings.base_url or os.environ.get("OPENAI_API_KEY")):
         raise InputError(
             f"{len(missing)} answers are missing and no endpoint is known: set OPENAI_API_KEY, or --base_url "
-            "of a local server, or --answers of another run")
+            "of a local server")
     import openai
 
     endpoint, failures = Endpoint(settings, dollars), []
@@ -1411,7 +1365,8 @@ async def ask_all(settings, missing, path, dollars):
 
     async def one(key, request):
         async with gate:
-            expected = endpoint.estimate(request)
+            usage = {"prompt_tokens": len(str(request["messages"])) // 4, "completion_tokens": 4000}
+            expected = dollars_for(settings, [{"usage": usage}])
             planned = endpoint.dollars + endpoint.under_way + expected
             if settings.max_usd is not None and planned > settings.max_usd:
                 failures.append(
@@ -1429,7 +1384,7 @@ async def ask_all(settings, missing, path, dollars):
             finally:
                 endpoint.under_way -= expected
             append_jsonl(path, {"key": key} | without(request, "messages", "form") | answer)
-            endpoint.dollars += cost(settings, **usage_of(answer))
+            endpoint.dollars += dollars_for(settings, [answer])
             progress.update()
             progress.set_postfix_str(f"${endpoint.dollars:.2f}")
 
@@ -1827,8 +1782,10 @@ def check(settings, work, rows):
     for row in live:
         if "material" in row:
             row["reasons"] += read_draft(row) or text_reasons(row)
-        if row["turns"]:
-            row["reasons"] += common_reasons(text_of(row), benchmark)
+        if re.search(SECRET, text_of(row)):
+            row["reasons"].append("a secret or an e-mail address")
+        if runs_of(words_of(text_of(row)), 13) & benchmark:
+            row["reasons"].append("shares 13 words in a row with a benchmark")
     if settings.judge_model:
         ask_judge(settings, work, list(filter(is_mined, open_rows(live))))
     fill_chains(rows)
@@ -1836,13 +1793,6 @@ def check(settings, work, rows):
     mark_repetitions(live)
     print(f"to review: {work / '4_check.jsonl'} ({len(open_rows(live))} tasks)")
     return rows
-
-
-def common_reasons(query, benchmark):
-    if re.search(SECRET, query):
-        yield "a secret or an e-mail address"
-    if runs_of(words_of(query), 13) & benchmark:
-        yield "shares 13 words in a row with a benchmark"
 
 
 def fill_chains(rows):
@@ -2092,7 +2042,7 @@ def print_funnel(rows, chosen):
 def write_settings(settings):
     """Everything that decided about the output, beside it."""
     inputs = {clone: head_of(clone) for clone in settings.repos}
-    for path in filter(None, (settings.real, settings.issues, settings.answers, __file__)):
+    for path in filter(None, (settings.real, settings.issues, __file__)):
         if os.path.isfile(path):
             inputs[path] = hashlib.sha256(Path(path).read_bytes()).hexdigest()
     versions = {name: importlib.metadata.version(name) for name in ("openai", "pydantic", "scikit-learn")}
