@@ -60,13 +60,17 @@ DOMAINS = dict.fromkeys(CODING, "vibe_coding") | dict.fromkeys(("research", "dat
 # The kind of a changed file is the first pattern that its path matches; anything else is "other".
 KINDS = {
     "generated": r"(^|/)(_?vendor(ed)?|third_party|node_modules|dist)/|_pb2\.py$|\.min\.js$|\.lock$",
-    "test": r"(^|/)(tests?|testing|specs?|__tests__)/|(^|/)(test_[^/]*|conftest\.py|tests?\.\w+)$"
-            r"|[._](test|spec)\.\w+$",
+    "test": r"(?i)(^|/)(((unit|functional|integration)[_-]?)?tests?|testing|testdata|specs?|__tests__)/"
+            r"|(^|/)(test_[^/]*|conftest\.py|tests?\.\w+)$|[._](tests?|spec)\.\w+$",
     "code": r"\.(py|[cm]?jsx?|[cm]?tsx?|go|rs|java|kt|c|h|cc|cpp|rb|php|jl)$",
 }
 LANGUAGES = {"python": r"\.py$", "node": r"\.[cm]?[jt]sx?$", "go": r"\.go$", "rust": r"\.rs$"}
-NOT_RUN = r"(^|/)(conftest|__init__)\.py$|(^|/)(fixtures?|support|helpers?|data|snapshots?|common)/|\.d\.ts$"
+NOT_RUN = (
+    r"(^|/)(conftest|__init__)\.py$|\.d\.ts$"
+    r"|(^|/)(fixtures?|support|helpers?|(test)?data|snapshots?|common)/"
+)
 RUNNERS = {"python": "pytest", "node": "node", "go": "go", "rust": "cargo"}  # unless the set-up names another
+IN_FILE_TEST = r"(?m)^[+@ -].*(#\[(\w+::)?test\]|#\[cfg\(test\)\]|\bmod tests?\b)"  # Rust's
 TOOLCHAINS = {"python": "python3", "node": "npm", "go": "go", "rust": "cargo"}
 BOT = r"(?i)\[bot\]|dependabot|renovate|pre-commit-ci|greenkeeper|pyup-bot"
 LICENCES = {
@@ -88,12 +92,14 @@ TEXT_RULES = {  # after SWE-bench Lite: a statement must stand alone
 NOT_DRAWN = "not among the 100 drawn of its repository"
 UNGRADED = "neither a check nor a rubric"
 BEYOND = "beyond --max_candidates"
+UNDECIDED = "could not be decided"
 OVER_QUOTA = "like those selected, or over a quota"
 ENGLISH = set("the a an to of and is are in it that when should be not with for as this on if or by".split())
 # What to do about the commonest reason, said in the last line of a run that leaves nothing.
 REMEDIES = {
     "environment": "install what is missing with --setup_command",
     "no test file changed": "mine repositories whose pull requests bring tests, or use --rule paper",
+    "its tests stand in the code file": "mine repositories whose tests have files of their own (tests/)",
     "no permissive licence": "mine repositories with a permissive licence",
     "its tests pass without the change": "mine more pull requests",
     "the answer": "use a stronger --model, or --retry_bad",
@@ -105,7 +111,7 @@ def setting(default, text):
     return field(default=default, metadata={"help": text})
 
 
-def setting_of_several(default, text):
+def several(default, text):
     """A list or, in YAML only, a mapping."""
     return field(default_factory=lambda: type(default)(default), metadata={"help": text})
 
@@ -113,7 +119,7 @@ def setting_of_several(default, text):
 @dataclass
 class Settings:
     real: str | None = setting(None, "Real-world queries: JSONL or a folder of markdown.")
-    repos: list[str] = setting_of_several([], "Git clones to mine.")
+    repos: list[str] = several([], "Git clones to mine.")
     papers: str | None = setting(None, "A folder of papers (*.md, *.txt) that become research queries.")
     issues: str | None = setting(None, "JSON of issues: gh issue list --json number,title,body,url.")
     output_file: str = setting("data/queries.jsonl", "Tasks; the rest goes beside it.")
@@ -121,7 +127,7 @@ class Settings:
         "all", "One step alone, or all.")
     # mine
     rule: Literal["tests", "paper"] = setting("tests", "One code file and its tests; or the paper's funnel.")
-    deny: list[str] = setting_of_several(BENCHMARKS.split(), "Repositories of benchmarks, refused (SWE-bench's).")
+    deny: list[str] = several(BENCHMARKS.split(), "Repositories of benchmarks, refused (SWE-bench's).")
     max_tokens: int = setting(2000, "Longest code and test diff; a token is 4 characters.")
     max_candidates: int = setting(200, "PRs to verify and write, newest of each clone first.")
     chain: int = setting(1, "Join up to so many dependent PRs into the turns of one task.")
@@ -137,7 +143,7 @@ class Settings:
     model: str = setting("gpt-5", "Writes the queries (paper: GPT-5).")
     judge_model: str | None = setting(None, "Also asked whether a query leaks its solution.")
     base_url: str | None = setting(None, "OpenAI-compatible endpoint; key: OPENAI_API_KEY.")
-    request: dict = setting_of_several({}, "In YAML: goes into every request, e.g. {max_tokens: 4000}.")
+    request: dict = several({}, "In YAML: goes into every request, e.g. {max_tokens: 4000}.")
     retry_bad: bool = setting(False, "Ask again where the answer was refused or is no draft.")
     concurrency: int = setting(8, "Calls under way at a time.")
     call_seconds: int = setting(300, "Longest wait for an answer; tried seven times.")
@@ -146,7 +152,7 @@ class Settings:
     max_usd: float | None = setting(None, "Most dollars; a call under way counts with 4,000 tokens.")
     dry_run: bool = setting(False, "Print a prompt and the number of calls, and stop there.")
     # check
-    benchmark: list[str] = setting_of_several([], "Files or folders: who shares 13 words in a row is rejected.")
+    benchmark: list[str] = several([], "Files or folders: who shares 13 words in a row is rejected.")
     # select
     reject: Literal["any", "majority"] = setting("any", "Reviewers' rejections that count.")
     n_real: int = setting(60, "Real-world and research queries to select (paper: 60).")
@@ -256,7 +262,7 @@ def is_mined(row):
 
 class Turn(pydantic.BaseModel, extra="forbid"):
     query: str = pydantic.Field(pattern=r"\w")
-    check: str | None = None
+    check: str | None = pydantic.Field(None, pattern=r"\S")
     rubric: list[pydantic.constr(pattern=r"\w")] | None = pydantic.Field(None, min_length=1)
     solution: str | None = None
 
@@ -284,23 +290,33 @@ class Task(pydantic.BaseModel, extra="forbid"):
 
 
 def real_queries(source):
-    """Real-world queries, each checked field by field; folders are relative to the file that names them."""
+    """Real-world queries of a file or of all files of a folder."""
     source = Path(source)
-    folder = source if source.is_dir() else source.parent
-    named = ((path, path) for path in sorted(source.glob("*.md"))) if source.is_dir() else read_jsonl(source)
+    paths = sorted(path for path in source.iterdir() if path.is_file()) if source.is_dir() else [source]
     tasks = []
     faults = []
-    for where, row in named:
-        try:
-            row = read_markdown(row) if isinstance(row, Path) else row
-            tasks.append(checked_task(where, row, folder) | {"reasons": []})
-        except InputError as error:
-            faults.append(str(error))
+    for path in paths:
+        if path.suffix in (".md", ".jsonl") or path == source:
+            tasks += tasks_in(path, faults)
+        else:
+            print(f"left out: {path}: neither *.md nor *.jsonl")
     if faults:
-        raise InputError("\n".join(faults))  # a line a file: all are named in one run
+        raise InputError("\n".join(faults))  # a line a fault: all are named in one run
     if not tasks:
         raise InputError(f"{source}: no query in it: expected JSONL or *.md files")
     return tasks
+
+
+def tasks_in(path, faults):
+    """Yield the tasks of a file, each checked field by field; what is wrong is added to faults."""
+    try:
+        for where, row in [(path, read_markdown(path))] if path.suffix == ".md" else read_jsonl(path):
+            try:
+                yield checked_task(where, row, path.parent) | {"reasons": []}
+            except InputError as error:
+                faults.append(str(error))
+    except InputError as error:  # what comes after it cannot be read
+        faults.append(str(error))
 
 
 def checked(form, where, row):
@@ -340,8 +356,8 @@ def read_markdown(path):
     if "turns" not in task:
         graded = {key: task.pop(key) for key in ("check", "rubric", "solution") if key in task}
         task["turns"] = [{"query": (parts[2] or "").strip()} | graded]
-    if "licence" in task:
-        task["meta"] = task.get("meta", {}) | {"licence": task.pop("licence")}
+    if "licence" in task and isinstance(task.setdefault("meta", {}), dict):
+        task["meta"]["licence"] = task.pop("licence")
     return {"query_id": re.sub(r"[^\w.@#-]", "-", path.stem)} | task
 
 
@@ -474,8 +490,9 @@ def log_records(clone):
     lines = log_lines(
         clone, "HEAD", "--diff-merges=first-parent", "-p", "-M", "--no-color", "--no-ext-diff", "-U3",
         "--no-textconv", "--full-index", "--diff-algorithm=myers", "--src-prefix=a/", "--dst-prefix=b/",
-        "--min-parents=1", "--extended-regexp", "--grep=^(Auto m|M)erge (pull request )?(of )?#[0-9]+",
-        r"--grep=\((pull request )?#[0-9]+\)", "--grep=^Merged PR [0-9]+:", "--grep=^See merge request .*!",
+        "--min-parents=1", "--extended-regexp",
+        "--grep=^((Auto|Rollup) m|M)erge (pull request )?(of )?#[0-9]+", "--grep=^Merged PR [0-9]+:",
+        r"--grep=\((pull request |PR )?(#|GH-)[0-9]+\)", "--grep=^See merge request .*!",
         f"--format={mark}%n%H%n%P%n%an <%ae>%n%cs%n%B%n{mark}")
     line = next(lines, None)
     while line:  # the mark above a header
@@ -493,12 +510,13 @@ def log_records(clone):
 # How the message of a commit says that it merges a pull request; the number of the last may be an issue's.
 MERGES = [
     r"Merge pull request #(?P<number>\d+)(?: from (?P<branch>\S+)|\b)",
-    r"(?:Auto merge of|Merge) #(?P<number>\d+)\b",  # bors
+    r"(?:(?:Auto|Rollup) merge of|Merge) #(?P<number>\d+)\b",  # bors
     r"Merge pull request '(?P<title>.*)' \(#(?P<number>\d+)\) from (?P<branch>\S+)",  # Gitea
     r"Merged in (?P<branch>\S+) \(pull request #(?P<number>\d+)\)",  # Bitbucket
     r"Merged PR (?P<number>\d+): (?P<title>.*)",  # Azure DevOps
     r"(?s:Merge branch '(?P<branch>\S+)' into .*\nSee merge request \S*!(?P<number>\d+)\s*$)",  # GitLab
-    r"(?P<title>.*?)\s*\(#(?P<number>\d+)\)\s*(?:\((?:close|fixe?|resolve)[sd]? #\d+\)\s*)*\n",
+    r"(?P<title>.*?)\s*\((?:PR )?(?:#|GH-)(?P<number>\d+)\)"
+    r"(?:\s|\.|\[[^\]\n]*\]|\((?:close|fixe?|resolve)[sd]? #\d+\))*\n",  # squashed: Title (#7) [skip ci]
 ]
 
 
@@ -524,9 +542,12 @@ def pull_requests(clone):
 
 
 def syntax_tree(source):
-    """Of Python source, without a word about old escapes in its strings."""
-    with warnings.catch_warnings(action="ignore"):
-        return ast.parse(source.removeprefix("\ufeff"))
+    """Of Python source, without a word about old escapes in its strings; SyntaxError where there is none."""
+    try:
+        with warnings.catch_warnings(action="ignore"):
+            return ast.parse(source.removeprefix("\ufeff"))
+    except (ValueError, RecursionError, MemoryError) as error:  # a zero byte, thousands of brackets
+        raise SyntaxError(str(error)) from None
 
 
 def meaning(source):
@@ -554,9 +575,17 @@ def numbers_reverted(pull):
     """Numbers (as text), titles and commits that a pull request takes back; None if it is no revert."""
     if not re.match(r"(?i)revert\b", pull["title"]) and "This reverts commit" not in pull["body"]:
         return None
-    text = pull["title"] + pull["body"]
-    commits = re.findall(r"This reverts commit ([0-9a-f]{40,64})", text)
-    return {*re.findall(r"#(\d+)", text), *re.findall('"(.*)"', pull["title"]), *commits}
+    commits = re.findall(r"This reverts commit ([0-9a-f]{40,64})", pull["body"])
+    numbers = re.findall(r"#(\d+)", pull["title"])
+    if '"revert' in pull["title"].lower():  # Revert "Revert "One (#1)" (#2)" takes back #2 alone
+        numbers = numbers[-1:]
+    for told in re.findall(r"(?i)\breverts?\b(.*)", pull["body"]):
+        numbers += re.findall(r"#(\d+)", told)
+    return {*numbers, *re.findall('"(.*)"', pull["title"]), *commits}
+
+
+def is_reverted(pull, reverted):
+    return bool({str(pull["number"]), pull["title"], pull["commit"]} & reverted)
 
 
 def changes(pull):
@@ -605,14 +634,14 @@ def why_not_tests(clone, pull, kinds, reverted, max_tokens):
         return "made by a bot"
     if numbers_reverted(pull) is not None:
         return "a revert"
-    if {str(pull["number"]), pull["title"], pull["commit"]} & reverted:
+    if is_reverted(pull, reverted):
         return "reverted later"
     if not kinds["code"]:
         return "no code file changed"
     if not language_of(kinds["code"][0]):
         return f"no runner for *{Path(kinds['code'][0]).suffix}"
     if not kinds["run"]:
-        return "no test file changed"
+        return why_no_test(pull, kinds)
     if len(kinds["code"]) > 1:
         return "more than one code file changed"
     if sum(len(pull["files"][path]) for path in kinds["code"] + kinds["test"]) // 4 > max_tokens:
@@ -620,6 +649,11 @@ def why_not_tests(clone, pull, kinds, reverted, max_tokens):
     if not licence(clone, pull["base"]):
         return "no permissive licence file at the base commit"
     return why_not_code(clone, pull, kinds["code"][0])
+
+
+def why_no_test(pull, kinds):
+    inside = any(re.search(IN_FILE_TEST, pull["files"][path]) for path in kinds["code"])
+    return "its tests stand in the code file itself" if inside else "no test file changed"
 
 
 def why_not_code(clone, pull, path):
@@ -630,7 +664,7 @@ def why_not_code(clone, pull, path):
         return None
     try:
         before, after = [meaning(show(clone, pull[side], path)) for side in ("base", "commit")]
-    except (SyntaxError, ValueError):
+    except (SyntaxError, RecursionError):
         return "code file is not Python 3"
     return "only comments, docstrings or layout changed" if before == after else None
 
@@ -688,8 +722,12 @@ def mine_clone(settings, clone):
             row["reasons"].append(reason)
         else:
             passed.append((row, pull, kinds))
-        seen |= {(pull["number"], pull["title"]), changes(pull)}
-        reverted |= numbers_reverted(pull) or set()
+        seen.add((pull["number"], pull["title"]))
+        taken_back = numbers_reverted(pull)
+        if taken_back is None:
+            seen.add(changes(pull))
+        elif not is_reverted(pull, reverted):
+            reverted |= taken_back
         rows.append(row)
     if settings.rule == "paper":  # which draws a hundred of a repository
         drawn = Random(settings.seed).sample([row for row, *_ in passed], min(100, len(passed)))
@@ -918,6 +956,8 @@ ENVIRONMENT_FAULTS = {
     r"(gaierror|Network is unreachable|name resolution|ENOTFOUND|EAI_AGAIN|no such host)":
         "its tests need the network",
     r"(uid not found|getpwuid)": "its tests need a user of the system",
+    r"(unsupported locale|[Nn]o time zone found)": "its tests need a locale or time zone of the system",
+    r"(no display name|Connection refused|ECONNREFUSED)": "its tests need a server that does not run ({})",
     r"(MemoryError|ENOMEM|Cannot allocate memory)": "its tests need more memory",
     r"([\w.-]+): (?:command )?not found": "its tests need the program {}",
     r"No such file or directory: '([\w-]+)'": "its tests need the program {}",
@@ -985,15 +1025,22 @@ def verify_repository(settings, work, rows, environment):
     plans = {row["query_id"]: plan_of(settings, row, environment) for row in rows}
     facts = [settings.timeout, settings.verify_runs, environment["id"], environment["program"]]
     folder = work / "verify" / digest(sorted(plans), facts)[:16]  # a killed run of 04 goes on there
-    tasks = [place_task(row, environment, work, plans[row["query_id"]]) for row in rows]
-    done, lost = run_agents(folder / "find", tasks, settings.verify_runs)
+    tasks = []
+    lost = {}
+    for row in rows:
+        try:
+            tasks.append(place_task(row, environment, work, plans[row["query_id"]]))
+        except (InputError, OSError) as error:  # blobs that the clone lacks, a folder where a file is made
+            lost[row["query_id"]] = str(error)
+    done, not_run = run_agents(folder / "find", tasks, settings.verify_runs)
+    lost |= not_run
     known_lines = lines_at_hand(environment)
     verdicts = {}
     proven = []
     for row in rows:
         name = row["query_id"]
         if name in lost or not done["nothing"][name] or not done["solution"][name]:
-            verdicts[name] = {"reason": f"could not be decided: {lost.get(name, 'no episode was left')}"}
+            verdicts[name] = {"reason": f"{UNDECIDED}: {lost.get(name, 'no episode was left')}"}
             continue
         verdict = judge_survey(done["nothing"][name], done["solution"][name], settings.timeout)
         if not verdict["reason"] and stands_in(known_lines, row["material"]["secret"]):
@@ -1003,7 +1050,7 @@ def verify_repository(settings, work, rows, environment):
             proven.append(place_task(row, environment, work, plans[name] | without(verdict, "reason")))
     # What was found out once may have been luck: the check as it will be used is run again on both.
     verdicts |= refuted(settings, folder / "prove", proven)
-    shutil.rmtree(folder)
+    shutil.rmtree(folder, ignore_errors=True)
     return verdicts
 
 
@@ -1065,8 +1112,9 @@ def verify_group(settings, work, name, group, environment):
     if missing:
         print(f"verify: {len(missing)} candidates of {name} ...", flush=True)
         for query_id, verdict in verify_repository(settings, work, missing, environment).items():
-            append_jsonl(path, {"key": keys[query_id], "query_id": query_id} | verdict)
-        known = by_key(path)
+            known[keys[query_id]] = verdict
+            if not str(verdict["reason"]).startswith(UNDECIDED):  # it is tried again
+                append_jsonl(path, {"key": keys[query_id], "query_id": query_id} | verdict)
     for row in group:
         verdict = known[keys[row["query_id"]]]
         if verdict["reason"]:
@@ -1199,6 +1247,9 @@ solution away: code of it, the place to change, the technique or helper to use, 
 demand? Answer with one JSON object: {"leaks": true or false, "why": one sentence}."""
 
 
+Text = pydantic.constr(pattern=r"^[^\x00-\x08\x0e-\x1f]*$")  # no control character, no half of a character
+
+
 class Verdict(pydantic.BaseModel, extra="ignore"):
     """The judge's answer."""
 
@@ -1211,9 +1262,9 @@ class Draft(pydantic.BaseModel, extra="ignore"):
 
     reason: str
     answerable: bool
-    query: str
-    interfaces: list[str]
-    rubric: list[str]
+    query: Text
+    interfaces: list[Text]
+    rubric: list[Text]
     subdomain: Literal[tuple(DOMAINS)]
     difficulty: Literal["easy", "medium", "hard"]
 
@@ -1463,7 +1514,7 @@ def asked_in(source):
     """Yield (first line, last line, text) of what a test file compares with."""
     try:
         tree = syntax_tree(source)
-    except (SyntaxError, ValueError):  # another language: what a comparison on one line has in quotes
+    except SyntaxError:  # another language: what a comparison on one line has in quotes
         for number, line in enumerate(source.splitlines(), 1):
             yield from ((number, number, match[2]) for match in ASSERTION.finditer(line))
         return
@@ -1610,17 +1661,19 @@ class Solution:
 # ---- check: rules that need no model ----
 
 def find_object(text):
-    """The first JSON object in a text that has a query or a verdict, whatever stands around it."""
+    """The JSON object in a text that is most like a draft or a verdict, whatever stands around it."""
     text = re.sub(r"(?s)^.*</think>", "", text or "")
     decoder = json.JSONDecoder(strict=False)  # a text may have line breaks
+    best = {}
     for start in re.finditer(r"\{", text):
         try:
             found, _ = decoder.raw_decode(text, start.start())
         except (ValueError, RecursionError):
             continue
-        if {"query", "leaks"} & found.keys():
-            return {key: value for key, value in found.items() if value is not None}
-    return None
+        found = {key.lower(): value for key, value in found.items() if value is not None}
+        if {"query", "leaks"} & found.keys() and len(found) > len(best):  # thoughts may hold an example
+            best = found
+    return best or None
 
 
 def draft_of(answer):
@@ -1631,7 +1684,7 @@ def draft_of(answer):
     if found is None:
         return None, f"the answer ({answer['finish_reason']}) holds no draft: {answer['content'][:60]!r}"
     for key in ("subdomain", "difficulty"):
-        found[key] = re.sub(r"\W+", "_", str(found.get(key)).lower())
+        found[key] = re.sub(r"\W+", "_", str(found.get(key)).lower()).strip("_")
     try:
         return Draft(**{"interfaces": [], "rubric": [], "reason": "", "answerable": True} | found), None
     except pydantic.ValidationError as error:

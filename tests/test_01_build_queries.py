@@ -1,5 +1,6 @@
 """Stage 1 on the demo's history, on small histories made here, and against a scripted endpoint."""
 
+import base64
 import contextlib
 import importlib
 import io
@@ -13,6 +14,7 @@ import sys
 import tarfile
 import threading
 import time
+import zlib
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from multiprocessing import Process
 from pathlib import Path
@@ -197,6 +199,13 @@ def test_the_users_git_settings_change_nothing(demo_clone, monkeypatch, tmp_path
         ({"a.py": "x = 2\n"}, "Two (#7)", "no test file changed"),
         ({"a.py": "x = 2\n", "tests/fixtures/a.py": "# 2\n"}, "Two (#7)", "no test file changed"),
         ({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Revert two (#7)", "a revert"),
+        ({"a.py": "x = 2\n", "test_a.py": f"assert {'-' * 5000}1\n"}, "Deep (#7)", None),
+        ({"a.py": "x = 2\n\0", "test_a.py": "# 2\n"}, "Zero (#7)", "code file is not Python 3"),
+        (
+            {"src/lib.rs": "pub fn x() {}\n#[cfg(test)]\nmod tests {\n    #[test]\n    fn t() {}\n}\n"},
+            "Inside (#7)",
+            "its tests stand in the code file itself",
+        ),
         ({"a.py": "\ufeffx = 2\n", "test_a.py": "# 2\n"}, "Two (#7)", None),
         ({"a.py": "x = 2\n", "tests/b b/test_ b.py": "# 2\n"}, "Two (#7)\r\n\r\nMore\r", None),
         (
@@ -223,6 +232,13 @@ def test_reasons_of_the_default_rule(small_repo, files, message, reason):
         ("tests/it.rs", "test"),
         ("a.spec.tsx", "test"),
         ("app/tests.py", "test"),
+        ("unit_tests/a.py", "test"),
+        ("functional-tests/a.py", "test"),
+        ("Tests/a.js", "test"),
+        ("app/a_tests.py", "test"),
+        ("pkg/testdata/a.go", "test"),
+        ("src/latest/a.py", "code"),
+        ("src/greatest.py", "code"),
         ("src/lib.rs", "code"),
         ("src/contest.py", "code"),
         ("poetry.lock", "generated"),
@@ -230,6 +246,28 @@ def test_reasons_of_the_default_rule(small_repo, files, message, reason):
 )
 def test_tests_are_told_by_folder_as_well_as_by_name(path, kind):
     assert stage.kinds_of({path: "diff"})[kind] == [path]
+
+
+@pytest.mark.parametrize(
+    "subject, number, title",
+    [
+        ("Two (#6) (#7)", 7, "Two (#6)"),
+        ("Two (#7) [skip ci]", 7, "Two"),
+        ("Two (#7).", 7, "Two"),
+        ("Two (PR #7)", 7, "Two"),
+        ("gh-6: Two (GH-7)", 7, "gh-6: Two"),
+        ("Rollup merge of #7 - ada:two, r=eve", 7, ""),
+        ("Merge pull request #7 in ADA/small from ada/two to main", 7, ""),
+        ("Two (fixes #7)", None, None),
+        ("Two #7", None, None),
+        ("Two (ada/small#7)", None, None),
+    ],
+)
+def test_subjects_of_squashed_pull_requests(small_repo, subject, number, title):
+    repo, commit = small_repo
+    commit({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, subject)
+    found = [(row["meta"]["number"], row["meta"]["title"], row["reasons"]) for row in mined(repo)]
+    assert found == ([(number, title, [])] if number else [])
 
 
 def test_merge_queues_are_read_and_a_person_whose_work_a_bot_merged_is_no_bot(small_repo):
@@ -357,6 +395,15 @@ def test_what_was_reverted_later_is_left_out(small_repo):
     assert reasons == [["a revert"], ["a revert"], ["reverted later"], [], ["reverted later"]]
 
 
+def test_what_was_brought_back_after_a_revert_stands(small_repo):
+    repo, commit = small_repo
+    two, one = [{"a.py": f"x = {n}\n", "test_a.py": f"# {n}\n"} for n in (2, 1)]
+    commit(two, "Two (#1)")
+    commit(one, 'Revert "Two (#1)" (#2)')
+    commit(two, 'Revert "Revert "Two (#1)" (#2)" (#3)\n\nFixes #1. Reverts ada/small#2')
+    assert [row["reasons"] for row in mined(repo)] == [["a revert"], ["a revert"], []]
+
+
 def test_a_number_that_is_used_again_where_a_repository_moved_is_another_pull_request(small_repo):
     repo, commit = small_repo
     commit({"a.py": "x = 2\n", "test_a.py": "# 1\n"}, "Of the old place (#1)")
@@ -426,7 +473,8 @@ def test_a_run_with_a_bad_clone_ends_well(tmp_path, small_repo, endpoint):
     flags = "--repos", tmp_path / "folder", tmp_path / "nowhere", repo, "--base_url", endpoint.url
     output = tmp_path / "out" / "queries.jsonl"
     told = run(*flags, "--rule", "paper", "--output_file", output)
-    assert "queries: 1\n" in told and "verify: pull requests are not run" in told and "verify: 1 of" not in told
+    assert "queries: 1\n" in told and "verify: pull requests are not run" in told
+    assert "verify: 1 of" not in told
     inputs = json.loads((output.parent / "queries.settings.json").read_text())["inputs"]
     head = git(repo, "rev-parse", "HEAD").strip()
     clones = tmp_path / "folder", tmp_path / "nowhere", repo
@@ -644,6 +692,63 @@ def test_a_proven_task_is_written_as_04_reads_it(proven, tmp_path):
     assert task["private"] == tmp_path / "private" / "cases-1" and task["workspace"].suffix == ".tar"
     assert Path(task["venv"], "bin", "python").exists()
     assert not {"pr", "material", "task", "reasons"} & task.keys()
+
+
+def survey(failed):
+    told = {"passed": [], "failed": failed, "end": ""}
+    packed = base64.b64encode(zlib.compress(json.dumps(told).encode())).decode()
+    return {"rounds": [{"checks": [{"requirement": f"survey {packed}"}]}]}
+
+
+@pytest.mark.parametrize(
+    "message, reason",
+    [
+        ("assert 1 == 2", "its tests fail with the change too"),
+        ("ModuleNotFoundError: No module named 'x.y'", "environment: its tests need the module x.y"),
+        ("locale.Error: unsupported locale setting", "environment: its tests need a locale or time zone"),
+        ("zoneinfo: No time zone found with key X", "environment: its tests need a locale or time zone"),
+        ("KeyError: 'getpwuid(): uid not found'", "environment: its tests need a user of the system"),
+        ("socket.gaierror: [Errno -3]", "environment: its tests need the network"),
+        ("connect ECONNREFUSED 127.0.0.1:6379", "environment: its tests need a server that does not run"),
+        ("TclError: no display name", "environment: its tests need a server that does not run"),
+        ("No such file or directory: 'git'", "environment: its tests need the program git"),
+        ("bash: line 1: jq: command not found", "environment: its tests need the program jq"),
+    ],
+)
+def test_what_an_environment_lacks_is_told_from_the_messages(message, reason):
+    after = [survey({"test_it": message})]
+    assert stage.judge_survey([survey({"test_it": "no"})], after, 9)["reason"].startswith(reason)
+
+
+def test_a_candidate_that_cannot_be_laid_out_stops_no_other_and_is_tried_again(
+    small_repo, tmp_path, monkeypatch
+):
+    """The clone lacks a file's content, as one that was made with a filter does."""
+    repo, commit = small_repo
+    commit({"a.py": "x = 2\n", "test_a.py": "# 1\n", "tests/data.txt": "gone"}, "One (#1)")
+    commit({"a.py": "x = 3\n", "test_a.py": "# 2\n", "tests/data.txt": "here"}, "Two (#2)")
+    commit({"a.py": "x = 4\n", "test_a.py": "# 3\n"}, "Three (#3)")
+    rows = mined(repo)
+    name = git(repo, "rev-parse", "HEAD~2:tests/data.txt").strip()
+    (repo / ".git" / "objects" / name[:2] / name[2:]).unlink()
+    ran = []
+
+    def agents(folder, tasks, runs):
+        ran.append([task["query_id"] for task in tasks])
+        return {"nothing": stage.defaultdict(list), "solution": stage.defaultdict(list)}, {}
+
+    monkeypatch.setattr(stage, "run_agents", agents)
+    for folder in ("made", "venv"):
+        (tmp_path / folder).mkdir()
+    environment = {"folder": tmp_path, "id": "1", "program": "", "runner": "pytest"}
+    for _ in range(2):
+        again = [dict(row, reasons=[]) for row in rows]
+        stage.verify_group(stage.Settings(), tmp_path, "small", again, environment)
+        told = [row["reasons"][0] for row in again]
+        assert told[0] == "could not be decided: no episode was left"
+        for reason in told[1:]:
+            assert reason.startswith("could not be decided: ") and "git checkout-index" in reason
+    assert ran == [["small-3"], ["small-3"]]
 
 
 @needs_bwrap
@@ -929,6 +1034,9 @@ def test_an_endpoint_without_json_schema_is_asked_in_the_form_that_it_knows(endp
         [{"type": "thinking", "thinking": "hm"}, {"type": "text", "text": json.dumps(DRAFT)}],
         json.dumps(DRAFT | {"subdomain": "Backend", "difficulty": "Medium"}),
         json.dumps([{"draft": DRAFT | {"interfaces": None, "answerable": "true"}}]),
+        '{"query": "..."}\nThat is the form. Mine:\n' + json.dumps(DRAFT),
+        '<seed:think>{"query": "no"}</seed:think>' + json.dumps(DRAFT) * 2,
+        json.dumps({key.title(): value for key, value in DRAFT.items()} | {"Difficulty": "Medium."}),
     ],
 )
 def test_drafts_in_every_wrapping_are_read(content):
@@ -945,6 +1053,9 @@ def test_drafts_in_every_wrapping_are_read(content):
             'the answer (length) holds no draft: \'{"reason": "r", "answerable": true, "que\'',
         ),
         ("I cannot help with that.", "the answer (length) holds no draft: 'I cannot help with that.'"),
+        (json.dumps(DRAFT | {"query": "nu\0ll"}), "the answer's query is not usable: String should match"),
+        (json.dumps(DRAFT | {"query": "\ud83d"}), "the answer's query is not usable: Input should be"),
+        ("{" * 9999, "the answer (length) holds no draft: '{{{"),
         (json.dumps(DRAFT | {"subdomain": "magic"}), "the answer's subdomain is not usable: Input should be"),
         (
             json.dumps(DRAFT | {"rubric": "one"}),
@@ -1364,6 +1475,8 @@ def test_a_task_line_with_every_field_comes_through(tmp_path):
         (("licence: CC0-1.0", "2: x"), "cannot be written as JSON: "),
         (("licence: CC0-1.0", "meta: &m {own: *m}"), "cannot be written as JSON: "),
         (("---\ndomain", f"---\nquery_id: {'x' * 151}\ndomain"), "query_id: String should match"),
+        (("check: test -f out.txt", "check: ' '"), "turns.0.check: String should match pattern"),
+        (("licence: CC0-1.0", "licence: CC0-1.0\nmeta: x"), "licence: Extra inputs"),
         (("workspace: data", "workspace: ''"), "workspace: String should have at least 1"),
     ],
 )
@@ -1372,6 +1485,18 @@ def test_all_bad_real_queries_of_a_folder_are_named(tmp_path, change, message):
     lines = refused("--real", folder, "--output_file", tmp_path / "queries.jsonl").splitlines()
     assert len(lines) == 2 and "one.md" in lines[0] and message in lines[0] and "two.md" in lines[1]
     assert not (tmp_path / "queries.jsonl").exists()
+
+
+def test_a_folder_may_hold_markdown_and_lines_and_names_what_is_neither(tmp_path, capsys):
+    folder = real_folder(tmp_path, fit=REAL)
+    row = {"query_id": "two", "domain": "research", "turns": [{"query": "q", "check": "x"}]}
+    (folder / "more.jsonl").write_text(json.dumps(row) + "\n")
+    (folder / "notes.txt").write_text("Nothing.")
+    assert [row["query_id"] for row in stage.real_queries(folder)] == ["fit", "two"]
+    assert capsys.readouterr().out == f"left out: {folder}/notes.txt: neither *.md nor *.jsonl\n"
+    (folder / "more.jsonl").write_text('{"query_id": "two"}\n{"query_id"\n')
+    lines = refused("--real", folder, "--output_file", tmp_path / "queries.jsonl").splitlines()
+    assert "more.jsonl:1: domain" in lines[0] and "more.jsonl:2: not valid JSON" in lines[1]
 
 
 def test_a_query_id_counts_once(tmp_path):

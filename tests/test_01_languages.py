@@ -134,6 +134,25 @@ def test_a_conftest_of_the_agents_is_taken_away_and_the_tests_own_is_laid(tmp_pa
     assert (tmp_path / "workspace" / "tests" / "conftest.py").read_text() == "good"
 
 
+def test_links_and_folders_in_the_way_of_the_tests_are_taken_away(tmp_path, monkeypatch):
+    """A link that both have, a link of the agent's to a folder, a folder where a test file is to be."""
+    monkeypatch.setattr(check, "WORKSPACE", str(tmp_path / "workspace"))
+    monkeypatch.setattr(check, "PRIVATE", str(tmp_path / "private"))
+    for name in ("workspace/tests/a.py", "workspace/src", "private/tests/tests"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("private/tests/tests/a.py", "private/tests/more/b.py"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("test")
+    for root in ("workspace", "private/tests"):
+        (tmp_path / root / "tests" / "link").symlink_to("a.py")
+    (tmp_path / "workspace" / "more").symlink_to("src")
+    check.lay_tests()
+    workspace = tmp_path / "workspace"
+    assert (workspace / "tests" / "a.py").read_text() == "test"
+    assert (workspace / "tests" / "link").is_symlink() and not (workspace / "more").is_symlink()
+    assert not list((workspace / "src").iterdir())
+
+
 def test_one_line_a_test_that_must_pass_and_one_for_each_that_broke(capsys):
     plan = {"fail_to_pass": ["new", "gone"], "pass_to_pass": ["old", "kept"]}
     found = {"new": (True, ""), "old": (False, ""), "kept": (True, "")}

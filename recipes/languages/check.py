@@ -172,7 +172,15 @@ def lay_tests():
     for folder, _, files in os.walk(WORKSPACE):
         if "conftest.py" in files:
             os.remove(os.path.join(folder, "conftest.py"))
-    shutil.copytree(PRIVATE + "/tests", WORKSPACE, symlinks=True, dirs_exist_ok=True)
+    tests = PRIVATE + "/tests"
+    for folder, names, files in os.walk(tests):
+        for name in names + files:  # a link would be followed, or be in the way of one
+            place = os.path.join(WORKSPACE + folder.removeprefix(tests), name)
+            if os.path.islink(place):
+                os.remove(place)
+            elif os.path.isdir(place) and name in files:
+                shutil.rmtree(place)
+    shutil.copytree(tests, WORKSPACE, symlinks=True, dirs_exist_ok=True)
 
 
 def report_all(found, text):
