@@ -1597,7 +1597,7 @@ class Solution:
         self.title = title
         old_lines = {line.strip() for line in old.splitlines()}
         self.added = [line for line in added_lines(diff) if line and line not in old_lines]
-        public = old + self.tests + " ".join(self.asked)
+        self.public = public = old + self.tests + " ".join(self.asked)
         self.public_runs = runs_of(tokens_of(public.lower()), 3)
         self.public_shapes = runs_of(shape_of(public), 8)
         self.read_names(diff, set(map(bare, tokens_of(public))))
@@ -1622,10 +1622,9 @@ class Solution:
             if self.repeats(line, text):
                 yield f"repeats a line of the solution: {line}"
         yield from self.leaked_place(text)
+        yield from self.leaked_means(text)
         if len(words_of(self.title)) >= 5 and says(text, self.title):
             yield "repeats the title of the pull request"
-        if self.called and (advice := re.search(ADVICE % "|".join(self.called), text, re.I)):
-            yield f"leaks a means of the solution: {advice[1]}"
 
     def without_asked(self, text):
         """The text without what the tests ask for, as they have it and in other signs and cases."""
@@ -1638,6 +1637,8 @@ class Solution:
     def repeats(self, line, text):
         """Does a text have half a line of the solution, word for word or with its variables renamed?"""
         own = tokens_of(line.lower())
+        if len(own) > 4 and keyword.iskeyword(own[0]) and line.rstrip(":{") in text:
+            return True
         if any(map(code_like, runs_of(tokens_of(text.lower()), 6) & runs_of(own, 6))):
             return True
         for quoted in map(tokens_of, re.findall(r"`([^`\n]+)`", text.lower())):
@@ -1650,12 +1651,20 @@ class Solution:
     def leaked_place(self, text):
         """The file to change, a function that is nobody else's business, or an order which one to change."""
         for path in self.paths:
-            if re.search(rf"(?<![\w/]){re.escape(path)}|(?<!\w){re.escape(Path(path).name)}\b", text):
+            if re.search(rf"(?i)(?<![\w/]){re.escape(path)}|(?<!\w){re.escape(Path(path).name)}\b", text):
                 yield f"names the file to change: {path}"
         for name in self.functions:
             is_inner = re.match(r"_[^_]", name) and not uses(self.tests, name)  # else it must be given
             if is_inner and uses(text, name) or re.search(PLACE % name, text, re.I):
                 yield f"says which function to change: {name}"
+
+    def leaked_means(self, text):
+        """What the solution calls, where it is advised; module.function of it, wherever."""
+        if self.called and (advice := re.search(ADVICE % "|".join(self.called), text, re.I)):
+            yield f"leaks a means of the solution: {advice[1]}"
+        for name in re.findall(r"[A-Za-z_]\w*(?:\.[A-Za-z_]\w+)+", text):
+            if name not in self.public and any(name in line for line in self.added):
+                yield f"leaks a means of the solution: {name}"
 
 
 # ---- check: rules that need no model ----
