@@ -150,10 +150,11 @@ keys = [key for key in os.environ if "KEY" in key]
 
 
 @pytest.fixture
-def v2(stage):
-    sys.path.insert(0, str(ROOT / "recipes/benchmarks"))
+def v2(stage, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "recipes/benchmarks")
     four = stage("04_eval")
     kept = four.Episode, four.turn_scores
+    monkeypatch.setattr(importlib.import_module("common"), "installed", lambda venv, *packages: None)
     yield importlib.import_module("agencybench_v2")
     four.Episode, four.turn_scores = kept
 
@@ -485,8 +486,9 @@ def dies(body):
         "of 100",
     ],
 )
-def test_a_judge_that_does_not_decide_is_no_score(judged, answer, reason, asked):
+def test_a_judge_that_does_not_decide_is_no_score(judged, answer, reason, asked, caplog):
     (rows, summary, _, code), requests = judged(answer)
+    assert not caplog.records  # a traceback of asyncio's
     assert rows == [] and summary["not_run"] == {reason: 1} and code == 1
     assert len(requests) == asked
 
@@ -781,6 +783,10 @@ def test_which_scenarios_run(v2, tmp_path, run_stage, one_line_error):
     result = run_stage(script, *flags, "Code/*")
     one_line_error(result, "--scenarios Code/*: not in", "Backend/scenario1, Backend/scenario2")
     one_line_error(run_stage(script, *flags, "MCP/*"), "no scenario is left to run")
+    result = run_stage(script, *flags, "Backend/*", "--repository", "nowhere")
+    one_line_error(result, "--repository nowhere: no such folder")
+    result = run_stage(script, *flags, "Backend/*")
+    one_line_error(result, f"{tmp_path}: sii-agent-sdk==0.1.11 is not installed there")
     result = run_stage(script, *flags, "MCP/*", "--agent", "nothing")
     one_line_error(result, "--agent nothing: its graders ask a model")
     result = run_stage(script, *flags, "MCP/*", "--sandbox", "none")
@@ -788,6 +794,34 @@ def test_which_scenarios_run(v2, tmp_path, run_stage, one_line_error):
     assert "\n\nAgencyBench v2 by its own graders" in run_stage(script, "--help").stdout
     result = run_stage(script, *flags, "MCP/*", "--compare", "a", "b")
     one_line_error(result, "--compare is for 04_eval.py alone")
+
+
+@pytest.mark.parametrize(
+    "text, said",
+    [
+        ("{", "not valid JSON"),
+        ("[1]", "list indices must be integers"),
+        ('{"subtask_count": "1"}', "can only concatenate str"),
+        ('{"subtask_count": 2, "subtask1": "q"}', "'subtask2': check the clone out again"),
+    ],
+)
+def test_a_description_that_is_damaged_is_named(v2, tmp_path, text, said):
+    folder = tmp_path / "AgencyBench-v2/MCP/scenario2"
+    folder.mkdir(parents=True)
+    folder.joinpath("eval_task.py").write_text("")
+    folder.joinpath("description.json").write_text(text)
+    with pytest.raises(v2.stage.InputError) as error:
+        v2.read_scenarios(v2.Settings(clone=str(tmp_path), venv="/venv"))
+    assert str(error.value).startswith(f"{folder}/description.json: ") and said in str(error.value)
+
+
+def test_a_clone_of_another_version_is_asked_nothing(run, tmp_path, capsys):
+    (tmp_path / "clone").mkdir()
+    subprocess.run(["git", "init", "--quiet", tmp_path / "clone"], check=True)
+    with pytest.raises(SystemExit) as stop:
+        run()
+    assert stop.value.code == 2
+    assert "are not as in its commit: git clone it, then git checkout ec65324" in capsys.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------

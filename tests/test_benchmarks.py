@@ -209,6 +209,9 @@ def test_evalplus_data_that_are_cut_and_another_version_are_one_line(evalplus, t
     assert not (tmp_path / "out").exists()
     (tmp_path / "out").write_text("")
     one_line_error(run(script, data, "--venv", venv, *output), "--output: ", "out")
+    (tmp_path / "out").unlink()
+    (tmp_path / "out/tasks.jsonl").mkdir(parents=True)
+    one_line_error(run(script, data, "--venv", venv, *output), "--output: ", "out/tasks.jsonl")
 
 
 RIGHT = "def square(n):\n    return n * n\n"
@@ -417,7 +420,9 @@ def test_scicode_prompt_is_the_authors_template(scicode, tmp_path):
     ]
 
 
-def test_a_changed_clone_a_cut_file_and_a_missing_package_are_one_line(scicode, tmp_path, one_line_error):
+def test_a_changed_clone_a_cut_file_and_a_missing_package_are_one_line(
+    scicode, tmp_path, one_line_error, monkeypatch
+):
     script, flags = scicode
     clone, problems, targets, _, venv, *_ = flags
     targets.write_text("42")
@@ -426,6 +431,8 @@ def test_a_changed_clone_a_cut_file_and_a_missing_package_are_one_line(scicode, 
     shutil.rmtree(next(venv.glob("lib/python3*/site-packages")) / "h5py-3.15.1.dist-info")
     one_line_error(run(script, *flags), f"{venv}: h5py==3.15.1 is not installed there")
     (clone / "src/scicode/parse/parse.py").write_text("")
+    one_line_error(run(script, *flags), f"{clone}: src and eval are not as in its commit")
+    monkeypatch.setenv("PATH", str(tmp_path))  # and without git
     one_line_error(run(script, *flags), f"{clone}: src and eval are not as in its commit")
     one_line_error(run(script, clone, tmp_path / "none", *flags[2:]), f"{tmp_path / 'none'}: no such file")
     assert not (tmp_path / "out").exists()
@@ -558,11 +565,29 @@ def test_tau2_asks_nothing_of_a_clone_that_was_changed_or_an_environment_without
     flags = ["--venv", venv, "--domain", "airline", "--base_url", "http://127.0.0.1:1/v1", "--model", "m"]
     flags += ["--user_model", "u", "--output_dir", tmp_path / "out"]
     one_line_error(run(script, clone, *flags), f"{venv}: litellm==1.82.6 is not installed there")
+    [site] = venv.glob("lib/python3*/site-packages")
+    (site / "litellm-1.82.6.dist-info").mkdir()
+    for flag, value, said in (
+        ("--request", "[1]", "--request: [1] is no JSON object"),
+        ("--request", "{", "--request: { is no JSON object"),
+        ("--trials", "0", "--trials: 0 is no number above 0"),
+        ("--limit", "x", "--limit: x is no number above 0"),
+        ("--user_base_url", "localhost:1", "--user_base_url: localhost:1 is no http address"),
+        ("--nonsense", "1", "unrecognized arguments: --nonsense 1"),
+    ):
+        one_line_error(run(script, clone, *flags, flag, value), said)
     tasks.write_text("[{}]")
     one_line_error(run(script, clone, *flags), "src and data/tau2/domains/airline are not as in its commit")
     one_line_error(run(script, tmp_path, *flags), f"{tmp_path}: no clone of tau2-bench")
-    one_line_error(run(script, clone, *flags, "--request", "[1]"), "--request: [1] is no JSON object")
     assert not (tmp_path / "out").exists()
+    tasks.write_text("[]")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/settings.json").write_text('{"domain": ')
+    one_line_error(run(script, clone, *flags), "out/settings.json: ", "another --output_dir")
+    (tmp_path / "out/settings.json").write_text("{}")
+    one_line_error(run(script, clone, *flags), "settings.json: domain was None, is 'airline'")
+    (tmp_path / "file").write_text("")
+    one_line_error(run(script, clone, *flags[:-1], tmp_path / "file"), "--output_dir: ", "file")
 
 
 # ---- The paper's numbers ----

@@ -18,6 +18,7 @@ A grader runs what the model wrote, some in its own process: a program made for 
 
 import fnmatch
 import importlib
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,11 +26,14 @@ from pathlib import Path
 import yaml
 
 HERE = Path(__file__).resolve().with_suffix("")
-sys.path[:0] = [str(HERE.parents[2]), str(HERE)]
+sys.path[:0] = [str(HERE.parents[2]), str(HERE.parent), str(HERE)]
 stage = importlib.import_module("04_eval")
 episode = importlib.import_module("episode")
+common = importlib.import_module("common")
 KNOWN = yaml.safe_load((HERE / "scenarios.yaml").read_text())
 PAPER = HERE.with_name("paper_tables.yaml")
+REQUIREMENTS = (HERE / "requirements.txt").read_text()
+COMMIT = "ec65324"
 
 
 @dataclass
@@ -92,8 +96,11 @@ def task_of(query_id, name, folder, settings):
     facts = facts_of(name)
     description = stage.read_json(folder / "description.json")
     turns = []
-    for number in range(1, description["subtask_count"] + 1):
-        turns.append({"query": description[f"subtask{number}"]})
+    try:
+        for number in range(1, description["subtask_count"] + 1):
+            turns.append({"query": description[f"subtask{number}"]})
+    except (KeyError, TypeError) as error:
+        raise stage.InputError(f"{folder}/description.json: {error}: check the clone out again") from None
     domain = "research" if name.startswith("Research") else "vibe_coding"
     task = {"query_id": query_id, "turns": turns, "source": "agencybench-v2", "domain": domain}
     task |= {"workspace": folder, "venv": Path(settings.venv).absolute(), "needs": facts.get("programs", [])}
@@ -125,6 +132,8 @@ def check(settings):
         raise stage.InputError(f"--agent {settings.agent}: its graders ask a model")
     if settings.sandbox != "bwrap" or settings.sandbox_command:
         raise stage.InputError("its graders run in bubblewrap: leave --sandbox as it is")
+    if settings.repository and not Path(settings.repository).is_dir():
+        raise stage.InputError(f"--repository {settings.repository}: no such folder")
     settings.feedback = "judge" if settings.judge_model else "check"
     stage.check_settings(settings)
 
@@ -161,6 +170,10 @@ def main(settings):
     tasks = tasks[: settings.limit]
     if not tasks:
         raise stage.InputError("no scenario is left to run")
+    # A package that is missing would be a fault of the grader, once the agent has worked
+    common.installed(Path(settings.venv), *re.findall(r"^\S+==\S+", REQUIREMENTS, re.MULTILINE))
+    if Path(settings.clone, ".git").exists():
+        common.unchanged(settings.clone, COMMIT, ":(glob)**/eval_task.py", ":(glob)**/description.json")
     print_missing(tasks, settings)
     tools = stage.load_tools(settings.tools)
     # 04's run, with our kind of episode and its metrics

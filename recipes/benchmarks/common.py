@@ -63,7 +63,7 @@ def pinned(path, known):
 def unchanged(clone, commit, *paths):
     """The files under `paths` in the clone are those of the commit."""
     command = ["git", "-C", clone, "diff", "--quiet", commit, "--", *paths]
-    if subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
+    if not shutil.which("git") or subprocess.run(command, stderr=subprocess.DEVNULL).returncode:
         names = " and ".join(paths)
         fail(f"{clone}: {names} are not as in its commit: git clone it, then git checkout {commit}")
 
@@ -79,19 +79,18 @@ def installed(venv, *packages):
 def write(found, tasks, count, private):
     """OUTPUT/tasks.jsonl (or no_tools.jsonl) and OUTPUT/private. private: {file to copy: its name there}."""
     assert len(tasks) == count, f"{len(tasks)} tasks, not {count}"
-    folder = found.output / "private"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        fail(f"--output: {error}")
-    for path, name in ({__file__: "common.py", sys.argv[0]: "check.py"} | private).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, folder / name)
     shared = {"private": "private"}
     if "venv" in found:
-        shared["venv"] = os.path.relpath(found.venv, found.output)
+        shared["venv"] = str(found.venv.absolute())
     path = found.output / ("no_tools.jsonl" if found.no_tools else "tasks.jsonl")
-    path.write_text("".join(json.dumps(task | shared) + "\n" for task in tasks))
+    try:
+        for source, name in ({__file__: "common.py", sys.argv[0]: "check.py"} | private).items():
+            place = found.output / "private" / name
+            place.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, place)
+        path.write_text("".join(json.dumps(task | shared) + "\n" for task in tasks))
+    except OSError as error:
+        fail(f"--output: {error}")
     print(f"{path}: {count} tasks with {sum(len(task['turns']) for task in tasks)} turns")
 
 

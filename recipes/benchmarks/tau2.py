@@ -32,50 +32,79 @@ from collections import Counter
 from pathlib import Path
 
 import common
-from tau2_relay import LONGEST_ANSWER, Relay
+from tau2_relay import LONGEST_ANSWER, Relay, is_object
 
 COMMIT = "fc0055dc4e0a316c3f83133267fbd6faaa770992"
-TASKS = {"airline": 50, "retail": 114, "mock": 9}  # the last is the harness's own, to try things out
+TASKS = {"airline": 50, "retail": 114, "mock": 10}  # the last is the harness's own, to try things out
 
 
 def read_options():
     shape = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=shape)
+    parser.error = lambda text: common.fail(f"tau2.py: {text.removeprefix('argument ')}")
     add = parser.add_argument
     add("clone", type=Path)
     add("--venv", type=Path, required=True, help="environment with tau2, made as above")
     add("--domain", choices=TASKS, required=True)
-    add("--base_url", required=True, help="endpoint of the agent's model")
+    add("--base_url", type=address, required=True, help="endpoint of the agent's model")
     add("--model", required=True)
-    add("--user_base_url", help="endpoint of the user's model; left out, --base_url")
+    add("--user_base_url", type=address, help="endpoint of the user's model; left out, --base_url")
     add("--user_model", required=True, help="plays the user")
     add("--output_dir", type=Path, required=True)
-    add("--trials", type=int, default=4, help="conversations a task (default 4)")
+    add("--trials", type=above_0, default=4, help="conversations a task (default 4)")
     add("--temperature", type=float, default=0.0, help="of agent and user (default 0)")
-    add("--request", type=json.loads, default={}, help="JSON that joins the agent's requests")
-    add("--concurrency", type=int, default=16, help="conversations at a time (default 16)")
+    add("--request", type=json_object, default={}, help="JSON that joins the agent's requests")
+    add("--concurrency", type=above_0, default=16, help="conversations at a time (default 16)")
     add("--patience", type=float, default=600, help="seconds to wait for an endpoint (600)")
-    add("--limit", type=int, help="only the first N tasks, to try things out")
+    add("--limit", type=above_0, help="only the first N tasks, to try things out")
     return parser.parse_args()
+
+
+def above_0(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return int(text)
+
+
+def address(text):
+    if not text.startswith(("http://", "https://")):
+        raise argparse.ArgumentTypeError(f"{text} is no http address")
+    return text
+
+
+def json_object(text):
+    if not is_object(text):
+        raise argparse.ArgumentTypeError(f"{text} is no JSON object")
+    return json.loads(text)
+
+
+def read_json(path):
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        common.fail(f"{path}: {error}: name another --output_dir")
 
 
 def check_options(options):
     """Refuse, before anything is asked, what cannot give a score."""
     if not (options.clone / "src/tau2").is_dir():
         common.fail(f"{options.clone}: no clone of tau2-bench (see --help)")
-    if not isinstance(options.request, dict):
-        common.fail(f"--request: {options.request!r} is no JSON object")
     common.unchanged(options.clone, COMMIT, "src", f"data/tau2/domains/{options.domain}")
     common.installed(options.venv, "tau2==1.0.1", "litellm==1.82.6")
-    options.output_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        common.fail(f"--output_dir: {error}")
     path = options.output_dir / "settings.json"
     names = ("domain", "model", "user_model", "trials", "temperature", "request", "limit")
     settings = {name: getattr(options, name) for name in names}
-    before = json.loads(path.read_text()) if path.exists() else settings
+    if not path.exists():
+        path.write_text(json.dumps(settings))
+    before = read_json(path)
     for name in names:
-        if before[name] != settings[name]:
-            common.fail(f"{path}: {name} was {before[name]!r}, is {settings[name]!r}: another --output_dir")
-    path.write_text(json.dumps(settings))
+        if before.get(name) != settings[name]:
+            was = f"{before.get(name)!r}, is {settings[name]!r}"
+            common.fail(f"{path}: {name} was {was}: name another --output_dir")
     return settings
 
 
@@ -144,11 +173,10 @@ def main():
     count = min(options.limit or whole, whole)
     print(f"tau2-bench {options.domain}: {count} of {whole} tasks, {options.trials} trials each", flush=True)
     status = run_harness(options, relay)
-    path = options.output_dir / "results/results.json"
-    if relay.dead or not path.exists():
+    if relay.dead or status:
         why = relay.dead or f"the harness ended with status {status}: see {options.output_dir / 'log.txt'}"
         sys.exit(f"{why}\nNo score. The same command goes on from here.")
-    results = json.loads(path.read_text())
+    results = read_json(options.output_dir / "results/results.json")
     assert len(results["tasks"]) == count, f"{len(results['tasks'])} tasks, not {count}"
     metrics, not_run, ended = summarize(results, count, options.trials)
     mended = {kind: len(requests) for kind, requests in relay.mended.items()}

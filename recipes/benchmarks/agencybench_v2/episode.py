@@ -139,7 +139,8 @@ class Scenario(stage.Episode):
                 await answer(reader, writer)
             except (NotRun, Crash) as fault:  # the grader would swallow it, and score an empty folder
                 self.fault = fault
-                await grader.stop()
+                with contextlib.suppress(asyncio.CancelledError):  # the episode ends before it does
+                    await asyncio.shield(grader.stop())
             finally:
                 writer.close()
 
