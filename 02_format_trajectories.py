@@ -442,21 +442,17 @@ def take_result(turns, answer):
     pairing. A user's word may stand between a call and its result.
     """
     turn = next((turn for turn in reversed(turns) if turn["role"] == "assistant"), None)
-    pending = []
+    by_id, by_name = [], []
     for number, call in enumerate(turn["calls"] if turn else []):
-        if turn["results"][number] is None:
-            pending.append((call["id"] != answer["id"] or not answer["id"], number, call))
-    pending.sort(key=lambda one: one[0])  # the call with its id first
-    for other, number, call in pending:
-        if not other or turn is turns[-1] and may_answer(answer, call):
-            turn["results"][number] = answer["content"]
-            return
-    raise Reject("result_without_call")
-
-
-def may_answer(answer, call):
-    """Could a result be this call's, as far as names tell, where an id is missing?"""
-    return answer["name"] in (None, call["function"]["name"]) and not (call["id"] and answer["id"])
+        if turn["results"][number] is not None:
+            continue
+        if call["id"] and answer["id"]:
+            by_id += [number] if call["id"] == answer["id"] else []
+        elif turn is turns[-1] and answer["name"] in (None, call["function"]["name"]):
+            by_name.append(number)
+    if not by_id + by_name:
+        raise Reject("result_without_call")
+    turn["results"][(by_id + by_name)[0]] = answer["content"]
 
 
 def drop_pseudo_turns(turns):
@@ -806,9 +802,10 @@ def read_sii(log):
             contents = check
     if is_compacted(json.dumps([messages[:2] for messages in alike])):
         raise Reject("compacted")
-    told = {"role": "system"} | system_of(request.get("system_instruction"))
+    told = request.get("system_instruction")  # a text, or Gemini's content with parts
+    told = {"parts": told["parts"]} if isinstance(told, dict) else {"content": told}
     meta = {key: value for key, value in log.items() if key != "events"}
-    messages = [told, *contents]
+    messages = [{"role": "system"} | told, *contents]
     checked = [longest, others, unknown]  # an event of a kind that nobody has seen may repeat, not add
     return {"messages": messages, "tools": request["tools"], "meta": meta, "checked": checked}
 
@@ -817,11 +814,6 @@ def beyond(messages, contents):
     """What a conversation says otherwise than another one, place by place."""
     pairs = itertools.zip_longest(messages, contents[: len(messages)])
     return [message for message, same in pairs if message != same]
-
-
-def system_of(instruction):
-    """A text, or Gemini's content with parts."""
-    return {"parts": instruction["parts"]} if isinstance(instruction, dict) else {"content": instruction}
 
 
 BUILT_IN = [
@@ -1125,18 +1117,17 @@ def json_lines(path, notes):
                     yield number, Reject(f"unreadable: line {number} is not valid JSON ({error})")
 
 
-def load_document(path):
-    """The value of a .json file, or the text of a .md or .log file; None: a JSON value a line."""
+def json_values(path, notes):
+    """The same of a .json file: the elements of an array, lines, or (None, the one value)."""
     content = read_bytes(path)
-    if re.search(r"\.(md|log)\b", path.name):
-        return content.decode(errors="replace")
     try:
-        return parse_json(content)
+        value = parse_json(content)
     except (ValueError, RecursionError) as error:
         with contextlib.suppress(ValueError, RecursionError):
             if isinstance(parse_json(content.split(b"\n", 1)[0]), dict):
-                return None
+                return json_lines(path, notes)
         raise Reject(f"unreadable: not valid JSON ({error})") from None
+    return enumerate(value, 1) if isinstance(value, list) else [(None, value)]
 
 
 def parquet_rows(path):
@@ -1160,29 +1151,47 @@ def drop_nulls(value):
     return [drop_nulls(item) for item in value] if isinstance(value, list) else value
 
 
-def read_unit(unit, readers, notes):
-    """Yield (source, format or None, record or the Reject) for every session of a file."""
-    path = unit.path
+def values_of(path, notes):
+    """The (number, value or Reject) of what a file lists, or (None, value) of the one that it holds."""
     name = re.sub(r"\.(gz|zst)$", "", path.name)
-    if path.suffix in ARCHIVES:
+    if path.is_dir():
+        return enumerate((json.loads(file.read_bytes()) for file in sorted(path.glob("event-*.json"))), 1)
+    if name.endswith(".jsonl"):
+        return json_lines(path, notes)
+    if name.endswith(".parquet"):
+        return parquet_rows(path)
+    if name.endswith((".md", ".log")):
+        return [(None, read_bytes(path).decode(errors="replace"))]
+    if name.endswith(LOG_SUFFIXES):
+        return json_values(path, notes)
+    raise Reject("not_a_log: no suffix of a log")
+
+
+def read_unit(unit, readers, notes):
+    """Yield (source, format or None, record or Reject) for every session of a file.
+
+    What it lists is one session, if a reader takes the whole list; else each value is one, read as it comes
+    where the first one is a row.
+    """
+    if unit.path.suffix in ARCHIVES:
         for member in members_of(unit):
             yield from read_safely(member, readers, notes)
         return
-    if path.is_dir():
-        document = [json.loads(file.read_bytes()) for file in sorted(path.glob("event-*.json"))]
-    elif not name.endswith(LOG_SUFFIXES):
-        raise Reject("not_a_log: no suffix of a log")
-    elif name.endswith(".parquet"):
-        yield from each(unit, parquet_rows(path), readers)
+    numbered = iter(values_of(unit.path, notes))
+    first = next(numbered, (1, Reject("unreadable: nothing in it")))
+    numbered = itertools.chain([first], numbered)
+    if first[0] is None or ".parquet" in unit.path.name or is_row_file(first[1], readers):
+        yield from each(unit, numbered, readers)
         return
+    numbered = list(numbered)
+    values = [value for _, value in numbered if not isinstance(value, Reject)]
+    reader = find_format(values, readers) if values else None
+    if reader is None and any(find_format(value, readers) for value in values):
+        yield from each(unit, numbered, readers)
+    elif len(values) < len(numbered):  # a session without one of its lines is none
+        yield unit.label, None, next(value for _, value in numbered if isinstance(value, Reject))
     else:
-        document = None if name.endswith(".jsonl") else load_document(path)
-    if document is None:
-        yield from read_lines(unit, readers, notes)
-    elif isinstance(document, list) and not find_format(document, readers):
-        yield from each(unit, enumerate(document, 1), readers)
-    else:
-        yield from each(unit, [(None, document)], readers)
+        yield from each(unit, [(None, values)], readers)
 
 
 def members_of(archive):
@@ -1204,41 +1213,19 @@ def each(unit, numbered, readers):
         if reader and reader.split:
             for part, record in enumerate(reader.split(value), 1):
                 yield f"{source}:{part}", reader, record
-            continue
-        yield source, reader, value if reader or isinstance(value, Reject) else not_a_log(value)
+        elif reader or isinstance(value, Reject):
+            yield source, reader, value
+        else:  # say what was met
+            one = value[0] if isinstance(value, list) and value else value
+            what = f"keys {', '.join([*one][:8])}" if isinstance(one, dict) else type(value).__name__
+            yield source, None, Reject(f"not_a_log: no reader fits ({what})")
 
-
-def read_lines(unit, readers, notes):
-    """A JSONL file: one session, if its lines together fit a reader; else a record a line, one at a time."""
-    lines = json_lines(unit.path, notes)
-    first = next(lines, (1, Reject("unreadable: no line in it")))
-    if is_row_file(first[1], readers):
-        yield from each(unit, itertools.chain([first], lines), readers)
-        return
-    numbered = [first, *lines]
-    values, bad = [], []
-    for _, value in numbered:
-        (bad if isinstance(value, Reject) else values).append(value)
-    reader = find_format(values, readers) if values else None
-    if reader is None and any(find_format(value, readers) for value in values):
-        yield from each(unit, numbered, readers)
-    elif bad:  # a session without one of its lines is none
-        yield unit.label, None, bad[0]
-    else:
-        yield unit.label, reader, values if reader else not_a_log(values)
 
 
 def is_row_file(first, readers):
     """Is a file's first line a record of this script's own, and no session's beginning?"""
     is_own = isinstance(first, dict) and any(reader.fits(first) for reader in BUILT_IN)
     return is_own and not find_format([first], readers)
-
-
-def not_a_log(record):
-    """The Reject of what no reader fits: what it is, so that the user sees what was met."""
-    one = record[0] if isinstance(record, list) and record else record
-    what = f"keys {', '.join(map(str, [*one][:8]))}" if isinstance(one, dict) else type(record).__name__
-    return Reject(f"not_a_log: no reader fits ({what})")
 
 
 def read_all(units, readers, notes):
