@@ -37,6 +37,7 @@ import zlib
 from argparse import RawDescriptionHelpFormatter
 from array import array
 from collections import Counter, defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -678,7 +679,10 @@ def take_tools(columns):
 def read_row(record):
     """Rows of this project, 04's episodes, GAIR/LIMI, public data sets; a bare list of messages."""
     columns = dict(record) if isinstance(record, dict) else {"messages": record}
-    check_columns(columns)
+    refuse_media(columns, ("images", "videos", "audios"))
+    for key, value in columns.items():
+        if FLAG.search(key) and isinstance(value, list):
+            raise Reject(f"unsupported_flag: {key}, a list beside the messages")
     messages = take_messages(columns)
     tools = take_tools(columns)
     system = [columns.pop(key) for key in SYSTEM_COLUMNS if columns.get(key)]
@@ -688,13 +692,6 @@ def read_row(record):
     columns.pop("served", None)  # ids of the tokens that 04's server took and gave; messages have their text
     return {"messages": system + messages, "tools": tools, "meta": row_meta(columns), "checked": checked}
 
-
-def check_columns(columns):
-    """What belongs to the messages and stands beside them is a reject by its name."""
-    refuse_media(columns, ("images", "videos", "audios"))
-    for key, value in columns.items():
-        if FLAG.search(key) and isinstance(value, list):
-            raise Reject(f"unsupported_flag: {key}, a list beside the messages")
 
 
 def row_meta(columns):
@@ -1003,7 +1000,7 @@ def find_units(inputs, own):
     for name in inputs:
         for file, label in files_of(name).items():
             if file.resolve() in own:
-                own_output(file, name)
+                check_overwrite(file, name)
                 continue
             is_event = file.parent.name == "events" and file.name.startswith("event-")
             unit = Unit(file.parent, os.path.dirname(label)) if is_event else Unit(file, label)
@@ -1011,7 +1008,7 @@ def find_units(inputs, own):
     return list(units.values())
 
 
-def own_output(file, named):
+def check_overwrite(file, named):
     """An input that would be overwritten is an error; an earlier run's output in a folder is passed over."""
     settings = file.with_name(re.sub(r"(\.rejected|\.settings)?\.\w+$", "", file.name) + ".settings.json")
     if Path(named).is_file() or not settings.exists():
@@ -1462,23 +1459,16 @@ def load_tasks(path):
     return tasks
 
 
-def find_task(row, tasks):
-    """The task of a row: by its id, or by a user message that is the task's query or holds it; None."""
-    users = [squeeze(message["content"]) for message in row["messages"] if message["role"] == "user"]
-    for key in (row["query_id"], *users):
-        if key in tasks:
-            return tasks[key]
-    said = "\n".join(users)
-    return next((task for query, task in tasks.items() if len(query) >= SHORTEST and query in said), None)
-
-
 def tie_to_task(row, run):
-    """Give a row the id, domain and source of its task."""
-    task = find_task(row, run.tasks)
-    if task:
-        row["query_id"] = task["query_id"]
+    """Give a row the id, domain and source of its task: by its id, or by a user's word that is or holds it."""
+    users = [squeeze(message["content"]) for message in row["messages"] if message["role"] == "user"]
+    said = "\n".join(users)
+    held = [query for query in run.tasks if len(query) >= SHORTEST and query in said]
+    found = [run.tasks[key] for key in (row["query_id"], *users, *held) if key in run.tasks]
+    if found:
+        row["query_id"] = found[0]["query_id"]
         names = {"domain": "domain", "subdomain": "subdomain", "source": "query_source"}
-        row["meta"] |= {name: task[key] for key, name in names.items() if key in task}
+        row["meta"] |= {name: found[0][key] for key, name in names.items() if key in found[0]}
     elif run.tasks:
         run.notes["no task of --queries fits the row"] += 1
 
@@ -1620,36 +1610,29 @@ def words_of(text):
     return WORD.findall(text.lower())
 
 
-def benchmark_files(paths):
-    """{file: label} of AgencyBench clones (v1 tasks and v2 descriptions) and of single files."""
-    found = {}
-    for name in paths or []:
-        path = Path(name)
-        files = [path] if path.is_file() else [*path.rglob("Task*.json"), *path.rglob("description.json")]
-        if not files:
-            raise InputError(f"--benchmark {name}: no such file, nor a folder with AgencyBench's task files")
-        found |= {file: file.name if file == path else str(file.relative_to(path)) for file in sorted(files)}
-    return found
-
-
-def texts_of(file):
-    """The texts of a JSON or JSONL file, or the text that a file is."""
-    text = file.read_text(errors="replace")
-    documents = text.splitlines() if file.suffix == ".jsonl" else [text]
-    try:
-        return strings_of([json.loads(document) for document in documents])
-    except (ValueError, RecursionError):
-        return [text]
+def benchmark_texts(name):
+    """Yield (task, text) of an AgencyBench clone (v1 tasks and v2 descriptions), or of one file of any kind."""
+    path = Path(name)
+    files = [path] if path.is_file() else [*path.rglob("Task*.json"), *path.rglob("description.json")]
+    if not files:
+        raise InputError(f"--benchmark {name}: no such file, nor a folder with AgencyBench's task files")
+    for file in sorted(files):
+        task = file.name if file == path else str(file.relative_to(path))
+        text = file.read_text(errors="replace")
+        documents = text.splitlines() if file.suffix == ".jsonl" else [text]
+        with contextlib.suppress(ValueError, RecursionError):
+            documents = strings_of(list(map(json.loads, documents)))
+        yield from ((task, text) for text in documents)
 
 
 def load_benchmark(paths):
     """{first 5 words: {(up to 13 words, task)}}; a shorter text counts as a whole, under 5 words not."""
     index = defaultdict(set)
-    for file, label in benchmark_files(paths).items():
-        for words in map(words_of, texts_of(file)):
-            for start in range(max(len(words) - NGRAM, 0) + 1):
-                gram = tuple(words[start : start + NGRAM])
-                index[gram[:5]].add((gram, label))
+    for task, text in itertools.chain.from_iterable(map(benchmark_texts, paths or [])):
+        words = words_of(text)
+        for start in range(max(len(words) - NGRAM, 0) + 1):
+            gram = tuple(words[start : start + NGRAM])
+            index[gram[:5]].add((gram, task))
     return {start: grams for start, grams in index.items() if len(start) == 5}
 
 
@@ -1740,16 +1723,28 @@ PRIVATE = (  # replaced by --redact; git@host is nobody's address, name@2x.png a
      "user@example.com"),
 )  # fmt: skip
 APART = "\n\x1f\n"  # between two strings: no secret holds it
-SCAN_AT_ONCE = 2_000_000  # characters: a scan costs 10 ms before it begins
+# Characters of a scan. It costs 10 ms before it begins, and looks for each kind of secret whose key word it has
+# met in all of them: 2 MB of Python code take 6 s at once, 2 s in such pieces
+PIECE = 100_000
 
 
-def scan(text):
-    """{secret: its kind} of a text, by pybetterleaks."""
-    try:
-        from pybetterleaks import scan_text
-    except ImportError:
-        raise InputError("secrets are found by pybetterleaks: pip install pybetterleaks==0.6.2") from None
-    return {finding.secret: finding.rule_id for finding in scan_text(text, redact=False).findings}
+def scan(texts):
+    """{secret: its kind} of texts, by pybetterleaks, on all cores: it holds no lock of Python's."""
+    from pybetterleaks import scan_text
+
+    pieces, size = [], PIECE
+    for text in texts:
+        if size >= PIECE:
+            pieces.append([])
+            size = 0
+        pieces[-1].append(text)
+        size += len(text)
+    found = {}
+    with ThreadPoolExecutor() as pool:
+        look = functools.partial(scan_text, redact=False, raise_on_error=True)
+        for result in pool.map(look, map(APART.join, pieces)):
+            found |= {finding.secret: finding.rule_id for finding in result.findings}
+    return found
 
 
 def own_secrets(text):
@@ -1763,9 +1758,9 @@ def own_secrets(text):
 
 
 def find_secrets(rows):
-    """[{secret: its kind}] for each row; one scan for all, of what several of them say once."""
+    """[{secret: its kind}] for each row; what several of them say is looked at once."""
     strings = [dict.fromkeys(strings_of(row)) for row in rows]
-    scanned = scan(APART.join(dict.fromkeys(itertools.chain(*strings))))
+    scanned = scan(dict.fromkeys(itertools.chain(*strings)))
     found = []
     for text in map(APART.join, strings):
         secrets = own_secrets(text) | {secret: kind for secret, kind in scanned.items() if secret in text}
@@ -1818,72 +1813,67 @@ def load_tools(path):
         raise InputError(f"--tools {path}: no list of tool schemas ({why})") from None
 
 
-def count_tokens(row, tokenizer):
-    """Tokens of a row by the chat template."""
+def check_length(row, run):
+    """Count a row's tokens, by the chat template; more than --max_length are a reason."""
     from jinja2 import TemplateError
 
+    tokenizer = run.tokenizer
     try:
         text = tokenizer.apply_chat_template(row["messages"], tools=row["tools"] or None, tokenize=False)
     except TemplateError as error:
-        raise Reject(f"chat_template: {error}") from None
-    if not tokenizer.is_fast:
-        return len(tokenizer(text, add_special_tokens=False)["input_ids"])
-    [encoded] = tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)
-    return len(encoded)
+        return [f"chat_template: {error}"]
+    if tokenizer.is_fast:
+        [encoded] = tokenizer.backend_tokenizer.encode_batch_fast([text], add_special_tokens=False)
+    else:
+        encoded = tokenizer(text, add_special_tokens=False)["input_ids"]
+    row["meta"]["n_tokens"] = len(encoded)
+    return [f"over_long: {len(encoded)} tokens"] if len(encoded) > run.settings.max_length else []
 
 
 def finish_row(row, notes, secrets, run):
     """The checks of a row that is complete: (row, reasons)."""
     settings = run.settings
-    reasons = []
     for _ in range(3 if settings.redact else 0):  # a pair is found as one: then its rest comes to light
         row = redact(row, secrets)
         secrets = secrets and find_secrets([row])[0]
-    if secrets:
-        reasons = [f"secret: {kind}" for kind in sorted(set(secrets.values()))]
+    reasons = [f"secret: {kind}" for kind in sorted(set(secrets.values()))]
     reasons += check_structure(row, notes, settings) + check_calls(row["messages"], row["tools"], settings)
     reasons += overlap(row["messages"], run.benchmark)
     if run.tokenizer and not reasons:
-        row["meta"]["n_tokens"] = count_tokens(row, run.tokenizer)
-        if row["meta"]["n_tokens"] > settings.max_length:
-            reasons.append(f"over_long: {row['meta']['n_tokens']} tokens")
-    return row, reasons + check_where(row, conditions_of(settings), run.columns)
+        reasons += check_length(row, run)
+    reasons += check_where(row, conditions_of(settings), run.columns)
+    if not reasons:
+        run.notes.update(text for key, text in TOLD.items() if notes[key])
+    return row, reasons
 
 
-def format_all(records, run):
-    """Yield (source, format, row or None, reasons) of every record; one search for the secrets of many."""
-    waiting = []
-    size = 0
+TOLD = {"cut": "what follows the last answer was cut", "greeting": "a greeting is context",
+        "merged": "assistant messages in a row became one"}  # fmt: skip
+BATCH = 64  # rows whose secrets are looked for together: what they share is looked at once
+
+
+def make_all(records, run):
+    """Yield (source, format, row, notes) of every record, or (source, format, None, the reject)."""
     for source, reader, record in records:
         name = reader.name if reader else "none"
         try:
             if isinstance(record, Reject):
                 raise record
-            row, notes = make_row(source, reader, record, run)
+            yield source, name, *make_row(source, reader, record, run)
         except Reject as reject:
-            yield source, name, None, [str(reject)]
-            continue
-        waiting.append((source, name, row, notes))
-        size += sum(len(message["content"]) for message in row["messages"])
-        if size > SCAN_AT_ONCE:
-            yield from finish_all(waiting, run)
-            waiting = []
-            size = 0
-    yield from finish_all(waiting, run)
+            yield source, name, None, reject
 
 
-def finish_all(waiting, run):
-    secrets = find_secrets([row for _, _, row, _ in waiting]) if waiting else []
-    for (source, name, row, notes), found in zip(waiting, secrets):
-        try:
-            row, reasons = finish_row(row, notes, found, run)
-        except Reject as reject:
-            reasons = [str(reject)]
-        if not reasons:
-            told = {"cut": "what follows the last answer was cut", "greeting": "a greeting is context",
-                    "merged": "assistant messages in a row became one"}  # fmt: skip
-            run.notes.update(text for key, text in told.items() if notes[key])
-        yield source, name, row, reasons
+def format_all(records, run):
+    """Yield (source, format, row or None, reasons) of every record."""
+    made = make_all(records, run)
+    while batch := list(itertools.islice(made, BATCH)):
+        secrets = iter(find_secrets([row for _, _, row, _ in batch if row]))
+        for source, name, row, notes in batch:
+            reasons = [str(notes)]
+            if row:
+                row, reasons = finish_row(row, notes, next(secrets), run)
+            yield source, name, row, reasons
 
 
 @dataclass(eq=False)  # counted by identity
@@ -1907,21 +1897,18 @@ def said(message):
     return [message["role"], message["content"], message.get("reasoning_content", ""), *calls]
 
 
-def line_hashes(messages):
+def make_card(source, name, row, place):
+    messages = list(map(said, row["messages"]))
     lines = set()
-    for role, text, reasoning, *calls in map(said, messages):
+    for role, text, reasoning, *calls in messages:
         if role != "system":
             lines |= {line.strip() for line in f"{text}\n{reasoning}".splitlines()} | set(calls)
-    return array("I", sorted(zlib.crc32(line.encode()) for line in lines if line))
-
-
-def make_card(source, name, row, place):
-    messages = row["messages"]
-    key = hashlib.sha256(json.dumps([*map(said, messages)]).encode()).hexdigest()
+    hashes = array("I", sorted(zlib.crc32(line.encode()) for line in lines if line))
+    key = hashlib.sha256(json.dumps(messages).encode()).hexdigest()
     domain = str(row["meta"].get("domain", "unknown"))
     tokens = row["meta"].get("n_tokens", 0)
-    calls = len(called_names(messages))
-    return Card(source, name, place, key, line_hashes(messages), domain, len(messages), calls, tokens)
+    calls = len(called_names(row["messages"]))
+    return Card(source, name, place, key, hashes, domain, len(messages), calls, tokens)
 
 
 def compare_rows(cards, settings):
