@@ -109,8 +109,9 @@ ROLES = {
     "system": "system", "developer": "system",
     "user": "user", "human": "user",
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "ai": "assistant", "bot": "assistant",
+    "agent": "assistant", "chatgpt": "assistant",
     "tool": "tool", "function": "tool", "environment": "tool", "ipython": "tool", "observation": "tool",
-    "tool_response": "tool", "function_response": "tool", "tool_result": "tool", "toolResult": "tool",
+    "tool_response": "tool", "function_response": "tool", "tool_result": "tool", "toolresult": "tool",
     "function_call": "call", "tool_call": "call",  # ShareGPT, ms-swift: the content is the call
     "thinking": "thought", "reasoning": "thought", "thought": "thought",
 }  # fmt: skip
@@ -253,12 +254,17 @@ def read_response(answer):
     return {"role": "tool", "id": answer.get("id"), "name": answer.get("name"), "content": text}
 
 
+def flags_of(message):
+    """[(key, flag)] of other trainers on a message, or in an object on it, as metadata."""
+    inside = [value.items() for value in message.values() if isinstance(value, dict)]
+    pairs = itertools.chain(message.items(), *inside)
+    return [(key, flag) for key, flag in pairs if FLAG.search(key) and flag not in (None, [])]
+
+
 def weight_of(message, role):
-    """0, or None for full loss, from the flags of other trainers; one that we cannot follow is a reject."""
+    """0, or None for full loss, from the flags on a message; one that we cannot follow is a reject."""
     weights = set()
-    for key, flag in message.items():
-        if flag in (None, []) or not FLAG.search(key):
-            continue
+    for key, flag in flags_of(message):
         if key not in WEIGHT_FLAGS + MASK_FLAGS or flag not in (0, 1):
             raise Reject(f"unsupported_flag: {key}")
         weights.add(bool(flag) != (key in MASK_FLAGS))
@@ -273,11 +279,11 @@ def role_of(message):
     if message.get("type") in ITEMS and "role" not in message and "from" not in message:
         return ITEMS[message["type"]]
     name = first_of(message, ("role", "from", "type"))
-    if not isinstance(name, str) or name not in ROLES:
+    if not isinstance(name, str) or name.lower() not in ROLES:
         raise Reject(f"unknown_role: {name}")
     if message.get("recipient", "all") not in ("all", None):  # harmony's calls
         raise Reject(f"unsupported_call: to {message['recipient']}")
-    return "thought" if message.get("channel") == "analysis" else ROLES[name]
+    return "thought" if message.get("channel") == "analysis" else ROLES[name.lower()]
 
 
 def refuse_media(holder, keys):
@@ -356,7 +362,8 @@ def calls_of(message, role, parts):
     if role == "call":
         calls += read_calls(parts["text"], message.get("role") or message.get("from"))
     for key in CALL_KEYS:
-        calls += read_calls(message[key], key) if message.get(key) else []
+        beside = read_calls(message[key], key) if message.get(key) else []
+        calls += [call for call in beside if call not in calls]  # LangChain has Anthropic's blocks twice
     if message.get("type") in ("function_call", "custom_tool_call") and not calls:
         free_text = {"input": {"input": message["input"]}} if "input" in message else {}
         calls.append(read_call(message | free_text))
@@ -597,9 +604,9 @@ def read_tools(tools):
 
 
 # 3. Formats of this file: a record -> a loose row {"messages", "tools", "meta", "left_out"?, "checked"?}
-MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "trajectory")
+MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "trajectory", "dialogue", "dialog", "chat")
 TOOL_COLUMNS = ("tools", "tools_json", "functions", "tool_defs", "available_tools")
-SYSTEM_COLUMNS = ("system", "system_prompt")
+SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "system_instruction")
 ID_COLUMNS = ("query_id", "id", "instance_id", "task_id", "traj_id", "trajectory_id", "uuid", "custom_id",
               "session_id", "sessionId")  # fmt: skip
 # LIMI's converter writes the tools into the system prompt; the chat template writes them again
@@ -632,7 +639,7 @@ def is_message(value):
     if not isinstance(value, dict):
         return False
     names = [value.get(key) for key in ("role", "from", "type")]
-    return any(isinstance(name, str) and (name in ROLES or name in ITEMS) for name in names)
+    return any(isinstance(name, str) and (name.lower() in ROLES or name in ITEMS) for name in names)
 
 
 def fits_row(record):
@@ -647,11 +654,11 @@ def fits_row(record):
 
 def take_messages(columns):
     """Remove the conversation's columns and return its messages."""
+    if {"chosen", "rejected"} <= columns.keys():
+        raise Reject("not_supported: a preference pair (chosen, rejected)")
     for key in MESSAGE_COLUMNS:
         if as_list(columns.get(key)):
             return as_list(columns.pop(key))
-    if "chosen" in columns:
-        raise Reject("not_supported: a preference pair (chosen, rejected)")
     if "completion" in columns:  # TRL
         sides = {"user": columns.pop("prompt"), "assistant": columns.pop("completion")}
     elif "answers" not in columns:
@@ -715,35 +722,47 @@ def body_of(side):
     return load_json(side, "unreadable: a body that is no JSON") if isinstance(side, str) else side or {}
 
 
+def system_of(told):
+    """The message of a system prompt: a text, blocks, or Gemini's content with parts."""
+    told = {"parts": told["parts"]} if isinstance(told, dict) else {"content": told}
+    return {"role": "system"} | told
+
+
+def answer_of(response):
+    """(the messages of a response, why it ended) in the chat form, Gemini's, Anthropic's, Responses."""
+    if response.get("choices"):
+        return [response["choices"][0]["message"]], response["choices"][0].get("finish_reason")
+    if response.get("candidates"):
+        return [response["candidates"][0]["content"]], response["candidates"][0].get("finishReason")
+    finish = first_of(response, ("stop_reason", "status"))
+    if "content" in response:
+        return [{"role": "assistant", "content": response["content"]}], finish
+    return response.get("output") or [], finish
+
+
 def read_dump(dump):
-    """{"request", "response"}: one API call of the chat, Anthropic's or the Responses form."""
+    """{"request", "response"}: one API call of the chat, Anthropic's, Gemini's or the Responses form."""
     request = body_of(dump["request"])
-    response = body_of(dump["response"])
-    if not request.get("tools"):
+    answer, finish = answer_of(body_of(dump["response"]))
+    tools = request.get("tools") or request.get("functions")
+    if not tools:
         raise Reject("request_without_tools: a title, a summary or another helper")
     if first_of(request, ("previous_response_id", "conversation")):
         raise Reject("history_elsewhere: the provider keeps what came before")
-    messages = first_of(request, ("messages", "input"))
+    messages = first_of(request, ("messages", "input", "contents"))
     messages = [{"role": "user", "content": messages}] if isinstance(messages, str) else messages
-    system = first_of(request, ("system", "instructions"))
-    system = [{"role": "system", "content": system}] if system else []
-    finish = first_of(response, ("stop_reason", "status"))
-    if response.get("choices"):
-        answer = [response["choices"][0]["message"]]
-        finish = response["choices"][0].get("finish_reason")
-    elif "content" in response:
-        answer = [{"role": "assistant", "content": response["content"]}]
-    else:
-        answer = response.get("output") or []
+    system = first_of(request, ("system", "instructions", "systemInstruction"))
+    system = [system_of(system)] if system else []
     if dump.get("error"):
         raise Reject("unfinished: the last request failed")
     meta = row_meta({key: dump[key] for key in dump.keys() - {"request", "response"}})
     meta |= {"model": request.get("model"), "finish_reason": finish}
-    return {"messages": system + messages + answer, "tools": request["tools"], "meta": meta}
+    return {"messages": system + messages + answer, "tools": tools, "meta": meta}
 
 
 DUMP_LEFT_OUT = {"headers": "of the HTTP message", "usage": "counts of tokens", "error": "rejects the dump",
-                 "request.tools": "read as schemas", "body.tools": "read as schemas"}  # fmt: skip
+                 "request.tools": "read as schemas", "body.tools": "read as schemas",
+                 "request.functions": "read as schemas", "body.functions": "read as schemas"}  # fmt: skip
 
 
 def dump_hashes(dump):
@@ -799,10 +818,8 @@ def read_sii(log):
             contents = check
     if is_compacted(json.dumps([messages[:2] for messages in alike])):
         raise Reject("compacted")
-    told = request.get("system_instruction")  # a text, or Gemini's content with parts
-    told = {"parts": told["parts"]} if isinstance(told, dict) else {"content": told}
     meta = {key: value for key, value in log.items() if key != "events"}
-    messages = [{"role": "system"} | told, *contents]
+    messages = [system_of(request.get("system_instruction")), *contents]
     checked = [longest, others, unknown]  # an event of a kind that nobody has seen may repeat, not add
     return {"messages": messages, "tools": request["tools"], "meta": meta, "checked": checked}
 
@@ -855,6 +872,10 @@ IDENTIFIER = re.compile(r"[\w.:+/=@#~,-]*"  # a hash, a date, a path
 ENCRYPTED = ("signature", "thought_signature", "thoughtSignature", "encrypted_content",
              "content.encrypted", "reasoning_details.data")  # fmt: skip
 TEXT_ENDS = tuple("." + key for key in TEXT_KEYS)
+# Whatever these hold is said, however short it is
+SAID_KEYS = {"content", "contents", "text", "value", "thought", "thoughts", "thinking", "thinking_content",
+             "reasoning", "analysis", "monologue", "internal_monologue", "explanation", "refusal", "answer",
+             "alternatives", "stdout", "stderr", "error"}  # fmt: skip
 KIND_KEYS = ("type", "kind", "role", "subtype", "action", "observation", "source")
 CALL_NAMES = ("name", "function_name", "tool_name", "function")
 TAGS = re.compile(r"\n|</?\w+>")
@@ -889,11 +910,12 @@ class Kept:
     def has(self, text):
         """The text as it is, as JSON that was read, or in pieces between line ends and tags."""
         text = text.strip()
-        if len(text) < SHORTEST or text in self.exact or text in self.joined:
+        if text in self.exact or text in self.joined:
             return True
         if text[0] in "[{":
             with contextlib.suppress(ValueError, RecursionError):
-                return all(map(self.has, strings_of(json.loads(text))))
+                texts = strings_of(json.loads(text))
+                return all(len(text) < SHORTEST or self.has(text) for text in texts)
         pieces = [piece.strip() for piece in TAGS.split(text)]
         return len(pieces) > 1 and all(self.has_piece(piece) for piece in pieces)
 
@@ -954,23 +976,24 @@ def is_passed(entry, passed):
 
 
 def is_text(path, value):
-    """Long enough for a text, and no identifier, unless a key for texts holds it."""
+    """Long enough for a text, and no identifier; or what a key for texts holds."""
+    if path.rpartition(".")[2] in SAID_KEYS:
+        return True
     is_long = len(value) > LONGEST_NAME or path.endswith(TEXT_ENDS)
     return len(value) >= SHORTEST and (is_long or not IDENTIFIER.fullmatch(value))
 
 
 def lost_call(value, kept):
     """The name of the call that an object is, if the row does not have it."""
-    arguments = first_of(value, ("arguments", "args", "input"))
-    if arguments is None:
-        return None
     name = first_of(value, CALL_NAMES)
-    is_call = isinstance(name, str) and isinstance(arguments, str | dict) and "role" not in value
-    return name if is_call and not kept.has_call(name, arguments) else None
+    if not isinstance(name, str) or "role" in value:
+        return None
+    given = [value[key] for key in ("arguments", "args", "input") if isinstance(value.get(key), str | dict)]
+    return None if all(kept.has_call(name, arguments) for arguments in given) else name
 
 
 # 5. Inputs -> files -> records
-LOG_SUFFIXES = (".json", ".jsonl", ".traj", ".parquet", ".md", ".log", ".zip", ".eval")
+LOG_SUFFIXES = (".json", ".jsonl", ".ndjson", ".traj", ".parquet", ".md", ".log", ".zip", ".eval")
 ARCHIVES = {".zip": "*", ".eval": "samples/*"}  # suffix: names of the logs in it; .eval is Inspect's
 HUB_NAME = re.compile(r"(?:hf://datasets/|https://huggingface\.co/datasets/)?(\w[\w.-]*/[\w.-]+?)"
                       r"(?::([\w.-]+))?(?:/([\w.-]+))?(?:@([\w./-]+))?")  # fmt: skip
@@ -1150,10 +1173,10 @@ def drop_nulls(value):
 
 def values_of(path, notes):
     """The (number, value or Reject) of what a file lists, or (None, value) of the one that it holds."""
-    name = re.sub(r"\.(gz|zst)$", "", path.name)
+    name = re.sub(r"\.(gz|zst)$", "", path.name.lower())
     if path.is_dir():
         return enumerate((json.loads(file.read_bytes()) for file in sorted(path.glob("event-*.json"))), 1)
-    if name.endswith(".jsonl"):
+    if name.endswith((".jsonl", ".ndjson")):
         return json_lines(path, notes)
     if name.endswith(".parquet"):
         return parquet_rows(path)
@@ -1165,11 +1188,7 @@ def values_of(path, notes):
 
 
 def read_unit(unit, readers, notes):
-    """Yield (source, format or None, record or Reject) for every session of a file.
-
-    What it lists is one session, if a reader takes the whole list; else each value is one, read as it comes
-    where the first one is a row.
-    """
+    """Yield (source, format or None, record or Reject) for every session of a file, rows as they come."""
     if unit.path.suffix in ARCHIVES:
         for member in members_of(unit):
             yield from read_safely(member, readers, notes)
@@ -1179,8 +1198,12 @@ def read_unit(unit, readers, notes):
     numbered = itertools.chain([first], numbered)
     if first[0] is None or ".parquet" in unit.path.name or is_row_file(first[1], readers):
         yield from each(unit, numbered, readers)
-        return
-    numbered = list(numbered)
+    else:
+        yield from read_list(unit, list(numbered), readers)
+
+
+def read_list(unit, numbered, readers):
+    """What a file lists is one session, if a reader takes the whole list; else each value is one."""
     values = [value for _, value in numbered if not isinstance(value, Reject)]
     reader = find_format(values, readers) if values else None
     if reader is None and any(find_format(value, readers) for value in values):
@@ -1258,17 +1281,28 @@ def read_safely(unit, readers, notes):
 
 
 # 6. One record -> one row
-FAILURES = {"resolved", "success", "solved", "target", "passed", "pass", "correct",
-            "task_success", "task_completed"}  # fmt: skip
-OUTCOME_WORDS = ("result", "status", "outcome", "verdict", "resolved_status")
+# What a column tells, by its name or the last word of it: tests_passed, isResolved, success_rate, pass@1
+OUTCOMES = {
+    "success": "resolved success successful succeeded solved passed pass correct accepted target",
+    "failure": "failed failure aborted truncated cancelled crashed timeout timed_out is_error has_error",
+    "end": "exit_status exit_code finish_reason stop_reason",
+    "error": "error exception exception_info error_message error_type failure_mode failure_reason",
+    "word": "result status outcome verdict termination reason",
+    "reward": "reward",
+    "done": "completed label",  # one of False is a failure, any other may be about something else
+}
+COLUMN_KINDS = {}
+for kind, names in OUTCOMES.items():
+    COLUMN_KINDS |= dict.fromkeys(names.split(), kind)
 GOOD_ENDS = {
     "stop", "end_turn", "tool_calls", "tool_use", "function_call", "stop_sequence", "submitted", "submit",
     "completed", "complete", "success", "successful", "ok", "done", "finished", "finish", "resolved", "",
-    "tooluse", "unknown",
+    "tooluse", "unknown", "end", "eos", "eos_token", "stop_token", "end_of_turn", "finish_reason_stop",
 }  # fmt: skip
-NO_ERROR = ("", "{}", "none", "null", "no", "false")
-BAD_RESULT = re.compile(r"(?i)(?:not[ _-]\w+ed|\w*(?:error|exception|time_?out|fail|failed|failure|unresolved"
-                        r"|unsolved|resolved_no|incorrect|wrong|cancell?ed|aborted|killed))")  # fmt: skip
+NO_ERROR = ("", "{}", "none", "null", "no", "false", "unset")
+BAD_RESULT = re.compile(r"(?i)(?:not[ _-]\w+ed|max_\w+|\w*(?:errors?|exception|time_?out|fail|failed|failure"
+                        r"|unresolved|unsolved|resolved_no|incorrect|incomplete|wrong|cancell?ed|aborted"
+                        r"|exceeded|killed))(?::.*)?")  # fmt: skip
 # A history that was summarised starts in the middle of its task
 COMPACTION = ("<state_snapshot>", "This session is being continued from a previous conversation")
 
@@ -1282,7 +1316,11 @@ def outcome(columns, depth=0):
     for key, value in columns.items():
         if tells_failure(key, value):
             return f"{key}={value}"
-        if isinstance(value, dict) and depth < 3 and (found := outcome(value, depth + 1)):
+        if isinstance(value, str) and value.startswith("{"):
+            with contextlib.suppress(ValueError, RecursionError):
+                value = json.loads(value)
+        is_told = isinstance(value, dict) and depth < 3 and not key.endswith(("config", "settings"))
+        if is_told and (found := outcome(value, depth + 1)):
             return f"{key}.{found}"
     return None
 
@@ -1293,17 +1331,21 @@ def as_number(text):
 
 
 def tells_failure(key, value):
+    key = re.sub("(?<=[a-z])(?=[A-Z])", "_", key).lower()
+    last = re.split(r"[\W_]", re.sub(r"_rate$|@\d+$", "", key))[-1]
+    kind = COLUMN_KINDS.get(key) or COLUMN_KINDS.get(last)
     text = str(value).lower() if isinstance(value, str | int | float | dict) else ""
     number = as_number(text)
-    if key.removeprefix("is_") in FAILURES:
-        return text in ("false", "no", "failed") or number in (0, -1)
-    if key.endswith("reward"):
-        return number is not None and number <= 0
-    if key in ("exit_status", "exit_code", "finish_reason", "stop_reason"):
-        return text.replace("-", "_") not in GOOD_ENDS if number is None else number != 0
-    if key == "error":
-        return number is None and text not in NO_ERROR
-    return key in OUTCOME_WORDS and (value is False or bool(BAD_RESULT.fullmatch(text)))
+    is_failure = {
+        "success": text in ("false", "no", "failed") or number in (0, -1),
+        "failure": value is True,
+        "end": number != 0 if number is not None else text.replace("-", "_") not in GOOD_ENDS,
+        "error": number is None and text not in NO_ERROR,
+        "word": value is False or bool(BAD_RESULT.fullmatch(text)),
+        "reward": number is not None and number <= 0,
+        "done": value is False,
+    }
+    return is_failure.get(kind, False)
 
 
 @dataclass
@@ -1460,7 +1502,7 @@ def load_tasks(path):
 
 
 def tie_to_task(row, run):
-    """Give a row the id, domain and source of its task: by its id, or by a user's word that is or holds it."""
+    """Give a row the id, domain and source of its task, found by its id or in what the user says."""
     users = [squeeze(message["content"]) for message in row["messages"] if message["role"] == "user"]
     said = "\n".join(users)
     held = [query for query in run.tasks if len(query) >= SHORTEST and query in said]
@@ -1611,7 +1653,7 @@ def words_of(text):
 
 
 def benchmark_texts(name):
-    """Yield (task, text) of an AgencyBench clone (v1 tasks and v2 descriptions), or of one file of any kind."""
+    """Yield (task, text) of an AgencyBench clone (v1 tasks and v2 descriptions), or of one file."""
     path = Path(name)
     files = [path] if path.is_file() else [*path.rglob("Task*.json"), *path.rglob("description.json")]
     if not files:
@@ -1723,8 +1765,8 @@ PRIVATE = (  # replaced by --redact; git@host is nobody's address, name@2x.png a
      "user@example.com"),
 )  # fmt: skip
 APART = "\n\x1f\n"  # between two strings: no secret holds it
-# Characters of a scan. It costs 10 ms before it begins, and looks for each kind of secret whose key word it has
-# met in all of them: 2 MB of Python code take 6 s at once, 2 s in such pieces
+# Characters of a scan. It costs 10 ms before it begins, and looks for every kind of secret whose key word
+# stands somewhere in them: 2 MB of Python code take 6 s at once, 2 s in such pieces
 PIECE = 100_000
 
 

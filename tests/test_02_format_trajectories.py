@@ -270,6 +270,15 @@ SPELLINGS = {
         ONE_CALL[2],
         ONE_CALL[3],
     ],
+    "LangChain on Anthropic: the call twice": [
+        {"role": "User", "content": "What does a.txt say?"},
+        {"role": "AI", "content": [
+            {"type": "thinking", "thinking": "Read it."}, {"type": "text", "text": "I look."},
+            {"type": "tool_use", "id": "c1", "name": "read_file", "input": ARGUMENTS}],
+         "tool_calls": [{"name": "read_file", "args": ARGUMENTS, "id": "c1"}]},
+        {"role": "TOOL", "content": "42", "tool_call_id": "c1"},
+        ONE_CALL[3] | {"role": "Assistant"},
+    ],
     "LangChain": [
         {"type": "human", "data": {"content": "What does a.txt say?"}},
         {"type": "ai", "data": {"content": "I look.", "reasoning_content": "Read it.",
@@ -307,7 +316,7 @@ def test_ids_are_unique_over_a_row():
 
 def test_a_system_prompt_beside_the_messages_comes_first_and_once():
     told = {"role": "system", "content": "Be brief."}
-    for column in ("system", "system_prompt"):
+    for column in ("system", "system_prompt", "system_message", "system_instruction"):
         assert messages_of(USER, DONE, **{column: "Be brief."}) == [told, USER, DONE]
         assert messages_of(told, USER, DONE, **{column: "Be brief."}) == [told, USER, DONE]
 
@@ -327,6 +336,7 @@ def test_a_greeting_is_context_and_a_thought_alone_is_a_turn():
 @pytest.mark.parametrize(
     ("flag", "weight"),
     [({"weight": 0}, 0), ({"weight": 1}, None), ({"loss": False}, 0), ({"loss": True}, None), ({"train": False}, 0),
+     ({"metadata": {"train": False}}, 0), ({"extra": {"loss_mask": 1, "lang": "en"}}, None),
      ({"training": False}, 0), ({"loss_mask": 0}, 0), ({"mask": True}, 0), ({"mask": False}, None), ({"loss": None}, None)],
     ids=str,
 )  # fmt: skip
@@ -468,6 +478,29 @@ FAULTS = {
     "unsupported_call: to functions.f": row(messages=[USER, DONE | {"recipient": "functions.f", "channel": "commentary"}]),
     "malformed": row(messages=[{"role": "assistant", "content": "x", "tool_calls": [7]}]),
 }  # fmt: skip
+
+
+SAID = {  # short texts where a reader of the content alone would miss them: index of the message, what it also has
+    "text": (4, {"text": "Or 43."}),
+    "value": (1, {"value": "Now."}),
+    "content.thinking": (4, {"content": [{"type": "text", "text": "It says 42.", "thinking": "Sure?"}]}),
+    "thought": (4, {"thought": "Sure?"}),
+    "thinking_content": (4, {"thinking_content": "Sure?"}),
+    "analysis": (4, {"analysis": "Sure?"}),
+    "refusal": (4, {"refusal": "No."}),
+    "alternatives": (4, {"alternatives": ["43."]}),
+    "error": (3, {"error": "EOF"}),
+    "stderr": (3, {"stderr": "warn: x"}),
+    "tool_calls.explanation": (2, {"tool_calls": [call() | {"explanation": "To see."}]}),
+    "tool_calls.function call read_file": (2, {"tool_calls": [call() | {"function": {
+        "name": "read_file", "arguments": {"path": "a.txt"}, "input": {"path": "b"}}}]}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("path", SAID)
+def test_no_text_is_too_short_to_be_lost(path):
+    index, more = SAID[path]
+    assert format_one(edited(index, **more))[1] == [f"lost_content: messages.{path}"]
 
 
 def test_each_fault_is_rejected_with_its_reason(tmp_path):
@@ -613,7 +646,16 @@ def test_loops(case):
      ({"status": 200}, None), ({"outcome": "not solved"}, "outcome=not solved"), ({"verdict": "incorrect"}, "verdict=incorrect"),
      ({"resolved_status": "RESOLVED_NO"}, "resolved_status=RESOLVED_NO"), ({"error": "it broke"}, "error=it broke"),
      ({"error": None}, None), ({"error": "none"}, None), ({"error": {"message": "m"}}, "error={'message': 'm'}"), ({"finish_reason": "tool-calls"}, None),
-     ({"finish_reason": "unknown"}, None), ({"result": "A failure of the old code was found"}, None)],
+     ({"finish_reason": "unknown"}, None), ({"result": "A failure of the old code was found"}, None),
+     ({"isResolved": False}, "isResolved=False"), ({"tests_passed": 0}, "tests_passed=0"), ({"pass@1": 0.0}, "pass@1=0.0"),
+     ({"success_rate": 0}, "success_rate=0"), ({"accepted": False}, "accepted=False"), ({"timed_out": True}, "timed_out=True"),
+     ({"has_error": True}, "has_error=True"), ({"has_error": False}, None), ({"termination": "max_turns"}, "termination=max_turns"),
+     ({"exit_reason": "timeout"}, "exit_reason=timeout"), ({"final_status": "FAIL"}, "final_status=FAIL"),
+     ({"status": "error: no memory"}, "status=error: no memory"), ({"status": "open"}, None), ({"timeout": 300}, None),
+     ({"exception_info": {"type": "E"}}, "exception_info={'type': 'E'}"), ({"failure_mode": "unset"}, None),
+     ({"metadata": '{"resolved": false}'}, "metadata.resolved=False"), ({"config": {"error": "raise"}}, None),
+     ({"completed": False}, "completed=False"), ({"finish_reason": "eos_token"}, None), ({"termination_reason": "user_stop"}, None),
+     ({"label": False}, "label=False"), ({"label": 0}, None), ({"n_failed": 0}, None), ({"score": 0}, None)],
     ids=str,
 )  # fmt: skip
 def test_outcomes_of_a_log(columns, reason):
@@ -744,7 +786,8 @@ def test_ids_make_no_difference_between_two_conversations(tmp_path):
 
 
 def test_a_column_without_messages_is_passed_over():
-    assert format_one({"messages": [], "conversations": [USER, DONE]})[0]["messages"] == [USER, DONE]
+    for column in ("conversations", "dialogue", "chat"):
+        assert format_one({"messages": [], column: [USER, DONE]})[0]["messages"] == [USER, DONE]
 
 
 def test_equal_conversations_are_duplicates(tmp_path):
@@ -883,6 +926,15 @@ def test_dumps_of_anthropic_and_of_responses():
         assert reasons == [] and made["messages"] == [{"role": "system", "content": "Be brief."}, USER, DONE]
     wire["response"] = {"body": {"content": [{"type": "text", "text": "Do"}], "stop_reason": "max_tokens"}}
     assert format_one(wire)[1] == ["not_solved: finish_reason=max_tokens"]
+    told = {"contents": [{"role": "user", "parts": [{"text": "Go."}]}], "systemInstruction": {"parts": [{"text": "Be brief."}]},
+            "tools": [{"functionDeclarations": [GEMINI_TOOL]}]}  # fmt: skip
+    answer = {"content": {"role": "model", "parts": [{"text": "Done."}]}, "finishReason": "STOP"}
+    made, reasons = format_one({"request": told, "response": {"candidates": [answer]}})
+    assert reasons == [] and made["messages"] == [{"role": "system", "content": "Be brief."}, USER, DONE]
+    assert made["tools"] == [READ_FILE]
+    legacy = dump([USER], DONE)
+    legacy["request"]["functions"] = [tool["function"] for tool in legacy["request"].pop("tools")]
+    assert format_one(legacy)[0]["tools"] == [READ_FILE]
     responses["request"]["previous_response_id"] = None
     assert format_one(responses)[1] == []
     responses["request"]["previous_response_id"] = "resp_1"
@@ -923,6 +975,7 @@ def test_files_of_all_kinds(tmp_path):
 
     folder = tmp_path / "logs"
     write(folder / "a.jsonl", row(messages=[USER, DONE | {"content": "a"}]))
+    write(folder / "upper/g.NDJSON", row(messages=[USER, DONE | {"content": "g"}]))
     (folder / "array.json").write_text(json.dumps([row(messages=[USER, DONE | {"content": "b"}])], indent=2))
     (folder / "session.json").write_text(json.dumps([USER, DONE | {"content": "c"}], indent=2))
     (folder / "packed.jsonl.gz").write_bytes(gzip.compress((folder / "a.jsonl").read_bytes().replace(b'"a"', b'"d"')))
@@ -938,7 +991,7 @@ def test_files_of_all_kinds(tmp_path):
     (folder / "link").symlink_to(linked)
     rows = run_here(tmp_path, folder)
     answers = [made["messages"][-1]["content"] for made in rows]
-    assert answers == ["a", "b", "d", "e", "It says 42.", "It says 42.", "c", "f"]
+    assert answers == ["a", "b", "d", "e", "It says 42.", "It says 42.", "c", "f", "g"]
     arrow = next(made for made in rows if made["query_id"] == "arrow")
     assert arrow["messages"] == row()["messages"] and arrow["tools"] == [READ_FILE]
     rejects = {Path(r["source"]).name: r["reasons"][0] for r in read(tmp_path / "data/train.rejected.jsonl")}
