@@ -204,18 +204,16 @@ def read_jsonl(path, append_only=False):
 
 def write_jsonl(path, rows):
     """Write rows under a temporary name, then rename: a reader sees the old file or the whole new one."""
-    path, count = Path(path), 0
+    path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     try:
         with open(partial, "w") as file:
             for row in rows:
                 file.write(json.dumps(row) + "\n")  # ASCII: a lone surrogate in a log cannot break the file
-                count += 1
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
-    return count
 
 
 def append_jsonl(path, row):
@@ -918,8 +916,10 @@ def run_agents(folder, tasks, runs):
     done = {"nothing": defaultdict(list), "solution": defaultdict(list)}
     lost = {}
     for agent, episodes in done.items():
+        output = folder / agent
         own = [task for task in tasks if agent == "nothing" or has_all(task, "solution")]
-        output = run_agent(folder, agent, own, runs)
+        if own:
+            run_agent(output, agent, own, runs)
         for row in rows_if_there(output / "episodes.jsonl"):
             episodes[row["query_id"]].append(row)
         for row in rows_if_there(output / "not_run.jsonl"):
@@ -927,19 +927,16 @@ def run_agents(folder, tasks, runs):
     return done, lost
 
 
-def run_agent(folder, agent, tasks, runs):
-    """Run 04 with an agent on tasks; returns its output folder."""
-    output, log, path = folder / agent, folder / f"{agent}.log", folder / f"{agent}.jsonl"
+def run_agent(output, agent, tasks, runs):
+    log, path = output.with_suffix(".log"), output.with_suffix(".jsonl")
+    write_jsonl(path, tasks)
     argv = f"--agent {agent} --n_runs {runs} --rounds 1 --concurrency {os.cpu_count()}".split()
-    argv += ["--tasks", str(path), "--output_dir", str(output)]
-    if not write_jsonl(path, tasks):
-        return output
+    argv = [sys.executable, str(EVALUATE), *argv, "--tasks", str(path), "--output_dir", str(output)]
     with open(log, "w") as file:
-        status = subprocess.run([sys.executable, str(EVALUATE), *argv], stdout=file, stderr=file).returncode
+        status = subprocess.run(argv, stdout=file, stderr=file).returncode
     if status and not (output / "summary.json").exists():
         said = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
         raise InputError(f"{EVALUATE.name} --agent {agent} says: {said[-1]} (all of it: {log})")
-    return output
 
 
 def rows_if_there(path):
@@ -1308,7 +1305,7 @@ def answers_to(settings, work, rows, prompts, model, form):
     if settings.dry_run:
         dry_run(missing)
     if missing:
-        asyncio.run(ask_all(settings, missing, path, dollars_for(settings, by_key(path).values())))
+        asyncio.run(ask_all(settings, missing, path))
         known |= by_key(path)
     asked = [known[key] for key in missing]
     print(f"{model}: {len(asked)} answers asked for, {len(requests) - len(asked)} replayed, "
@@ -1342,18 +1339,46 @@ def dollars_for(settings, answers):
 
 
 class Endpoint:
-    """An OpenAI-compatible server, its bill, and which form of answer it can be asked for."""
+    """An OpenAI-compatible server, what it costs, and which form of answer it can be asked for."""
 
-    def __init__(self, settings, dollars):
+    def __init__(self, settings, path):
         import openai
 
         self.settings = settings
-        self.dollars = dollars
+        self.path = path
         self.forms = ["json_schema", "json_object", None]
+        self.dollars = dollars_for(settings, by_key(path).values())
         self.under_way = 0.0
+        self.failures = []
+        self.gate = asyncio.Semaphore(settings.concurrency)
         self.client = openai.AsyncOpenAI(
             base_url=settings.base_url, max_retries=6, timeout=settings.call_seconds,
             api_key=os.environ.get("OPENAI_API_KEY") or "EMPTY")  # a local server wants none
+
+    async def store(self, key, request):
+        """Append an answer to path: 1, or 0. After a failure no call starts; those under way are awaited."""
+        import openai
+
+        usage = {"prompt_tokens": len(str(request["messages"])) // 4, "completion_tokens": 4000}
+        expected = dollars_for(self.settings, [{"usage": usage}])
+        async with self.gate:
+            limit = self.settings.max_usd
+            if limit is not None and self.dollars + self.under_way + expected > limit:
+                self.failures.append(f"${self.dollars:.2f} spent, another call may pass --max_usd {limit}")
+            if self.failures:
+                return 0
+            self.under_way += expected
+            try:
+                answer = await self.ask(request)
+            except (openai.OpenAIError, InputError) as error:
+                text = " ".join(str(error).split())[:300]
+                self.failures.append(f"{request['query_id']}: {type(error).__name__}: {text}")
+                return 0
+            finally:
+                self.under_way -= expected
+            append_jsonl(self.path, {"key": key} | without(request, "messages", "form") | answer)
+            self.dollars += dollars_for(self.settings, [answer])
+            return 1
 
     async def ask(self, request):
         """A completion as {"content", "finish_reason", "usage"}; {"refused"} where repeating cannot help."""
@@ -1361,13 +1386,14 @@ class Endpoint:
 
         while True:
             form = self.forms[0]
-            extra = {"response_format": {"type": form}} if form else {}
+            extra = {"extra_body": self.settings.request}
+            if form:
+                extra["response_format"] = {"type": form}
             if form == "json_schema":
                 schema = request["form"].model_json_schema() | {"additionalProperties": False}
                 extra["response_format"]["json_schema"] = {"name": "Answer", "strict": True, "schema": schema}
             create = self.client.chat.completions.with_raw_response.create
             try:
-                extra["extra_body"] = self.settings.request
                 reply = await create(model=request["model"], messages=request["messages"], **extra)
                 return read_completion(reply.text)
             except openai.APIStatusError as error:
@@ -1399,53 +1425,21 @@ def read_completion(text):
     return {"content": content, "finish_reason": choice.get("finish_reason"), "usage": usage_of(body)}
 
 
-async def ask_all(settings, missing, path, dollars):
-    """Append each answer to path. After a failure no new call starts; those under way are waited for.
-
-    dollars: what was spent before.
-    """
+async def ask_all(settings, missing, path):
     if not (settings.base_url or os.environ.get("OPENAI_API_KEY")):
         raise InputError(
             f"{len(missing)} answers are missing and no endpoint is known: set OPENAI_API_KEY, or --base_url "
             "of a local server")
-    import openai
-
-    endpoint, failures = Endpoint(settings, dollars), []
-    gate = asyncio.Semaphore(settings.concurrency)
+    endpoint = Endpoint(settings, path)
     progress = tqdm(desc="write", total=len(missing), unit=" answers")
-
-    async def one(key, request):
-        async with gate:
-            usage = {"prompt_tokens": len(str(request["messages"])) // 4, "completion_tokens": 4000}
-            expected = dollars_for(settings, [{"usage": usage}])
-            planned = endpoint.dollars + endpoint.under_way + expected
-            if settings.max_usd is not None and planned > settings.max_usd:
-                failures.append(
-                    f"${endpoint.dollars:.2f} spent, another call may pass --max_usd {settings.max_usd}"
-                )
-            if failures:
-                return
-            endpoint.under_way += expected
-            try:
-                answer = await endpoint.ask(request)
-            except (openai.OpenAIError, InputError) as error:
-                text = " ".join(str(error).split())[:300]
-                failures.append(f"{request['query_id']}: {type(error).__name__}: {text}")
-                return
-            finally:
-                endpoint.under_way -= expected
-            append_jsonl(path, {"key": key} | without(request, "messages", "form") | answer)
-            endpoint.dollars += dollars_for(settings, [answer])
-            progress.update()
-            progress.set_postfix_str(f"${endpoint.dollars:.2f}")
-
-    await asyncio.gather(*(one(key, request) for key, request in missing.items()))
+    for call in asyncio.as_completed([endpoint.store(*item) for item in missing.items()]):
+        progress.update(await call)
+        progress.set_postfix_str(f"${endpoint.dollars:.2f}")
     progress.close()
-    if failures:
+    if endpoint.failures:
         raise InputError(
-            f"{endpoint.client.base_url}: {failures[0]}; {progress.n} of {len(missing)} answers are "
-            "stored, run again to ask only for the others"
-        )
+            f"{endpoint.client.base_url}: {endpoint.failures[0]}; {progress.n} of {len(missing)} answers are "
+            "stored, run again to ask only for the others")
 
 
 # ---- what a query must say because the tests ask for it, and what it gives away of the solution ----
@@ -2153,8 +2147,6 @@ def print_selection(settings, rows):
     chosen = open_rows(rows)
     if settings.rule == "paper":
         print_funnel(rows, chosen)
-    kinds = Counter(f"{row['source']}, {row['domain']}, {row['subdomain']}" for row in chosen)
-    print_counts(kinds.most_common())
     print(f"queries: {len(chosen)}\nrejected: {len(rows) - len(chosen)}\noutput_file: {settings.output_file}")
 
 
