@@ -829,9 +829,9 @@ def build_environment(settings, language, clone, base, folder):
     if status in (124, 137):  # of timeout, or its second signal
         return {"runner": None, "problem": f"took longer than --setup_seconds {settings.setup_seconds}"}
     if status:
-        errors = [line for line in said if re.search(r"(?i)\berror\b|not found|no matching|could not", line)]
-        errors = errors or said[-1:]
-        told = " ... ".join(dict.fromkeys((errors[0], errors[-1].strip())))[:200]  # what failed, and why
+        missing = [line for line in said if re.search(r"(?i)not found|no matching|could not", line)]
+        errors = [line for line in said if re.search(r"(?i)\berror\b", line)] or missing or said[-1:]
+        told = " ... ".join(dict.fromkeys((errors[0], (missing or errors)[-1].strip())))[:200]  # what, and why
         return {"runner": None, "problem": f"cannot be built: {told} (all of it: {folder}/setup.log)"}
     runner = RUNNERS[language]
     if said[-1].startswith("runner: "):
