@@ -4,8 +4,8 @@
     python 01_build_queries.py --rule paper --repos clones/*                  # the paper's own funnel
     python 01_build_queries.py --papers papers/ --repos clones/click --dry_run # shows a prompt, calls nobody
 
-Reads   --real      tasks, a line each as in data/queries.jsonl, or a folder of *.md: YAML front matter
-                    (domain, workspace, check, rubric ...; turns: if there are several), then the query
+Reads   --real      tasks, a line each as in data/queries.jsonl, or a folder of such files and of *.md: YAML
+                    front matter (domain, workspace, check, rubric ...; turns: if several), then the query
         --repos     git clones with history (git clone --mirror brings refs/pull: which numbers are PRs)
         --papers    a folder of *.md and *.txt, one paper each
         --issues    issues of these clones: gh issue list --json number,title,body,url
@@ -118,7 +118,7 @@ def several(default, text):
 
 @dataclass
 class Settings:
-    real: str | None = setting(None, "Real-world queries: JSONL or a folder of markdown.")
+    real: str | None = setting(None, "Real-world queries: JSONL, or a folder of *.jsonl and *.md.")
     repos: list[str] = several([], "Git clones to mine.")
     papers: str | None = setting(None, "A folder of papers (*.md, *.txt) that become research queries.")
     issues: str | None = setting(None, "JSON of issues: gh issue list --json number,title,body,url.")
@@ -824,19 +824,24 @@ def build_environment(settings, language, clone, base, folder):
     with open(folder / "setup.log", "w+", errors="replace") as log:
         status = subprocess.run(list(map(str, argv)), env=env, stdout=log, stderr=log).returncode
         log.seek(0)
-        said = [line for line in log.read().splitlines() if line.strip()] or [""]
+        said = log.read().strip().splitlines() or [""]
     shutil.rmtree(folder / "tree")
     if status in (124, 137):  # of timeout, or its second signal
         return {"runner": None, "problem": f"took longer than --setup_seconds {settings.setup_seconds}"}
     if status:
-        missing = [line for line in said if re.search(r"(?i)not found|no matching|could not", line)]
-        errors = [line for line in said if re.search(r"(?i)\berror\b", line)] or missing or said[-1:]
-        told = " ... ".join(dict.fromkeys((errors[0], (missing or errors)[-1].strip())))[:200]  # what, and why
-        return {"runner": None, "problem": f"cannot be built: {told} (all of it: {folder}/setup.log)"}
+        problem = f"cannot be built: {told_by(said)} (all of it: {folder}/setup.log)"
+        return {"runner": None, "problem": problem}
     runner = RUNNERS[language]
     if said[-1].startswith("runner: "):
         runner = said[-1].removeprefix("runner: ")
     return {"runner": "custom" if settings.test_command else runner, "problem": None}
+
+
+def told_by(lines):
+    """Of what a failed set-up said the first error, and the last line on what is missing."""
+    missing = [line for line in lines if re.search(r"(?i)not found|no matching|could not", line)]
+    errors = [line for line in lines if re.search(r"(?i)\berror\b", line)] or missing or lines[-1:]
+    return " ... ".join(dict.fromkeys((errors[0], (missing or errors)[-1].strip())))[:200]
 
 
 def environment_of(settings, language, rows, work):
@@ -873,17 +878,24 @@ def package_of(path, paths):
     return parts[top].removesuffix(".py")
 
 
-def place_task(row, environment, work, plan):
-    """Write workspace.tar and private/ of a candidate; returns it as a task of 04."""
+def place_task(settings, row, environment, work, tests):
+    """Write workspace.tar and private/ of a candidate; returns it as a task of 04.
+
+    tests: {"fail_to_pass": [name], "pass_to_pass": [name]}, or {} to find out.
+    """
     clone, base = row["tree"]
     commit = row["meta"]["commit"]
     folder = work / "tasks" / row["query_id"]
     private = folder / "private"
     shutil.rmtree(private, ignore_errors=True)
-    tests = [path for path in paths_of(clone, commit) if re.search(KINDS["test"], path)]
-    checkout(clone, commit, private / "tests", tests)
+    test_files = [path for path in paths_of(clone, commit) if re.search(KINDS["test"], path)]
+    checkout(clone, commit, private / "tests", test_files)
     checkout(clone, commit, private / "solution", row["pr"]["code"])
     (private / "check.py").write_text(environment["program"])
+    packages = [package_of(path, paths_of(clone, base)) for path in row["pr"]["code"] if path.endswith(".py")]
+    plan = {"runner": environment["runner"], "files": row["pr"]["run"], "command": settings.test_command,
+            "seconds": settings.timeout, "packages": [name for name in packages if name.isidentifier()],
+            "fail_to_pass": None, "pass_to_pass": None} | tests
     (private / "plan.json").write_text(json.dumps(plan, indent=1))
     workspace = folder / f"workspace-{environment['id']}.tar"
     if not workspace.exists():
@@ -899,16 +911,6 @@ def place_task(row, environment, work, plan):
             "venv": str(environment["folder"] / "venv")}
     needs = {"go": ["go"], "node": ["node"]}.get(language_of(row["pr"]["code"][0]))
     return task | ({"needs": needs} if needs else {})
-
-
-def plan_of(settings, row, environment):
-    """What private/check.py has to do, before it is known which tests fail before and pass after."""
-    paths = set(paths_of(*row["tree"]))
-    packages = [package_of(path, paths) for path in row["pr"]["code"] if path.endswith(".py")]
-    plan = {"runner": environment["runner"], "files": row["pr"]["run"], "seconds": settings.timeout,
-            "packages": [name for name in packages if name.isidentifier()],
-            "fail_to_pass": None, "pass_to_pass": None}
-    return plan | ({"command": settings.test_command} if settings.test_command else {})
 
 
 def run_agents(folder, tasks, runs):
@@ -961,44 +963,44 @@ ENVIRONMENT_FAULTS = {
 }
 
 
-def passed_in(episode):
-    """({test: passed}, messages of what failed) of a run that was to find out, packed by check.py."""
+def environment_fault(messages):
+    for pattern, told in ENVIRONMENT_FAULTS.items():
+        if found := re.search(pattern, messages):
+            return "environment: " + told.format(found[1])
+    return None
+
+
+def survey_of(episode):
+    """{"passed": [test], "failed": {test: message}, "end"} of a run that finds out, packed by check.py."""
     [line] = [check["requirement"] for check in episode["rounds"][-1]["checks"][:1]]
     if not line.startswith("survey "):
-        return {line: False}, line
-    told = json.loads(zlib.decompress(base64.b64decode(line.removeprefix("survey "))))
-    found = dict.fromkeys(told["failed"], False) | dict.fromkeys(told["passed"], True)
-    return found, "\n".join([*told["failed"].values(), told["end"]])
+        return {"passed": [], "failed": {line: line}, "end": ""}
+    return json.loads(zlib.decompress(base64.b64decode(line.removeprefix("survey "))))
 
 
 def judge_survey(nothing, solution, timeout):
     """The verdict on the runs of a candidate: "reason", or "fail_to_pass" and "pass_to_pass": [name]."""
-    before = [passed_in(episode)[0] for episode in nothing]
-    after = [passed_in(episode)[0] for episode in solution]
-    passing = set.intersection(*map(passed_names, after))
-    sometimes = set.union(*map(passed_names, after))
-    before_always = set.intersection(*map(passed_names, before))
-    before_sometimes = set.union(*map(passed_names, before))
-    if passing - before_sometimes:
-        return {"reason": None, "fail_to_pass": sorted(passing - before_sometimes),
-                "pass_to_pass": sorted(passing & before_always)}
-    messages = "\n".join(passed_in(episode)[1] for episode in solution)
+    surveys = list(map(survey_of, solution))
+    after = [set(survey["passed"]) for survey in surveys]
+    before = [set(survey["passed"]) for survey in map(survey_of, nothing)]
+    always = set.intersection(*after)
+    fail_to_pass = always - set.union(*before)
+    before_always = set.intersection(*before)
+    if fail_to_pass:
+        return {"reason": None, "fail_to_pass": sorted(fail_to_pass),
+                "pass_to_pass": sorted(always & before_always)}
+    messages = ""
+    for survey in surveys:
+        messages += "\n".join([*survey["failed"].values(), survey["end"], ""])
     if "the tests end within" in messages:
         reason = f"its tests run longer than {timeout} s"
-    elif passing and all(map(all, map(dict.values, after))):
+    elif always and not any(survey["failed"] for survey in surveys):
         reason = "its tests pass without the change too"
-    elif sometimes - passing or before_sometimes - before_always:
+    elif set.union(*after) != always or set.union(*before) != before_always:
         reason = "its tests are flaky"
     else:
-        reason = "its tests fail with the change too"
-        for pattern, told in reversed(ENVIRONMENT_FAULTS.items()):  # the first that is found counts
-            if found := re.search(pattern, messages):
-                reason = "environment: " + told.format(found[1])
+        reason = environment_fault(messages) or "its tests fail with the change too"
     return {"reason": reason, "output": messages[-1500:]}
-
-
-def passed_names(found):
-    return {name for name, passed in found.items() if passed}
 
 
 def lines_at_hand(environment):
@@ -1019,14 +1021,14 @@ def stands_in(known_lines, diff):
 
 def verify_repository(settings, work, rows, environment):
     """{query_id: verdict} on the candidates of a repository, after two rounds of 04's two agents."""
-    plans = {row["query_id"]: plan_of(settings, row, environment) for row in rows}
     facts = [settings.timeout, settings.verify_runs, environment["id"], environment["program"]]
-    folder = work / "verify" / digest(sorted(plans), facts)[:16]  # a killed run of 04 goes on there
+    names = sorted(row["query_id"] for row in rows)
+    folder = work / "verify" / digest(names, facts)[:16]  # a killed run of 04 goes on there
     tasks = []
     lost = {}
     for row in rows:
         try:
-            tasks.append(place_task(row, environment, work, plans[row["query_id"]]))
+            tasks.append(place_task(settings, row, environment, work, {}))
         except (InputError, OSError) as error:  # blobs that the clone lacks, a folder where a file is made
             lost[row["query_id"]] = str(error)
     done, not_run = run_agents(folder / "find", tasks, settings.verify_runs)
@@ -1044,7 +1046,8 @@ def verify_repository(settings, work, rows, environment):
             verdict = {"reason": "its solution stands in its environment"}
         verdicts[name] = verdict
         if not verdict["reason"]:
-            proven.append(place_task(row, environment, work, plans[name] | without(verdict, "reason")))
+            tests = without(verdict, "reason")
+            proven.append(place_task(settings, row, environment, work, tests))
     # What was found out once may have been luck: the check as it will be used is run again on both.
     verdicts |= refuted(settings, folder / "prove", proven)
     shutil.rmtree(folder, ignore_errors=True)
@@ -1119,7 +1122,7 @@ def verify_group(settings, work, name, group, environment):
             continue
         found = {key: verdict[key] for key in ("fail_to_pass", "pass_to_pass")}
         row["meta"] |= found
-        row["task"] = place_task(row, environment, work, plan_of(settings, row, environment) | found)
+        row["task"] = place_task(settings, row, environment, work, found)
 
 
 def verify_real(folder, rows):
@@ -1793,26 +1796,11 @@ def benchmark_ngrams(paths):
         if not files:
             raise InputError(f"--benchmark {path}: no such file, and no *.json, *.jsonl, *.md or *.txt in it")
         for file in files:
-            for text in texts_in(file):
-                grams |= runs_of(words_of(text), 13)
+            text = file.read_text(encoding="utf-8", errors="replace")
+            if file.suffix != ".md":  # what JSON writes as \n or \u00e9
+                text = re.sub(r"\\(u([\da-fA-F]{4})|.)", lambda sign: chr(int(sign[2] or "20", 16)), text)
+            grams |= runs_of(words_of(text), 13)
     return grams
-
-
-def texts_in(file):
-    """The strings of a JSON or JSONL file; a file that is none is one text."""
-    text = file.read_text(encoding="utf-8", errors="replace")
-    pieces = text.splitlines() if file.suffix == ".jsonl" else [text]
-    for piece in pieces:
-        try:
-            stack = [json.loads(piece)]
-        except (ValueError, RecursionError):
-            stack = [piece]
-        while stack:
-            value = stack.pop()
-            if isinstance(value, str):
-                yield value
-            elif isinstance(value, (list, dict)):
-                stack += value.values() if isinstance(value, dict) else value
 
 
 def ask_judge(settings, work, rows):
@@ -1868,7 +1856,7 @@ def fill_chains(rows):
 
 
 def mark_repetitions(rows):
-    near = similarities([text_of(row) for row in rows])
+    near = similarities(list(map(text_of, rows)))
     for i, row in enumerate(rows):
         same = [other for j, other in enumerate(rows[:i]) if near[i, j] > 0.8 and not other["reasons"]]
         row["reasons"] += [f"nearly the same as another: {other['query_id']}" for other in same[:1]]

@@ -1550,7 +1550,8 @@ def test_bad_jsonl_and_folders(tmp_path):
     good = {"query_id": "a", "domain": "research", "turns": [{"query": "q", "check": "x"}]}
     (tmp_path / "r.jsonl").write_text(json.dumps(good) + '\n{"a"')
     assert "r.jsonl:2: not valid JSON" in refused(*flags, tmp_path / "r.jsonl")
-    assert "no query in it" in refused(*flags, tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "no query in it" in refused(*flags, tmp_path / "empty")
 
 
 # ---- select ----
