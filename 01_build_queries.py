@@ -1082,7 +1082,10 @@ def verify(settings, work, rows):
     if own:
         verify_real(work / "verify" / "real", own)
     for (name, language), group in candidates(settings, rows).items():
-        environment = environment_of(settings, language, group, work)
+        try:
+            environment = environment_of(settings, language, group, work)
+        except (InputError, OSError) as error:  # of a clone that is broken or gone; the others go on
+            environment = {"problem": str(error)}
         if not environment["problem"]:
             verify_group(settings, work, name, group, environment)
             continue

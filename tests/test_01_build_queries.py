@@ -852,6 +852,11 @@ def test_a_missing_tool_and_a_failing_setup_are_named_once_a_repository(
     monkeypatch.setitem(stage.TOOLCHAINS, "python", "no-such-python")
     stage.verify(settings, tmp_path, stage.mine(settings, None, []))
     assert told + "no-such-python is not installed" in capsys.readouterr().out
+    monkeypatch.undo()
+    rows = stage.mine(settings, None, [])
+    repo.rename(tmp_path / "gone")
+    rows = stage.verify(settings, tmp_path, rows)
+    assert told in capsys.readouterr().out and rows[0]["reasons"][0].endswith("No such file or directory")
 
 
 @needs_bwrap
