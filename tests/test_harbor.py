@@ -309,8 +309,9 @@ def test_copies_with_flags_and_stars(read_in, harbor_task, tmp_path):
         ("task.toml", "[environment]\nworkdir = 5\n", "environment.workdir: 5 is not of type 'string'"),
         ("instruction.md", "<!-- canary -->\n", "instruction.md is empty"),
         ("task.toml", '[verifier.env]\nKEY = "${KEY}"\n', "needs a variable of your machine: KEY=${KEY}"),
-        ("task.toml", "[metadata]\nlimi_task = 3\n", "no task: TypeError: "),
-        ("task.toml", "[metadata]\nlimi_task = '[]'\n", "no task: TypeError: "),
+        ("task.toml", "[metadata]\nlimi_task = 3\n", "no task: $: 3 is not of type 'object'"),
+        ("task.toml", "[metadata]\nlimi_task = '[]'\n", "no task: $: [] is not of type 'object'"),
+        ("task.toml", "a = " + "[" * 9999 + "\n", "recursion depth"),
         ("task.toml", "[[[", "Invalid "),
         ("tests/test.sh", None, "no tests/test.sh"),
         ("instruction.md", None, "No such file or directory"),
@@ -435,35 +436,41 @@ def test_harbors_in_out_and_in_again(read_in, run_stage, harbor_task, tmp_path):
 @pytest.mark.parametrize(
     "line, said",
     [
-        ("{", "JSONDecodeError"),
-        ("[]", "TypeError"),
-        ('{"turns": []}', "'query_id'"),
-        ('{"query_id": "..", "turns": []}', "query_id names no folder"),
-        ('{"query_id": "a/../../b", "turns": []}', "query_id names no folder"),
-        ('{"query_id": "a", "turns": [{"check": "true"}]}', "'query'"),
+        ({"turns": [TURN]}, "'query_id' is a required property"),
+        ({"query_id": "..", "turns": [TURN]}, "query_id names no folder"),
+        ({"query_id": "a/../../b", "turns": [TURN]}, "query_id: 'a/../../b' does not match"),
+        ({"query_id": "a", "turns": [{"check": "true"}]}, "turns[0]: 'query' is a required property"),
+        ({"query_id": "a", "turns": [TURN | {"check": None}]}, "turns[0].check: None is not of type"),
+        ({"query_id": "a", "turns": [TURN], "needs": 5}, "needs: 5 is not of type 'array'"),
+        ({"query_id": "a", "turns": [TURN], "meta": {"agent_seconds": None}}, "meta.agent_seconds: None"),
     ],
 )
 def test_a_line_that_is_no_task_is_named(run_stage, one_line_error, tmp_path, line, said):
     path = tmp_path / "tasks.jsonl"
-    path.write_text(json.dumps(TWO) + f"\n{line}\n")
+    path.write_text(json.dumps(TWO) + f"\n{json.dumps(line)}\n")
     one_line_error(run_stage(HARBOR, "out", path, tmp_path / "out"), f"{path}:2: no task: ", said)
+    shutil.rmtree(tmp_path / "out")
+    path.write_text(json.dumps(TWO) + "\n{\n")
+    one_line_error(run_stage(HARBOR, "out", path, tmp_path / "out"), f"{path}:2: not valid JSON")
 
 
 @pytest.mark.parametrize(
-    "field, said",
+    "field, place, said",
     [
-        ("venv", "venv: {folder}/nowhere is no Python environment"),
-        ("workspace", "No such file or directory: '{folder}/nowhere'"),
-        ("workspace", "tasks.jsonl is not a compressed or uncompressed tar file"),
-        ("private", "No such file or directory: '{folder}/nowhere'"),
+        ("venv", "nowhere", "b: venv: {folder}/nowhere does not exist"),
+        ("venv", "empty", "venv: {folder}/empty is no Python environment"),
+        ("workspace", "nowhere", "b: workspace: {folder}/nowhere does not exist"),
+        ("workspace", "tasks.jsonl", "tasks.jsonl is not a compressed or uncompressed tar file"),
+        ("private", "tasks.jsonl", "b: private: {folder}/tasks.jsonl does not exist"),
+        ("private", "..", "holds the folder that it is to be copied into"),
     ],
 )
-def test_a_folder_that_is_missing_is_named(run_stage, one_line_error, tmp_path, field, said):
+def test_a_folder_that_is_missing_is_named(run_stage, one_line_error, tmp_path, field, place, said):
     path = tmp_path / "tasks.jsonl"
-    place = "tasks.jsonl" if "tar file" in said else "nowhere"
+    (tmp_path / "empty").mkdir()
     path.write_text(json.dumps(TWO) + "\n" + json.dumps(TWO | {"query_id": "b", field: place}) + "\n")
     result = run_stage(HARBOR, "out", path, tmp_path / "out")
-    one_line_error(result, f"{path}:2: b: ", said.format(folder=tmp_path))
+    one_line_error(result, f"{path}:2: ", said.format(folder=tmp_path))
 
 
 def test_nothing_is_mixed_with_what_is_there(run_stage, one_line_error, own_tasks, harbor_task, tmp_path):

@@ -28,10 +28,14 @@ import jsonschema
 import yaml
 
 HERE = Path(__file__).resolve().with_suffix("")
-sys.path.insert(0, str(HERE))
+sys.path[:0] = [str(HERE.parents[2]), str(HERE)]
+stage = importlib.import_module("04_eval")
 environment = importlib.import_module("environment")
 copy = environment.copy
 STUBS = ("uv", "uvx", "pytest", "pip", "pip3", "apt", "apt-get", "curl")
+
+# What a folder that is no task here may raise
+FAULTS = (ValueError, OSError, RecursionError, subprocess.TimeoutExpired, yaml.YAMLError)
 
 # What is read of a task.toml
 VARIABLES = {"type": "object", "additionalProperties": {"type": "string"}}
@@ -41,11 +45,21 @@ STEP = {"type": "object", "required": ["name"], "properties": {"name": {"type": 
 TABLES = {name: TABLE for name in ("metadata", "agent", "verifier", "solution")}
 TABLES |= {"environment": TABLE | {"properties": TABLE["properties"] | PLACES}}
 TABLES |= {"steps": {"type": "array", "items": STEP}}
-CONFIG = jsonschema.Draft202012Validator({"properties": TABLES})
+CONFIG = {"properties": TABLES}
+# A task of ours, with what is written here for the other side's limits
+SECONDS = dict.fromkeys(("agent_seconds", "verifier_seconds"), {"type": "number"})
+META = {"meta": {"type": ["object", "null"], "properties": SECONDS}}
+TASK = stage.TASK | {"type": "object", "properties": stage.TASK["properties"] | META}
 
 
 # ----------------------------------------------------------------------------------------------------------
 # In
+
+
+def check_form(value, schema, what):
+    """Raises ValueError: what is wrong with it."""
+    if error := jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(schema).iter_errors(value)):
+        raise ValueError(f"{what}: {error.json_path.removeprefix('$.')}: {error.message[:200]}")
 
 
 def make_new(folder):
@@ -75,7 +89,8 @@ def renamed(text, root, private):
 
 def restore(folder, config, target):
     """The row that `out` wrote into a folder. Raises ValueError."""
-    row = task_in(config["metadata"]["limi_task"])
+    row = json.loads(str(config["metadata"]["limi_task"]))
+    check_row(row)
     for key, place in (("workspace", "environment/workspace"), ("private", "tests/private")):
         if key in row:
             row[key] = f"{target.name}/{key}"
@@ -105,8 +120,7 @@ def read_config(folder):
     """task.toml, with the tables that it lacks. Raises ValueError: it cannot be a task here."""
     config = dict.fromkeys(TABLES, {}) | {"steps": []}
     config |= tomllib.loads(folder.joinpath("task.toml").read_text())
-    if error := jsonschema.exceptions.best_match(CONFIG.iter_errors(config)):
-        raise ValueError(f"task.toml: {error.json_path.removeprefix('$.')}: {error.message}")
+    check_form(config, CONFIG, "task.toml")
     if str(config["environment"].get("os", "linux")).lower() != "linux":
         raise ValueError("not for Linux")
     return config
@@ -194,7 +208,7 @@ def read_folders(options):
             row, reasons = task_of(file.parent, options)
             if row["query_id"] in ids:
                 raise ValueError(f"another task has the query_id {row['query_id']}")
-        except (ValueError, KeyError, OSError, subprocess.TimeoutExpired, yaml.YAMLError) as error:
+        except FAULTS as error:
             print(f"left out: {file.parent}: {' '.join(str(error).split())[:120]}")
             continue
         rows.append(row)
@@ -222,43 +236,36 @@ def write_rows(path, rows):
 
 def write_folders(options):
     """`out`: a folder a task."""
-    rows = read_rows(options.folder)
+    rows = list(stage.read_jsonl(options.folder))
     make_new(options.output_dir)
     written = 0
-    for number, row in enumerate(rows, 1):
-        if why := why_not(row):
-            print(f"left out: {options.folder}:{number}: {row['query_id']}: {why}")
-            continue
+    for where, row in rows:
         try:
+            check_row(row)
+            if why := why_not(row):
+                print(f"left out: {where}: {row['query_id']}: {why}")
+                continue
+            row = with_places(row, options.folder.parent)
             write_folder(row, options.folder.parent, options.output_dir / row["query_id"])
         except (ValueError, OSError) as error:
-            raise ValueError(f"{options.folder}:{number}: {row['query_id']}: {error}") from None
+            raise ValueError(f"{where}: {error}") from None
         written += 1
     print(f"{options.output_dir}: {written} of {len(rows)} tasks")
 
 
-def read_rows(path):
-    """[row]. Raises ValueError naming the line and what is wrong with it."""
-    rows = []
-    for number, line in enumerate(path.read_bytes().splitlines(), 1):
-        try:
-            rows.append(task_in(line))
-        except ValueError as error:
-            raise ValueError(f"{path}:{number}: {error}") from None
-    return rows
+def check_row(row):
+    """Raises ValueError: what is wrong with it."""
+    check_form(row, TASK, "no task")
+    if not row["query_id"].strip("."):
+        raise ValueError("no task: query_id names no folder")
 
 
-def task_in(text):
-    """The row in a line. Raises ValueError: what is wrong with it."""
-    try:
-        row = json.loads(text)
-        if not re.fullmatch(r"[\w.@#-]*[\w@#-][\w.@#-]*", row["query_id"]):
-            raise ValueError("query_id names no folder")
-        if not all(turn["query"] for turn in row["turns"]):
-            raise ValueError("a turn without a query")
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"no task: {type(error).__name__}: {error}") from None
-    return row
+def with_places(row, source):
+    """The row, with the full path of its environment. Raises ValueError where a folder is missing."""
+    for key in ("workspace", "private", "venv"):
+        if row.get(key):
+            place = stage.full_path(row["query_id"], key, source / row[key])
+    return row | {"venv": str(place)} if row.get("venv") else row
 
 
 def why_not(row):
@@ -269,8 +276,6 @@ def why_not(row):
 
 def write_folder(row, source, target):
     """One task; the checks share tests/, a task of several turns has a step for each."""
-    if row.get("venv"):
-        row = row | {"venv": str((source / row["venv"]).absolute())}
     for part in ("environment/workspace", "tests"):
         target.joinpath(part).mkdir(parents=True)
     if row.get("workspace"):
@@ -284,7 +289,7 @@ def write_folder(row, source, target):
     text = json.dumps(json.dumps(row)).replace("\x7f", "\\u007f")  # a JSON string of ASCII is one of TOML
     settings = settings.replace('"ROW"', text)
     for part, seconds in (("agent", "3600.0"), ("verifier", "600.0")):
-        limit = str(float(row.get("meta", {}).get(f"{part}_seconds", seconds)))
+        limit = str(float((row.get("meta") or {}).get(f"{part}_seconds", seconds)))
         settings = settings.replace(f"[{part}]\ntimeout_sec = {seconds}", f"[{part}]\ntimeout_sec = {limit}")
     for number, turn in enumerate(row["turns"], 1):
         folder = target

@@ -31,7 +31,9 @@ def program_path(name):
 
 def copy(source, target, root):
     """Copy a file, or what is in a folder, links as links. Raises ValueError where `..`, or a link of a copy
-    before, leads out of root: the tasks are a stranger's."""
+    before, leads out of root: the tasks are a stranger's; or where it would hold its own copy."""
+    if root.resolve().is_relative_to(source.resolve()):
+        raise ValueError(f"{source} holds the folder that it is to be copied into")
     for path in (source, *source.rglob("*")):
         place = target / path.relative_to(source)
         if not place.resolve().is_relative_to(root.resolve()):
