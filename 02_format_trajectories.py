@@ -294,7 +294,7 @@ def refuse_media(holder, keys):
 
 
 def parts_of(message, role):
-    """The content of a message under any of its names: {"text": str, "thought", "call", "result": lists}."""
+    """What a message holds under any of its names: {"text": str, "thought", "call", "result": lists}."""
     refuse_media(message, MEDIA_KEYS)
     keys = TEXT_KEYS + MORE_TEXT_KEYS.get(role, ())
     if role not in ("assistant", "thought") and not message.keys() & set(keys):
@@ -306,16 +306,12 @@ def parts_of(message, role):
     joint = "" if key == "parts" else "\n"  # Gemini's parts are pieces of one text
     parts["text"] = joint.join(parts["text"])
     parts["thought"] = [joint.join(parts["thought"])]
-    return parts
-
-
-def thoughts_of(message):
-    """The texts of every spelling of reasoning beside the content."""
-    for key in REASONING_KEYS:
-        value = message.get(key)
+    for value in map(message.get, REASONING_KEYS):
         for block in filter(None, value if isinstance(value, list) else [value]):
             # an encrypted one has no text
-            yield plain_text(first_of(block, THOUGHT_KEYS) if isinstance(block, dict) else block)
+            text = first_of(block, THOUGHT_KEYS) if isinstance(block, dict) else block
+            parts["thought"].append(plain_text(text))
+    return parts
 
 
 def read_message(message):
@@ -340,7 +336,7 @@ def read_message(message):
 def read_answer(message, role, parts):
     """A message of the assistant, or an item that is its call or its thought; both may be written as text."""
     calls = calls_of(message, role, parts)
-    thoughts = [*parts["thought"], *thoughts_of(message)]
+    thoughts = parts["thought"]
     content = parts["text"] if role == "assistant" else ""
     if role == "thought":
         thoughts.append(parts["text"])
@@ -1408,12 +1404,14 @@ def cut_tool_list(row, tools):
 def cut_tag(system, tools):
     """Hermes' tag, if the row's tools stand in it, or the row has none: then it takes these."""
     found = TOOLS_TAG.search(system["content"])
-    listed = tools_of_tag(found[1]) if found else []
-    tools += [] if tools else listed
-    if not listed or names_of(listed) != names_of(tools):
-        return []
-    system["content"] = system["content"].replace(found[0], "")
-    return [found[0]]
+    for text in (found[1], found[1].splitlines()) if found else []:  # one JSON, or one a line
+        with contextlib.suppress(Reject):
+            listed = read_tools(text)
+            tools += [] if tools else listed
+            if listed and names_of(listed) == names_of(tools):
+                system["content"] = system["content"].replace(found[0], "")
+                return [found[0]]
+    return []
 
 
 def cut_numbered(system, tools):
@@ -1438,13 +1436,6 @@ def cut_numbered(system, tools):
 def names_of(tools):
     return {tool["function"]["name"] for tool in tools}
 
-
-def tools_of_tag(text):
-    """The schemas in a tag, as JSON or one a line; [] for any other text."""
-    for tools in (text, text.splitlines()):
-        with contextlib.suppress(Reject):
-            return read_tools(tools)
-    return []
 
 
 def called_names(messages):
@@ -1735,7 +1726,7 @@ def check_where(row, conditions, columns):
 
 
 # 8. Secrets and private names
-EXAMPLES = re.compile("EXAMPLE|eyJzdWIiOiIxMjM0NTY3ODkw")  # AWS's documentation, jwt.io
+
 # What pybetterleaks 0.6.2 does not find; letters first and \b after: re looks for letters ten times as fast
 OWN_SECRETS = {
     "aws-access-key-id": re.compile(r"A(?<!\wA)(?:KIA|SIA)[A-Z0-9]{16}\b"),
@@ -1755,9 +1746,9 @@ OWN_SECRETS = {
     "password-in-url": re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@<>{}$*]{0,64}:[^\s/:@]{3,128}@"
                                   r"(?!localhost|127\.|10\.|192\.168\.|\[::1\]|0\.0\.0\.0)[\w.-]+"),
 }  # fmt: skip
-PUBLIC_PASSWORDS = re.compile(
-    r"(?i):(?:guest|pass|password|postgres|root|user|admin|example|secret|test|xxx+|\*+|[<{$].*"
-    r"|your[_-]?\w*|my[_-]?\w*)@")
+NO_SECRETS = re.compile(  # AWS's documentation, jwt.io, passwords that everybody has
+    r"EXAMPLE|eyJzdWIiOiIxMjM0NTY3ODkw|://[^/]*(?i::(?:guest|pass|password|postgres|root|user|admin|example"
+    r"|secret|test|xxx+|\*+|[<{$].*|your[_-]?\w*|my[_-]?\w*)@)")
 PRIVATE = (  # replaced by --redact; git@host is nobody's address, name@2x.png and lodash@4.17.js no mail
     (re.compile(r"((?:/home|/Users|\\Users)[/\\]+)[\w.-]+"), r"\1user"),
     (re.compile(r"\b(?!git@)[\w.+-]{1,64}@(?!\d)(?:[\w-]{1,64}\.){1,8}"
@@ -1789,15 +1780,6 @@ def scan(texts):
     return found
 
 
-def own_secrets(text):
-    """{secret: its kind} of a text, by OWN_SECRETS."""
-    found = {}
-    for kind, pattern in OWN_SECRETS.items():
-        for match in pattern.finditer(text):
-            if kind != "password-in-url" or not PUBLIC_PASSWORDS.search(match[0]):
-                found[match[0].strip()] = kind
-    return found
-
 
 def find_secrets(rows):
     """[{secret: its kind}] for each row; what several of them say is looked at once."""
@@ -1805,8 +1787,11 @@ def find_secrets(rows):
     scanned = scan(dict.fromkeys(itertools.chain(*strings)))
     found = []
     for text in map(APART.join, strings):
-        secrets = own_secrets(text) | {secret: kind for secret, kind in scanned.items() if secret in text}
-        found.append({secret: kind for secret, kind in secrets.items() if not EXAMPLES.search(secret)})
+        secrets = {secret: kind for secret, kind in scanned.items() if secret in text}
+        for kind, pattern in OWN_SECRETS.items():
+            for match in pattern.finditer(text):
+                secrets.setdefault(match[0].strip(), kind)
+        found.append({secret: kind for secret, kind in secrets.items() if not NO_SECRETS.search(secret)})
     return found
 
 
