@@ -1352,6 +1352,7 @@ class Run:
     tools: dict  # format, or "" for all: schemas
     tasks: dict  # text of the first turn: task
     benchmark: dict  # first words: [(all words, task)]
+    conditions: list  # of --where: (column, operator, value)
     tokenizer: object = None
     notes: Counter = field(default_factory=Counter)
     columns: set = field(default_factory=set)  # every column of meta that was met, for --where
@@ -1868,7 +1869,7 @@ def finish_row(row, notes, secrets, run):
     reasons += overlap(row["messages"], run.benchmark)
     if run.tokenizer and not reasons:
         reasons += check_length(row, run)
-    reasons += check_where(row, conditions_of(settings), run.columns)
+    reasons += check_where(row, run.conditions, run.columns)
     if not reasons:
         run.notes.update(text for key, text in TOLD.items() if notes[key])
     return row, reasons
@@ -1905,17 +1906,18 @@ def format_all(records, run):
 
 @dataclass(eq=False)  # counted by identity
 class Card:
-    """What the comparison of rows needs of one."""
+    """What stays in memory of a record: why it is no row, or what the comparison of rows needs of its row."""
 
     source: str
     format: str
+    reasons: list[str]
     place: int  # of its line in the spill file
-    key: str  # the same for equal conversations
-    lines: array  # hashes of the lines that are not the system's
-    domain: str
-    messages: int
-    calls: int
-    tokens: int
+    key: str = ""  # the same for equal conversations
+    lines: array | tuple = ()  # hashes of the lines that are not the system's
+    domain: str = ""
+    messages: int = 0
+    calls: int = 0
+    tokens: int = 0
 
 
 def said(message):
@@ -1924,37 +1926,38 @@ def said(message):
     return [message["role"], message["content"], message.get("reasoning_content", ""), *calls]
 
 
-def make_card(source, name, row, place):
+def describe_row(card, row):
+    """Put what the comparison needs of a row on its card."""
     messages = list(map(said, row["messages"]))
     lines = set()
     for role, text, reasoning, *calls in messages:
         if role != "system":
             lines |= {line.strip() for line in f"{text}\n{reasoning}".splitlines()} | set(calls)
-    hashes = array("I", sorted(zlib.crc32(line.encode()) for line in lines if line))
-    key = hashlib.sha256(json.dumps(messages).encode()).hexdigest()
-    domain = str(row["meta"].get("domain", "unknown"))
-    tokens = row["meta"].get("n_tokens", 0)
-    calls = len(called_names(row["messages"]))
-    return Card(source, name, place, key, hashes, domain, len(messages), calls, tokens)
+    card.lines = array("I", sorted(zlib.crc32(line.encode()) for line in lines if line))
+    card.key = hashlib.sha256(json.dumps(messages).encode()).hexdigest()
+    card.domain = str(row["meta"].get("domain", "unknown"))
+    card.tokens = row["meta"].get("n_tokens", 0)
+    card.calls = len(called_names(row["messages"]))
+    card.messages = len(messages)
 
 
-def compare_rows(cards, settings):
-    """{place: reason} of the duplicates; of near-duplicates the longer one stays."""
-    reasons, kept, first = {}, [], {}
+def rows_of(cards):
+    return [card for card in cards if not card.reasons]
+
+
+def reject_duplicates(cards, settings):
+    """Equal conversations but the first; of near-duplicates the longer one stays."""
+    first = {}
     for card in cards:
-        if first.setdefault(card.key, card) is card:
-            kept.append(card)
-        else:
-            reasons[card.place] = f"duplicate: of {first[card.key].source}"
+        if first.setdefault(card.key, card) is not card:
+            card.reasons = [f"duplicate: of {first[card.key].source}"]
     owners = defaultdict(list)  # hash of a line: the kept rows that have it
-    for card in sorted(kept, key=lambda card: -len(card.lines)):
-        near = nearest(card, owners, settings.near_duplicate)
-        if near:
-            reasons[card.place] = f"near_duplicate: of {near.source}"
+    for card in sorted(first.values(), key=lambda card: -len(card.lines)):
+        if near := nearest(card, owners, settings.near_duplicate):
+            card.reasons = [f"near_duplicate: of {near.source}"]
             continue
         for line in card.lines:
             owners[line].append(card)
-    return reasons
 
 
 def nearest(card, owners, share):
@@ -2007,31 +2010,21 @@ def publish(files):
             partial.unlink(missing_ok=True)
 
 
-def strict_json(value):
-    """One ASCII line of JSON: NaN and infinity are none."""
-    try:
-        return json.dumps(value, default=str, allow_nan=False) + "\n"
-    except ValueError:
-        raise Reject("not_strict_json: NaN or infinity") from None
-
-
 def spill_rows(entries, spill):
-    """Write rows into the spill file; returns (a card a row, a reject a record else, records by format)."""
-    cards, rejects, formats = [], [], Counter()
+    """Write the rows into the spill file, a line of strict JSON each; returns a card for every record."""
+    cards = []
     for source, name, row, reasons in entries:
-        formats[name] += 1
-        source = repair(source)
-        place = spill.tell()
+        reasons = [repair(reason)[:200] for reason in dict.fromkeys(reasons)]
+        card = Card(repair(source), name, reasons, spill.tell())
+        cards.append(card)
         try:
             if not reasons:
-                spill.write(strict_json(row).encode())
-                cards.append(make_card(source, name, row, place))
-        except Reject as reject:
-            reasons = [str(reject)]
-        if reasons:
-            texts = [repair(reason)[:200] for reason in dict.fromkeys(reasons)]
-            rejects.append({"source": source, "format": name, "reasons": texts})
-    return cards, rejects, formats
+                line = json.dumps(row, default=str, allow_nan=False)
+                spill.write(line.encode() + b"\n")
+                describe_row(card, row)
+        except ValueError:
+            card.reasons = ["not_strict_json: NaN or infinity"]
+    return cards
 
 
 def read_places(spill, places):
@@ -2040,27 +2033,27 @@ def read_places(spill, places):
         yield spill.readline().decode()
 
 
-def count_reasons(rejects):
+def count_reasons(cards):
     """[(reason, rejects)]; kinds of entries that no reader knows are counted by name too."""
     counts, kinds = Counter(), Counter()
-    for reject in rejects:
-        counts.update({reason.partition(":")[0] for reason in reject["reasons"]})
-        kinds.update(reason for reason in reject["reasons"] if reason.startswith("unknown_kind"))
+    for card in cards:
+        counts.update({reason.partition(":")[0] for reason in card.reasons})
+        kinds.update(reason for reason in card.reasons if reason.startswith("unknown_kind"))
     return counts.most_common() + kinds.most_common()
 
 
-def print_summary(rejects, cards, formats, notes):
+def print_summary(cards, notes):
     """The terminal table: what came in by format, what went out and why."""
     print(f"{'format':<18}{'records':>10}{'rows':>10}{'messages':>10}{'tool calls':>12}{'tokens':>12}")
-    for name, count in sorted(formats.items()):
-        rows = [card for card in cards if card.format == name]
+    for name, count in sorted(Counter(card.format for card in cards).items()):
+        rows = [card for card in rows_of(cards) if card.format == name]
         messages = sum(card.messages for card in rows)
         calls = sum(card.calls for card in rows)
         tokens = sum(card.tokens for card in rows) or "-"  # without --tokenizer they are not counted
         print(f"{name:<18}{count:>10}{len(rows):>10}{messages:>10}{calls:>12}{tokens:>12}")
     for text, count in sorted(notes.items()):
         print(f"{count} rows: {text}")
-    for reason, count in count_reasons(rejects):
+    for reason, count in count_reasons(cards):
         print(f"rejected {count:>9}  {reason}")
 
 
@@ -2092,7 +2085,6 @@ def check_settings(settings):
         raise InputError(f"--output_file {settings.output_file}: a folder; name a file")
     if settings.readers != Settings.readers and not Path(settings.readers).is_dir():
         raise InputError(f"--readers {settings.readers}: no such folder")
-    conditions_of(settings)
 
 
 def make_run(settings):
@@ -2101,7 +2093,8 @@ def make_run(settings):
         named = re.fullmatch(r"(\w+)=(.+)", spec)
         tools[named[1] if named else ""] = load_tools(named[2] if named else spec)
     tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
-    return Run(settings, tools, load_tasks(settings.queries), load_benchmark(settings.benchmark), tokenizer)
+    tasks, benchmark = load_tasks(settings.queries), load_benchmark(settings.benchmark)
+    return Run(settings, tools, tasks, benchmark, conditions_of(settings), tokenizer)
 
 
 def tools_seen(records):
@@ -2122,38 +2115,30 @@ def tools_seen(records):
     return schemas
 
 
-def select(cards, settings, rejects):
-    """The cards that stay after the comparison of rows and --max_samples; the others join the rejects."""
-    reasons = compare_rows(cards, settings)
-    left = [card for card in cards if card.place not in reasons]
-    if settings.max_samples:
-        over = stratify(left, settings.seed)[settings.max_samples :]
-        reasons |= {card.place: "not_selected: max_samples" for card in over}
-    for card in cards:
-        if card.place in reasons:
-            reject = {"source": card.source, "format": card.format, "reasons": [reasons[card.place]]}
-            rejects.append(reject)
-    return [card for card in cards if card.place not in reasons]
-
-
 def write_all(records, units, run, paths):
-    """Format, compare, write; returns (cards of the rows, rejects)."""
+    """Format, compare, write; returns a card for every record."""
     output, rejected, record = paths
+    settings = run.settings
     output.parent.mkdir(parents=True, exist_ok=True)
     with only_run(output), tempfile.TemporaryFile(dir=output.parent) as spill:
-        cards, rejects, formats = spill_rows(format_all(records, run), spill)
-        unknown = {name for name, _, _ in conditions_of(run.settings)} - run.columns
-        if unknown and formats:
+        cards = spill_rows(format_all(records, run), spill)
+        unknown = {name for name, _, _ in run.conditions} - run.columns
+        if unknown and cards:
             raise InputError(f"--where {', '.join(sorted(unknown))}: no row has such a column")
-        cards = select(cards, run.settings, rejects)
-        print_summary(rejects, cards, formats, run.notes)
-        files = {rejected: map(strict_json, rejects)}
-        if cards:
-            counts = {"rows": len(cards), "rejected": dict(count_reasons(rejects)), "notes": run.notes}
-            files[record] = [settings_record(run.settings, units, counts)]
-            files[output] = read_places(spill, [card.place for card in cards])
+        reject_duplicates(rows_of(cards), settings)
+        if settings.max_samples:
+            for card in stratify(rows_of(cards), settings.seed)[settings.max_samples :]:
+                card.reasons = ["not_selected: max_samples"]
+        print_summary(cards, run.notes)
+        rejects = [{"source": card.source, "format": card.format, "reasons": card.reasons}
+                   for card in cards if card.reasons]  # fmt: skip
+        files = {rejected: (json.dumps(reject) + "\n" for reject in rejects)}
+        if rows := rows_of(cards):
+            counts = {"rows": len(rows), "rejected": dict(count_reasons(cards)), "notes": run.notes}
+            files[record] = [settings_record(settings, units, counts)]
+            files[output] = read_places(spill, [card.place for card in rows])
         publish(files)
-    return cards, rejects
+    return cards
 
 
 def main(settings, positional):
@@ -2171,12 +2156,13 @@ def main(settings, positional):
         print(json.dumps(tools_seen(records), indent=1))
         return
     print(f"inputs: {len(units)} files", flush=True)
-    cards, rejects = write_all(records, units, run, paths)
-    if not cards:
-        names = ", ".join(reason for reason, _ in count_reasons(rejects))
-        told = f"no trajectory left of {len(rejects)} ({names}); see {rejected}"
+    cards = write_all(records, units, run, paths)
+    rows = rows_of(cards)
+    if not rows:
+        names = ", ".join(reason for reason, _ in count_reasons(cards))
+        told = f"no trajectory left of {len(cards)} ({names}); see {rejected}"
         raise InputError(f"{told}; {output} was not written")
-    print(f"rows: {len(cards)} -> {output}\nrejected: {len(rejects)} -> {rejected}")
+    print(f"rows: {len(rows)} -> {output}\nrejected: {len(cards) - len(rows)} -> {rejected}")
 
 
 def command_line():
