@@ -689,7 +689,7 @@ def read_row(record):
     messages = take_messages(columns)
     tools = take_tools(columns)
     system = [columns.pop(key) for key in SYSTEM_COLUMNS if columns.get(key)]
-    checked = {"messages": messages, "system": system}
+    checked = {"messages": messages, "system": system, "tools": tools}
     told = [message.get("content") for message in messages[:1] if isinstance(message, dict)]
     system = [{"role": "system", "content": text} for text in system if text not in told]
     columns.pop("served", None)  # ids of the tokens that 04's server took and gave; messages have their text
@@ -785,13 +785,17 @@ def fits_sii(record):
 
 
 def sii_calls(log):
-    """(API calls with tools, the conversations that next-speaker checks saw, events of other kinds)."""
-    events = log["events"]
-    calls = [event["data"] for event in events if event.get("type") == "api_request_full"]
-    others = [event for event in events if event.get("type") != "api_request_full"]
-    conversations = [call["full_request"]["messages"] for call in calls]
+    """(requests with tools, the conversations that next-speaker checks saw, what else the events say)."""
+    requests, beside = [], []
+    for event in log["events"]:
+        if event.get("type") == "api_request_full":
+            data = dict(event["data"])
+            requests.append(data.pop("full_request"))
+            event = event | {"data": data}
+        beside.append(event)
+    conversations = [request["messages"] for request in requests]
     checks = [messages for messages in conversations if NEXT_SPEAKER in json.dumps(messages[-1:])]
-    return [call for call in calls if call["full_request"].get("tools")], checks, others
+    return [request for request in requests if request.get("tools")], checks, beside
 
 
 def read_sii(log):
@@ -800,13 +804,12 @@ def read_sii(log):
     The last request would be the wrong one: it may be a helper's (compression, next speaker), without tools.
     Requests that begin alike must be in the row too; what begins otherwise is another agent's, and left out.
     """
-    calls, checks, unknown = sii_calls(log)
-    if not calls:
+    requests, checks, beside = sii_calls(log)
+    if not requests:
         raise Reject("request_without_tools: no request of the agent in the log")
-    longest = max(calls, key=lambda call: len(call["full_request"]["messages"]))
-    request = longest["full_request"]
+    request = max(requests, key=lambda request: len(request["messages"]))
     contents = request["messages"]
-    conversations = [call["full_request"]["messages"] for call in calls] + checks
+    conversations = [request["messages"] for request in requests] + checks
     alike = [messages for messages in conversations if messages[:1] == contents[:1]]
     others = [beyond(messages, contents) for messages in alike]
     for check in checks:  # the history that the next-speaker check sees is one answer longer
@@ -816,7 +819,7 @@ def read_sii(log):
         raise Reject("compacted")
     meta = {key: value for key, value in log.items() if key != "events"}
     messages = [system_of(request.get("system_instruction")), *contents]
-    checked = [longest, others, unknown]  # an event of a kind that nobody has seen may repeat, not add
+    checked = [request, others, beside]  # an event of a kind that nobody has seen may repeat, not add
     return {"messages": messages, "tools": request["tools"], "meta": meta, "checked": checked}
 
 
