@@ -656,6 +656,17 @@ def test_gemini_a_session_takes_the_last_version_of_a_message_and_rewinds():
     assert rejected("gemini_cli", [*log, {"id": "8", "type": "brand_new"}]) == "unknown_kind: brand_new"
 
 
+def test_gemini_a_state_may_list_the_messages_anew_and_an_unknown_rewind_goes_to_the_start():
+    header = {"sessionId": "s", "projectHash": "p"}
+    asked = {"id": "1", "type": "user", "content": "Do A"}
+    done = {"id": "2", "type": "gemini", "content": "A done"}
+    expected = [("user", "Do A"), ("assistant", "A done", "", [])]
+    assert said("gemini_cli", [header | {"messages": [asked]}, done]) == expected
+    old = {"id": "0", "type": "user", "content": "Do Z"}
+    assert said("gemini_cli", [header, old, {"$set": {"messages": [asked]}}, done]) == expected
+    assert said("gemini_cli", [header, old, {"$rewindTo": "9"}, asked, {"$set": {"summary": "A"}}, done]) == expected
+
+
 def test_gemini_saves_and_checkpoints_hold_what_was_sent():
     contents = [
         content("user", {"text": "Do A"}),

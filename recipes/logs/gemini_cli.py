@@ -40,16 +40,17 @@ def check_parts(parts):
 
 
 def messages_of_session(entries):
-    """The messages that stand, each in its last version."""
+    """The messages that stand, each in its last version; a state may list all of them anew."""
     latest = {}
     for entry in entries:
+        state = entry.get("$set", entry)
         if "$rewindTo" in entry:
             ids = list(latest)
-            kept = ids[: ids.index(entry["$rewindTo"])] if entry["$rewindTo"] in ids else ids
-            latest = {id: latest[id] for id in kept}
-        elif "$set" not in entry:
-            if entry["type"] not in KINDS:
-                raise ValueError(f"unknown_kind: {entry['type']}")
+            place = ids.index(entry["$rewindTo"]) if entry["$rewindTo"] in ids else 0  # unknown: to the start
+            latest = {id: latest[id] for id in ids[:place]}
+        elif "messages" in state:
+            latest = {message["id"]: message for message in state["messages"]}
+        elif state is entry and "sessionId" not in entry:
             latest[entry["id"]] = entry
     return list(latest.values())
 
@@ -78,10 +79,12 @@ def read(record):
             check_parts(content["parts"])
         return {"messages": contents, "tools": None, "meta": {}, "checked": contents}
     header = record if isinstance(record, dict) else record[0]
-    entries = messages_of_session(record["messages"] if record is header else record[1:])
+    entries = messages_of_session([record] if record is header else record)
     messages = []
     meta = {key: header[key] for key in header.keys() - {"messages"}}
     for entry in entries:
+        if entry["type"] not in KINDS:
+            raise ValueError(f"unknown_kind: {entry['type']}")
         if KINDS[entry["type"]] == "message":
             messages += read_entry(entry)
             meta |= {"model": entry["model"]} if "model" in entry else {}
