@@ -111,7 +111,7 @@ ROLES = {
     "assistant": "assistant", "gpt": "assistant", "model": "assistant", "ai": "assistant", "bot": "assistant",
     "agent": "assistant", "chatgpt": "assistant",
     "tool": "tool", "function": "tool", "environment": "tool", "ipython": "tool", "observation": "tool",
-    "tool_response": "tool", "function_response": "tool", "tool_result": "tool", "toolresult": "tool",
+    "tool_response": "tool", "function_response": "tool", "tool_result": "tool",
     "function_call": "call", "tool_call": "call",  # ShareGPT, ms-swift: the content is the call
     "thinking": "thought", "reasoning": "thought", "thought": "thought",
 }  # fmt: skip
@@ -216,7 +216,7 @@ def read_arguments(body, name):
 def read_calls(value, key):
     """tool_calls, function_call or function_calls, as a list, an object or a JSON string of either."""
     calls = load_json(value, f"calls_as_text: {key}") if isinstance(value, str) else value
-    calls = [calls] if isinstance(calls, dict) else calls
+    calls = [calls] if isinstance(calls, dict) else calls or []
     if not isinstance(calls, list):
         raise Reject(f"calls_as_text: {key}")
     return [read_call(call) for call in calls]
@@ -275,15 +275,21 @@ def weight_of(message, role):
     return 0 if role == "assistant" and weights == {False} else None
 
 
+def plain_name(name):
+    """User, tool-response, isResolved -> user, tool_response, is_resolved; of no text, ""."""
+    return re.sub("(?<=[a-z])(?=[A-Z])|-", "_", name).lower() if isinstance(name, str) else ""
+
+
 def role_of(message):
     if message.get("type") in ITEMS and "role" not in message and "from" not in message:
         return ITEMS[message["type"]]
     name = first_of(message, ("role", "from", "type"))
-    if not isinstance(name, str) or name.lower() not in ROLES:
+    role = ROLES.get(plain_name(name))
+    if role is None:
         raise Reject(f"unknown_role: {name}")
     if message.get("recipient", "all") not in ("all", None):  # harmony's calls
         raise Reject(f"unsupported_call: to {message['recipient']}")
-    return "thought" if message.get("channel") == "analysis" else ROLES[name.lower()]
+    return "thought" if message.get("channel") == "analysis" else role
 
 
 def refuse_media(holder, keys):
@@ -369,7 +375,8 @@ def calls_of(message, role, parts):
 def read_result(message, text):
     """A tool message; Hermes wraps one or several results in tags."""
     ids = message.get("tool_call_ids") or [None]
-    result = {"role": "tool", "id": first_of(message, RESULT_IDS) or ids[0], "name": message.get("name")}
+    result = {"role": "tool", "id": first_of(message, RESULT_IDS) or ids[0]}
+    result["name"] = message.get("name") or None
     wrapped = TEXT_RESULT.findall(text)
     if not wrapped or TEXT_RESULT.sub("", text).strip():
         return [result | {"content": text}]
@@ -604,7 +611,7 @@ MESSAGE_COLUMNS = ("messages", "conversations", "conversation", "trajectory", "d
 TOOL_COLUMNS = ("tools", "tools_json", "functions", "tool_defs", "available_tools")
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message", "system_instruction")
 ID_COLUMNS = ("query_id", "id", "instance_id", "task_id", "traj_id", "trajectory_id", "uuid", "custom_id",
-              "session_id", "sessionId")  # fmt: skip
+              "session_id", "sessionId", "conversation_id", "item_id")  # fmt: skip
 # LIMI's converter writes the tools into the system prompt; the chat template writes them again
 TOOL_LIST = "\n\nYou have access to the following tools:\n\n"
 TOOL_LINE = re.compile(r"\s*$|\d+\. \*\*(.+?)\*\*|\s+Parameters:|\s+- \S+ \(")
@@ -634,8 +641,8 @@ def as_list(value):
 def is_message(value):
     if not isinstance(value, dict):
         return False
-    names = [value.get(key) for key in ("role", "from", "type")]
-    return any(isinstance(name, str) and (name.lower() in ROLES or name in ITEMS) for name in names)
+    names = [plain_name(value.get(key)) for key in ("role", "from", "type")]
+    return any(name in ROLES or name in ITEMS for name in names)
 
 
 def fits_row(record):
@@ -1280,13 +1287,15 @@ def read_safely(unit, readers, notes):
 
 
 # 6. One record -> one row
-# What a column tells, by its name or the last word of it: tests_passed, isResolved, success_rate, pass@1
+# What a column tells, by its name, or without what stands around it: tests_passed, isResolved, success_rate
+AROUND = re.compile(r"^(?:(?:is|was|has|task|issue|instance|all|tests?|trajectory|problem|final|total|mean"
+                    r"|eval|exit|end|termination)_)+|_rate$|@\d+$")  # fmt: skip
 OUTCOMES = {
     "success": "resolved success successful succeeded solved passed pass correct accepted target",
     "failure": "failed failure aborted truncated cancelled crashed timeout timed_out is_error has_error",
     "end": "exit_status exit_code finish_reason stop_reason",
     "error": "error exception exception_info error_message error_type failure_mode failure_reason",
-    "word": "result status outcome verdict termination reason",
+    "word": "result status outcome verdict termination reason resolved_status",
     "reward": "reward",
     "done": "completed label",  # one of False is a failure, any other may be about something else
 }
@@ -1330,9 +1339,8 @@ def as_number(text):
 
 
 def tells_failure(key, value):
-    key = re.sub("(?<=[a-z])(?=[A-Z])", "_", key).lower()
-    last = re.split(r"[\W_]", re.sub(r"_rate$|@\d+$", "", key))[-1]
-    kind = COLUMN_KINDS.get(key) or COLUMN_KINDS.get(last)
+    key = plain_name(key)
+    kind = COLUMN_KINDS.get(key) or COLUMN_KINDS.get(AROUND.sub("", key))
     text = str(value).lower() if isinstance(value, str | int | float | dict) else ""
     number = as_number(text)
     is_failure = {

@@ -221,6 +221,13 @@ SPELLINGS = {
         {"from": "observation", "value": "42"},
         {"from": "gpt", "value": "It says 42."},
     ],
+    "roles with a dash, what Arrow leaves of nothing": [
+        ONE_CALL[0] | {"tool_calls": "null"},
+        {"role": "assistant", "content": "", "thought": "Read it.", "reasoning": "Read it.", "tool_calls": "[]"},
+        {"role": "assistant", "content": "I look.", "tool_calls": [call()]},
+        {"role": "tool-response", "name": "", "content": "42", "tool_call_id": ""},
+        ONE_CALL[3] | {"tool_calls": "null", "function_call": {}},
+    ],
     "Hermes": [
         {"from": "human", "value": "What does a.txt say?"},
         {"from": "gpt", "value": "<think>\nRead it.\n</think>\nI look.\n<tool_call>\n"
@@ -655,7 +662,7 @@ def test_loops(case):
      ({"exception_info": {"type": "E"}}, "exception_info={'type': 'E'}"), ({"failure_mode": "unset"}, None),
      ({"metadata": '{"resolved": false}'}, "metadata.resolved=False"), ({"config": {"error": "raise"}}, None),
      ({"completed": False}, "completed=False"), ({"finish_reason": "eos_token"}, None), ({"termination_reason": "user_stop"}, None),
-     ({"label": False}, "label=False"), ({"label": 0}, None), ({"n_failed": 0}, None), ({"score": 0}, None)],
+     ({"resolved": 1, "gen_tests_correct": 0.0, "api_error": "once"}, None), ({"label": False}, "label=False"), ({"label": 0}, None), ({"n_failed": 0}, None), ({"score": 0}, None)],
     ids=str,
 )  # fmt: skip
 def test_outcomes_of_a_log(columns, reason):
