@@ -999,7 +999,8 @@ def lost_call(value, kept):
 
 
 # 5. Inputs -> files -> records
-LOG_SUFFIXES = (".json", ".jsonl", ".ndjson", ".traj", ".parquet", ".md", ".log", ".zip", ".eval")
+HUB_SUFFIXES = (".json", ".jsonl", ".ndjson", ".traj", ".parquet", ".log", ".eval")
+LOG_SUFFIXES = (*HUB_SUFFIXES, ".md", ".zip")
 ARCHIVES = {".zip": "*", ".eval": "samples/*"}  # suffix: names of the logs in it; .eval is Inspect's
 HUB_NAME = re.compile(r"(?:hf://datasets/|https://huggingface\.co/datasets/)?(\w[\w.-]*/[\w.-]+?)"
                       r"(?::([\w.-]+))?(?:/([\w.-]+))?(?:@([\w./-]+))?")  # fmt: skip
@@ -1089,25 +1090,21 @@ def hub_files(name):
 
 def data_files(card, name, config, split):
     """Patterns of the files of a configuration and split, from the front matter of a data set's card."""
-    front = yaml.safe_load(card.split("---")[1]) if card.startswith("---") else {}
-    chosen = chosen_config(front.get("configs", []), name, config)
-    if not chosen:
-        return [f"*{split or ''}*{suffix}*" for suffix in LOG_SUFFIXES if suffix not in (".md", ".zip")]
-    patterns = []
-    for item in [{"path": chosen, "split": "train"}] if isinstance(chosen, str) else chosen:
-        paths = item["path"] if isinstance(item["path"], list) else [item["path"]]
-        patterns += paths if split in (None, item["split"]) else []
-    if not patterns:
-        raise InputError(f"{name}: no split {split} in its card")
-    return patterns
+    from datasets.data_files import sanitize_patterns
+    from datasets.utils.metadata import MetadataConfigs
+    from huggingface_hub import DatasetCard
 
-
-def chosen_config(configs, name, wanted):
-    """The data files of the wanted configuration, else of "default", else of the first; None: no card."""
-    configs = {item["config_name"]: item.get("data_files") for item in configs}
-    if wanted and wanted not in configs:
-        raise InputError(f"{name}: no configuration {wanted}; it has {', '.join(configs) or 'none'}")
-    return configs.get(wanted or "default") or next(iter(configs.values()), None)
+    configs = MetadataConfigs.from_dataset_card_data(DatasetCard(card, ignore_metadata_errors=True).data)
+    if config and config not in configs:
+        raise InputError(f"{name}: no configuration {config}; it has {', '.join(configs)}")
+    chosen = configs.get(config or configs.get_default_config_name() or next(iter(configs), None), {})
+    if "data_files" not in chosen:
+        start = f"{chosen.get('data_dir', '')}*{split or ''}*"
+        return [f"{start}{suffix}*" for suffix in HUB_SUFFIXES]
+    splits = {str(one): patterns for one, patterns in sanitize_patterns(chosen["data_files"]).items()}
+    if split and split not in splits:
+        raise InputError(f"{name}: no split {split} in its card; it has {', '.join(splits)}")
+    return splits[split] if split else sum(splits.values(), [])
 
 
 def read_bytes(path):

@@ -1201,6 +1201,12 @@ def test_hub_data_sets_are_chosen_by_their_card():
     assert stage.data_files(card, "x", "big", None) == ["big/train-*.parquet", "big/a.json", "big/b.json"]
     with pytest.raises(stage.InputError, match="no configuration small; it has default, big"):
         stage.data_files(card, "x", "small", None)
+    with pytest.raises(stage.InputError, match="no split dev in its card; it has train, test"):
+        stage.data_files(card, "x", "big", "dev")
+    listed = "---\nconfigs:\n- config_name: a\n  data_files: [x.json, y.json]\n- config_name: b\n  default: true\n  data_dir: bb\n---\n"
+    assert stage.data_files(listed, "x", "a", None) == ["x.json", "y.json"]
+    assert stage.data_files(listed, "x", None, "train")[:2] == ["bb*train*.json*", "bb*train*.jsonl*"]
+    assert stage.data_files("# no front matter", "x", None, None)[0] == "**.json*"
     names = {"GAIR/LIMI": ("GAIR/LIMI", None, None, None), "a/b:c/d@e": ("a/b", "c", "d", "e"),
              "hf://datasets/a/b@main": ("a/b", None, None, "main"),
              "https://huggingface.co/datasets/a/b": ("a/b", None, None, None)}  # fmt: skip
