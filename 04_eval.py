@@ -29,6 +29,7 @@ import difflib
 import fcntl
 import functools
 import hashlib
+import itertools
 import json
 import math
 import os
@@ -45,34 +46,30 @@ import uuid
 from argparse import RawDescriptionHelpFormatter
 from collections import Counter
 from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
-from dataclasses import asdict, dataclass, field
-from dataclasses import replace as with_changes
+from dataclasses import asdict, dataclass, field, replace as with_changes
 from pathlib import Path
-from typing import Literal, get_args, get_origin, get_type_hints
+from statistics import fmean
+from typing import Annotated, Literal, get_type_hints
 
 import httpx
 import jsonschema
+import pydantic
 import yaml
 from tqdm import tqdm
 from trl import TrlParser
 
 
 def setting(default, text):
+    if isinstance(default, (dict, list)):
+        return field(default_factory=default.copy, metadata={"help": text})
     return field(default=default, metadata={"help": text})
-
-
-def structure(text):
-    """A setting that is written in YAML only: a mapping."""
-    return field(default_factory=dict, metadata={"help": f"In YAML: {text}"})
 
 
 @dataclass
 class Settings:
     model: str | None = setting(None, "Folder or Hub id that vLLM serves; with --base_url the served name.")
     base_url: list[str] | None = setting(None, "OpenAI-compatible, .../v1; left out, a vLLM is started.")
-    tasks: list[str] = field(
-        default_factory=lambda: ["data/queries.jsonl"], metadata={"help": "Task file(s)."}
-    )
+    tasks: list[str] = setting(["data/queries.jsonl"], "Task file(s).")
     output_dir: str = setting("results/limi", "Finished episodes found here are kept.")
     # The protocol: R = 3 as in the paper, sampling as in the README of LIMI; n_runs is ours
     rounds: int = setting(3, "R: attempts at a turn, with feedback in between.")
@@ -103,11 +100,11 @@ class Settings:
     command_seconds: int = setting(120, "For one tool call.")
     check_seconds: int = setting(600, "For a check, and for a solution.")
     # The endpoint; recipes/endpoints has some
-    request: dict = structure("merged into every request's body; null leaves a field out.")
-    headers: dict = structure("headers of every request; $NAME is taken from the environment.")
+    request: dict = setting({}, "In YAML: merged into every request's body; null leaves a field out.")
+    headers: dict = setting({}, "In YAML: of every request; $NAME is taken from the environment.")
     api_key_env: str = setting("OPENAI_API_KEY", "Name of the environment variable with the key.")
-    judge_request: dict = structure("the same for the judge.")
-    judge_headers: dict = structure("the same for the judge.")
+    judge_request: dict = setting({}, "In YAML: the same for the judge.")
+    judge_headers: dict = setting({}, "In YAML: the same for the judge.")
     judge_api_key_env: str = setting("JUDGE_API_KEY", "The same; if it is not set, the other key.")
     send_reasoning: bool = setting(True, "Send earlier reasoning back, under the name it came with.")
     patience: int = setting(600, "Seconds in which an endpoint that is away (429, 5xx) is asked again.")
@@ -198,20 +195,15 @@ def open_append(path):
     return open(path, "a", buffering=1)
 
 
-def no_number(name):
-    raise ValueError(f"{name} is no number")
-
-
 def read_json(path):
     try:
-        return json.loads(Path(path).read_bytes(), parse_constant=no_number)
+        return json.loads(Path(path).read_bytes())
     except ValueError as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
 
 
 def write_whole(path, text):
-    """Under a temporary name first: a reader, or a run that goes on after a kill, sees the old file or the
-    new one."""
+    """Under a temporary name first: whoever reads it, after a kill too, sees the old file or the new one."""
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text)
     partial.replace(path)
@@ -226,8 +218,7 @@ def sha256(value):
 
 
 def valid_text(text):
-    """The text with every half of a surrogate pair replaced: a file name of bytes, or half an emoji, is not
-    Unicode, and no endpoint takes it."""
+    """Without halves of surrogate pairs (a file name of bytes, half an emoji), which no endpoint takes."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -262,10 +253,8 @@ TASK = {
 
 
 def read_tasks(settings, tools):
-    """The tasks of all files, in order; "workspace", "private" and "venv" become full paths.
-
-    tools: {name: schema} of the tools that exist here. Raises InputError naming file, line and field.
-    """
+    """The tasks of all files, in order; "workspace", "private" and "venv" become full paths. tools: by name,
+    those that exist here."""
     tasks = {}
     validator = jsonschema.Draft202012Validator(TASK)
     for path in settings.tasks:
@@ -295,9 +284,8 @@ def check_turns(where, task, settings):
     for number, turn in enumerate(task["turns"]):
         judged = settings.feedback == "judge" and "rubric" in turn
         if not ("check" in turn or judged or settings.feedback == "human"):
-            raise InputError(
-                f"{where}: turns[{number}].check is missing; add one, or --feedback judge with a rubric"
-            )
+            missing = f"{where}: turns[{number}].check is missing"
+            raise InputError(f"{missing}; add one, or --feedback judge with a rubric")
 
 
 def full_path(where, key, path):
@@ -363,8 +351,7 @@ LONGEST = 16_000  # characters of an output that the model sees
 # The call under way; why our own guard killed something of it; the room on the disk when it began
 CALL = {"id": None, "seconds": 0, "deadline": 0.0, "killed": None, "room": (0, 0)}
 DECIDES = re.compile(rb"^(?:ok|not ok|Bail out!).{0,400}", re.MULTILINE)
-MISTAKES_OF_A_CALL = (OSError, ValueError, LookupError, ArithmeticError, RecursionError, MemoryError)
-MISTAKES_OF_A_CALL += (re.error,)
+CALL_ERRORS = (OSError, ValueError, LookupError, ArithmeticError, RecursionError, MemoryError, re.error)
 PROCESSES = "a command started too many processes; everything was ended, files are kept"
 
 
@@ -396,10 +383,8 @@ def start_bash(command, folder, stdout, stderr):
 
 
 def run_command(command, folder=None, seconds=None):
-    """(exit code, None after a timeout; standard output; standard error) of `bash -c command`.
-
-    The streams are files: a background process that the command leaves behind may hold them open, and a pipe
-    would wait for that. seconds: left out, what is left of the call. """
+    """(exit code, None after a timeout; standard output; standard error) of `bash -c command`. The streams
+    are files: a process that it leaves behind may hold them open, and a pipe would wait for that."""
     left = CALL["deadline"] - time.monotonic()
     with tempfile.TemporaryFile() as stdout, tempfile.TemporaryFile() as stderr:
         process = start_bash(command, folder or ROOT, stdout, stderr)
@@ -413,8 +398,7 @@ def run_command(command, folder=None, seconds=None):
 
 
 def without_middle(text, most):
-    """The beginning and the end of an output of more bytes; of what stands between them, the lines that
-    decide."""
+    """The beginning and the end of a longer output; of what stands between them, the lines that decide."""
     if len(text) <= most:
         return text
     first = text.rfind(b"\n", 0, LONGEST) + 1 or LONGEST
@@ -423,23 +407,17 @@ def without_middle(text, most):
     return b"\n".join([text[:first], *kept[:20_000], b"[... characters left out ...] " + text[last:]])
 
 
-def next_chunk(pipe, seconds):
-    """Bytes of a pipe; b"" where none come within this time, or ever."""
-    ready, _, _ = select.select([pipe], [], [], seconds)
-    return os.read(pipe.fileno(), 1 << 16) if ready else b""
-
-
 def run_check(command):
-    """Not a tool of the agent: exit code, then what a check printed, both streams in one.
-
-    A pipe: what the check runs can neither take back a line nor fill the place of the next one."""
+    """Not a tool of the agent: exit code, then what a check printed, both streams in one. A pipe: what the
+    check runs can neither take back a line nor fill the place of the next one."""
     process = start_bash(command, ROOT, subprocess.PIPE, subprocess.STDOUT)
     text = b""
     chunk = b""
     ended = late = False
     while not late and (chunk or not ended):  # a process that was left behind may hold the pipe open
         ended = process.poll() is not None
-        chunk = next_chunk(process.stdout, 0 if ended else 0.05)
+        ready, _, _ = select.select([process.stdout], [], [], 0 if ended else 0.05)
+        chunk = os.read(process.stdout.fileno(), 1 << 16) if ready else b""
         text = without_middle(text + chunk, 1 << 20)
         late = not ended and time.monotonic() > CALL["deadline"]
         time.sleep(0 if chunk else 0.01)  # it may have closed its end
@@ -492,7 +470,7 @@ def guard(limits):
     while True:
         time.sleep(0.1)
         sizes, shared = memory_held()
-        if len(sizes) > limits["processes"] // 2:
+        if len(sizes) > limits["RLIMIT_NPROC"] // 2:
             CALL["killed"] = "processes"
             tell({"error": PROCESSES})
             os._exit(1)
@@ -541,7 +519,7 @@ def serve(root, limits, functions):
             CALL["killed"] = "processes"  # a fork bomb has taken them all: the host starts a fresh sandbox
             tell({"error": PROCESSES})
             os._exit(1)
-        except MISTAKES_OF_A_CALL as error:
+        except CALL_ERRORS as error:
             reply = {"error": clip(f"{type(error).__name__}: {error}")}
         except TypeError as error:
             reply = {"error": f"the arguments do not fit the tool: {str(error).rpartition('.')[2]}"}
@@ -599,8 +577,7 @@ def write_text(path, text):
 
 
 def glob_regex(pattern):
-    """'**/' matches zero or more folders; a pattern without a slash matches in the top folder only, as in a
-    shell."""
+    """As in a shell: '**/' is zero or more folders; without a slash it is of the top folder only."""
     wildcards = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     regex = ""
     for part in re.split(r"(\*\*/|\*\*|\*|\?|\[[^\]]+\])", pattern):
@@ -767,10 +744,8 @@ def run_shell_command(command, description="", directory=""):
 
 
 def load_tools(path):
-    """({name: schema} of a tool set, the text of the program that runs in the sandbox).
-
-    path: a file for --tools; None is the tools above. Raises InputError for a schema without a function.
-    """
+    """({name: schema} of a tool set, the text of the program that runs in the sandbox). path: a file for
+    --tools; None is the tools above."""
     ours = Path(__file__).read_text()
     server, _, tools = ours.partition("# BEGIN OF THE SERVER")[2].partition("# BEGIN OF THE TOOLS")
     names = globals()
@@ -805,7 +780,6 @@ LIMITS = {
     "RLIMIT_DATA": 8 << 30,  # bytes, of each process
     "RLIMIT_FSIZE": 1 << 30,  # bytes, of each file
     "RLIMIT_CORE": 0,
-    "processes": 512,
     "memory": 8 << 30,  # bytes, of everything in a sandbox together
     "reserve": 2 << 30,  # bytes that stay free on the disk of the workspaces
     "files": 10_000,  # and files that it can still take
@@ -841,20 +815,16 @@ def python_home(venv):
     return (str(python), None) if home.is_relative_to("/usr") else (str(python), home)
 
 
-def isolation_options(network):
-    """Options of bubblewrap: no network, no processes and no environment of the host."""
-    options = ["--unshare-ipc", "--unshare-pid", "--unshare-uts", "--unshare-cgroup-try"]
-    options += ["--die-with-parent", "--new-session", "--clearenv", "--hostname", "sandbox"]
-    # No process of bubblewrap stays inside that has the agent's user and could be traced; as root it has
-    # another user, and has to stay: setpriv loses the signal by which the sandbox ends with its launcher
-    options += ["--as-pid-1"] if os.getuid() else []
-    return options if network else [*options, "--unshare-net"]
+# Options of bubblewrap: no processes and no environment of the host, the system read-only
+ISOLATED = """
+--unshare-ipc --unshare-pid --unshare-uts --unshare-cgroup-try --die-with-parent --new-session --clearenv
+--hostname sandbox --ro-bind /usr /usr --proc /proc --dev /dev""".split()
 
 
 def system_options(targets, home, network):
-    """Options of bubblewrap: the system read-only, /tmp and a home of its own, folders for what is mounted at
-    targets; home: a Python outside /usr, shown without its packages."""
-    options = ["--ro-bind", "/usr", "/usr", "--proc", "/proc", "--dev", "/dev"]
+    """Options of bubblewrap: the system, /tmp and a home of its own, folders for what is mounted at targets.
+    home: a Python outside /usr, shown without its packages."""
+    options = []
     for path in ("/tmp", "/home/agent", "/dev/shm"):
         options += ["--size", str(SCRATCH), "--perms", "1777", "--tmpfs", path]
     for path in ("/bin", "/sbin", "/lib", "/lib32", "/lib64"):  # links into /usr on a merged system
@@ -885,9 +855,12 @@ def memory_file(content):
 
 
 def bwrap_options(mounts, venv, network, root, hosts):
-    """Options of bubblewrap: isolation, the system, and the mounts."""
+    """All options of bubblewrap. hosts: descriptor of what it sees as /etc/hosts."""
     python, home = python_home(venv)
-    options = isolation_options(network)
+    options = ISOLATED + ([] if network else ["--unshare-net"])
+    # No process of bubblewrap stays inside that has the agent's user and could be traced; as root it has
+    # another user, and has to stay: setpriv loses the signal by which the sandbox ends with its launcher
+    options += ["--as-pid-1"] if os.getuid() else []
     options += system_options([inside for _, inside, _ in mounts], home, network)
     for host, inside, mode in mounts:
         options += ["--bind" if mode == "rw" else "--ro-bind", str(host), inside]
@@ -900,11 +873,8 @@ def bwrap_options(mounts, venv, network, root, hosts):
 
 
 def bwrap_command(options, slot, reads_all):
-    """(command prefix that runs what follows it in the sandbox, file descriptor it reads its options from: so
-    that no path of the host shows in the list of processes).
-
-    As root every slot gets a user id of its own, because the kernel does not hold root to a limit on
-    processes. """
+    """(command prefix, file descriptor it reads its options from, so that no path of the host shows in the
+    list of processes). As root every slot has a user of its own: root is held to no limit on processes."""
     identity = ["--unshare-user", "--disable-userns", "--uid", "1000", "--gid", "1000"]
     identity += ["--cap-add", "CAP_DAC_OVERRIDE"] if reads_all else []
     as_root = os.getuid() == 0
@@ -926,7 +896,7 @@ def own_command(settings, name, mounts, venv, image, slot, root):
     variables = [f"--env={key}={value}" for key, value in (ENVIRONMENT | {"PATH": path}).items()]
     lists = {"{mounts}": mounted, "{environment}": variables}
     known = {"name": name, "root": root, "image": image or "", "memory": LIMITS["memory"], "scratch": SCRATCH}
-    known |= {"user": os.getuid() or FIRST_USER + slot, "processes": LIMITS["processes"]}
+    known |= {"user": os.getuid() or FIRST_USER + slot, "processes": LIMITS["RLIMIT_NPROC"]}
     known["network"] = "host" if settings.network else "none"
     command = []
     for word in settings.sandbox_command:
@@ -950,8 +920,7 @@ def memory_group(name):
 
 
 class Sandbox:
-    """A folder, and the tool server that works in it: started at the first call, again after a hang or a
-    crash."""
+    """A folder, and the tool server in it: started at the first call, again after a hang or a crash."""
 
     def __init__(self, settings, program, workspace, slot, task, mounts=None):
         """program: the text that load_tools gives. mounts: {path inside: path of the host}, read-only."""
@@ -1033,9 +1002,8 @@ class Sandbox:
         self.writer.write(json.dumps(code).encode() + b"\n")
 
     async def call(self, name, arguments, seconds):
-        """The reply of the tool server, {"output": str} or {"error": str}, with "killed": what our own guard
-        ended, or None; a dead or hanging server is replaced, and its reply has "gone": what its launcher
-        said."""
+        """{"output": str} or {"error": str} of the tool server, with "killed": what our own guard ended, or
+    None. A dead or hanging one is replaced, and its reply has "gone": what its launcher said."""
         if self.process is None:
             await self.start()
         request = {"id": uuid.uuid4().hex, "name": name, "arguments": arguments, "seconds": seconds}
@@ -1068,8 +1036,7 @@ class Sandbox:
         await self.stop()
 
     async def stop(self):
-        """End the tool server and everything in the sandbox; returns what it or its launcher has put on
-        stderr."""
+        """End everything in the sandbox; returns what it or its launcher has put on stderr."""
         if not self.process:
             return ""
         process = self.process
@@ -1108,16 +1075,14 @@ def remove(folder):
 
 
 async def try_sandbox(settings, program):
-    """Raise InputError where no sandbox can be started, or the disk is nearly full: never a score for
-    that."""
+    """Raises InputError where no sandbox can be started, or the disk is nearly full."""
     launcher = (settings.sandbox_command or ["bwrap"])[0]
     if settings.sandbox != "none" and not shutil.which(launcher):
         raise InputError(f"the sandbox needs {launcher}, which is not installed (apt-get install bubblewrap)")
     free = shutil.disk_usage(settings.output_dir).free
     if free < LIMITS["reserve"] and settings.sandbox != "none":
-        raise InputError(
-            f"--output_dir {settings.output_dir}: {free >> 20} MiB are free on its disk, 2 GiB are needed"
-        )
+        room = f"{free >> 20} MiB are free on its disk, 2 GiB are needed"
+        raise InputError(f"--output_dir {settings.output_dir}: {room}")
     async with Sandbox(settings, program, Path(settings.output_dir, "workspaces", ".try"), 0, {}) as sandbox:
         sandbox.fill(None)
         try:
@@ -1236,8 +1201,7 @@ def texts_of(content):
 
 
 def read_arguments(given):
-    """(arguments as an object, error or None); text that is no JSON object is kept, as {"invalid_json":
-    text}."""
+    """(arguments, error or None); what is no JSON object is kept as it was, {"invalid_json": text}."""
     try:
         arguments = json.loads(given) if isinstance(given, str) and given else given or {}
         if not isinstance(arguments, dict):
@@ -1249,10 +1213,8 @@ def read_arguments(given):
 
 
 def read_calls(message, taken):
-    """([calls of a row], [calls to send back], [error or None of each]) of an assistant message.
-
-    taken: ids of the conversation so far, to which those of this message are added; one that is missing or
-    stands there already is replaced. """
+    """([calls of a row], [calls to send back], [error or None of each]) of an assistant message. taken: ids
+    of the conversation so far; one that is missing or stands there already is replaced."""
     rows = []
     wires = []
     errors = []
@@ -1300,17 +1262,17 @@ def read_message(given, taken):
     """(the message as a row has it, as it is sent back, [error or None of each call])."""
     text, thoughts = texts_of(given.get("content"))
     named = [given[key] for key in REASONING if isinstance(given.get(key), str) and given[key]]
+    calls, wires, errors = read_calls(given, taken)
+    text = text.rstrip() if calls else text  # a parser leaves the template's newline before a call to it
     message = {"role": "assistant", "content": text}
     if named or thoughts:
         message["reasoning_content"] = named[0] if named else thoughts
-    wire = {"role": "assistant", "content": given.get("content") or ""}
+    in_parts = isinstance(given.get("content"), list)
+    wire = {"role": "assistant", "content": given["content"] if in_parts else text}
     wire |= {key: given[key] for key in BESIDE if given.get(key)}
-    calls, wires, errors = read_calls(given, taken)
-    if calls:  # a parser leaves the template's newline before a call to the text
-        message |= {"content": text.rstrip(), "tool_calls": calls}
+    if calls:
+        message["tool_calls"] = calls
         wire["tool_calls"] = wires
-        if isinstance(wire["content"], str):
-            wire["content"] = text.rstrip()
     return message, wire, errors
 
 
@@ -1333,8 +1295,7 @@ def read_reply(data, taken, with_tools):
 
 
 class Refusal(Exception):
-    """An endpoint's no. status: of HTTP, or of the error inside a 200; wait: seconds it asks for, 0 if it
-    does not."""
+    """An endpoint's no. status: of HTTP, or of the error inside a 200; wait: the seconds it asks for."""
 
     def __init__(self, status, text, wait="", kind=None):
         super().__init__(" ".join(f"HTTP {status}: {text}".split())[:600])
@@ -1414,12 +1375,11 @@ class Endpoint:
             response = await self.client.post(self.client.base_url.join("/detokenize"), json=body)
             return response.json()["prompt"]
 
-    async def complete(self, wire, tools, seed, seconds=None, taken=None):
-        """One model call. An endpoint that is away or says what may pass is asked again for settings.patience
-        seconds, a badly written call or an unknown refusal a few times; raises NotRun("endpoint_error") in
-        the end."""
+    async def complete(self, wire, tools, seed, seconds=None, taken=None, patience=None):
+        """One model call. What may pass is asked again for so many seconds, a badly written call or an
+        unknown refusal a few times; raises NotRun("endpoint_error") in the end."""
         tries = Counter()
-        give_up = time.monotonic() + self.settings.patience
+        give_up = time.monotonic() + (self.settings.patience if patience is None else patience)
         pause = 0.25
         while True:
             body = self.body(wire, tools, seed + 1000 * tries["unparsed_call"])
@@ -1439,7 +1399,8 @@ class Endpoint:
             pause = max(refusal.wait, min(2 * pause, 60))
             late = kind == "again" and time.monotonic() + pause > give_up
             if late or tries[kind] == GIVEN_UP.get(kind):
-                raise NotRun("endpoint_error", f"{self.client.base_url}: {refusal}; are {self.flags} right?")
+                told = f"{self.client.base_url}: {refusal}; are {self.flags} right?"
+                raise NotRun("endpoint_error", told + remedy_of(told))
             await asyncio.sleep(pause)
 
 
@@ -1452,28 +1413,25 @@ async def probe(endpoint, schemas, system):
         name = "read_file" if "read_file" in schemas else next(iter(schemas))
         ask = f"Read /workspace/probe.txt with the tool {name}."
     wire = [{"role": "system", "content": system}, {"role": "user", "content": ask}]
-    patience = endpoint.settings.patience
-    endpoint.settings = with_changes(endpoint.settings, patience=min(patience, 20))
+    given = (list(schemas.values()), endpoint.settings.seed)
+    patience = min(endpoint.settings.patience, 20)
     with suppress(httpx.RequestError, ValueError, LookupError, TypeError, RecursionError, TimeoutError):
         async with asyncio.timeout(MOMENT):
             endpoint.is_vllm = (await endpoint.client.get("models")).json()["data"][0]["owned_by"] == "vllm"
     try:
-        reply = await endpoint.complete(wire, list(schemas.values()), endpoint.settings.seed)
+        reply = await endpoint.complete(wire, *given, patience=patience)
     except NotRun as fault:
-        raise InputError(f"probe: {fault.detail}{remedy_of(fault.detail)}") from None
+        raise InputError(f"probe: {fault.detail}") from None
     parser_fits = endpoint.alive is not None and not endpoint.settings.tool_call_parser  # the template's own
     print(f"probe: {what_came_back(reply, parser_fits) if schemas else 'it answers'}", flush=True)
     calls = (reply.message or {}).get("tool_calls", [])
     if calls:
-        wire.append(reply.wire)
-        for call in calls:
-            wire.append({"role": "tool", "tool_call_id": call["id"], "content": "The file is empty."})
+        empty = {"role": "tool", "content": "The file is empty."}
+        wire += [reply.wire, *(empty | {"tool_call_id": call["id"]} for call in calls)]
         try:
-            await endpoint.complete(wire, list(schemas.values()), endpoint.settings.seed)
+            await endpoint.complete(wire, *given, patience=patience)
         except NotRun as fault:
-            told = f"{fault.detail}{remedy_of(fault.detail)}"
-            print(f"beware: the probe's second call is refused: {told}", flush=True)
-    endpoint.settings = with_changes(endpoint.settings, patience=patience)
+            print(f"beware: the probe's second call is refused: {fault.detail}", flush=True)
 
 
 def what_came_back(reply, parser_fits):
@@ -1484,18 +1442,15 @@ def what_came_back(reply, parser_fits):
         raise InputError("probe: the endpoint refuses to read a file; are account and --model right?")
     if reply.stop == "unparsed_call" and parser_fits:
         return "a call that is not in the form of its template: the model has not learned it"
+    wrong = "is --tool_call_parser right for the template?"
     if reply.stop == "unparsed_call":
-        raise InputError(
-            "probe: the tool call came back as text; is --tool_call_parser right for its template?"
-        )
+        raise InputError(f"probe: the tool call came back as text; {wrong}")
     calls = (reply.message or {}).get("tool_calls", [])
     if not calls:
         return "the model made no tool call, so the parser is not tried"
     if not any(call["function"]["arguments"] for call in calls):
-        raise InputError(
-            "probe: the call came back without its arguments; is --tool_call_parser right for the template? "
-            "(a vLLM of your own needs VLLM_ENFORCE_STRICT_TOOL_CALLING=0)"
-        )
+        wrong += " (a vLLM of your own needs VLLM_ENFORCE_STRICT_TOOL_CALLING=0)"
+        raise InputError(f"probe: the call came back without its arguments; {wrong}")
     return "a tool call that is no JSON" if any(reply.errors) else "tool call with arguments parsed"
 
 
@@ -1528,10 +1483,6 @@ class Talk:
         self.messages.append({"role": role, "content": content} | more)
         self.wire.append({"role": role, "content": content} | more)
 
-    def add_reply(self, reply):
-        self.messages.append(reply.message)
-        self.wire.append(reply.wire)
-
     def size(self):
         return sum(len(str(message["content"])) for message in self.wire)
 
@@ -1542,8 +1493,7 @@ class Talk:
 
 
 class PromptWatch:
-    """Raises NotRun where the prompt is cut in silence: the conversation grows and prompt_tokens do not,
-    twice."""
+    """Raises NotRun where the prompt is cut in silence: the conversation grows, prompt_tokens do not."""
 
     def __init__(self):
         self.tokens = 0
@@ -1575,10 +1525,8 @@ async def run_tool(sandbox, call, validators, seconds):
 
 
 async def run_agent(endpoint, sandbox, settings, talk, schemas, seed, stats, served, clean=str):
-    """The agent loop: call the model, run the tools it asks for, until it answers without a call.
-
-    Adds to talk, stats and served; returns why it ended, one of GRADED. clean: what is done to a tool's
-    output. """
+    """Call the model, run the tools it asks for, until it answers without a call; returns why it ended, one
+    of GRADED. Adds to talk, stats and served. clean: what is done to a tool's output."""
     functions = [schema["function"] for schema in schemas]
     validators = {f["name"]: jsonschema.Draft202012Validator(f["parameters"]) for f in functions}
     give_up = time.monotonic() + settings.max_seconds if settings.max_seconds else math.inf
@@ -1598,7 +1546,8 @@ async def run_agent(endpoint, sandbox, settings, talk, schemas, seed, stats, ser
             return reply.stop
         watch.see(reply.prompt_tokens, size)
         add_served(served, reply.served)
-        talk.add_reply(reply)
+        talk.messages.append(reply.message)
+        talk.wire.append(reply.wire)
         if reply.stop:
             return reply.stop
         for call, error in zip(reply.message["tool_calls"], reply.errors):
@@ -1645,9 +1594,8 @@ def refuse_to_decide(code, output, folder):
 
 
 def read_check(code, output):
-    """Requirements of a check, and whether all hold: a line "ok - text" or "not ok - text" (TAP) is a
-    requirement; a check that prints none is one requirement, its exit code. Exit code 0 is needed in any
-    case."""
+    """Requirements of a check: its lines "ok - text" and "not ok - text" (TAP); without any, or where none
+    of them says why it failed, its exit code."""
     checks = []
     for word, text in re.findall(r"^(not ok|ok)\b[ \d]*-? *(.*)$", output, re.MULTILINE):
         checks.append({"requirement": text or "check", "passed": word == "ok"})
@@ -1674,14 +1622,13 @@ BOILERPLATE += r"|^\[File content truncated.*$|^Success\w+ .*$|^(Stdout|Stderr):
 
 
 # How the tokens of chat templates begin
-TOKENS = r"<(?=[|｜/]?\w*[|｜]|<?/?SYS>|/?(seed|minimax):|/?(think|thought|arg_key|arg_value|function=|tools?"
-TOKENS += r"|tool_\w+|\w+_of_\w+|s|bos|eos|pad|unk|sop|eop)\b)"
+TOKENS = r"<(?=[|｜/]?\w*[|｜]|<?/?SYS>|/?(seed|minimax):|/?(think|thought|arg_key|arg_value|function="
+TOKENS += r"|tools?|tool_\w+|\w+_of_\w+|s|bos|eos|pad|unk|sop|eop)\b)"
 BRACKETS = r"\[(?=/?(INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|THINK|[gs]?MASK)\]|e~\[)|\](?=~!?b[\[\]])"
 
 
 def neutral(text):
-    """A tool's output as the judge reads it: no control characters, and no token of a chat template in one
-    piece."""
+    """A tool's output as the judge reads it: no control characters, no token of a template in one piece."""
     text = "".join(character for character in text if character.isprintable() or character in "\n\t")
     return re.sub(BRACKETS, r"\g<0> ", re.sub(TOKENS, "‹", text))
 
@@ -1721,10 +1668,8 @@ def seen_by_judge(messages):
 
 
 def read_verdict(text, key, count, messages):
-    """[bool for each requirement] of a judge's answer.
-
-    Raises ValueError, saying what is wrong: not the JSON, another key, a requirement without its verdict, or
-    one that is passed on evidence which is not of the work. """
+    """[bool for each requirement] of a judge's answer; raises ValueError for what is not the JSON, another
+    key, a requirement without its verdict, or one passed on evidence that is not of the work."""
     verdicts = verdicts_of(text, key)
     seen, own = seen_by_judge(messages)
     passed = {}
@@ -1750,10 +1695,8 @@ def strings_of(value):
 
 
 async def judge_once(endpoint, sandbox, turn, schemas, seed):
-    """[bool for each requirement] of turn["rubric"]; raises NotRun("judge_undecided") after three tries.
-
-    It sees the task and the files, not what the agent said; its sandbox works on a copy of the agent's
-    folder. """
+    """[bool for each requirement] of turn["rubric"]; raises NotRun("judge_undecided") after three tries. It
+    sees the task and a copy of the files, not what the agent said."""
     key = uuid.uuid4().hex[:12]
     listed = "\n".join(f"{number}. {text}" for number, text in enumerate(turn["rubric"], 1))
     talk = Talk()
@@ -1813,8 +1756,6 @@ class Bench:
     settings: Settings
     schemas: dict  # of the agent's tools, by name
     program: str  # that runs in the sandbox
-    judge_schemas: dict
-    judge_program: str
     slot: int
     endpoint: Endpoint | None = None
     judge: Endpoint | None = None
@@ -1851,7 +1792,7 @@ class Episode:
         self.progress = self.folder.with_name(self.name + ".json")  # of a person, who may go on tomorrow
         self.rounds = []
         self.served = []
-        self.stats = Counter({key: 0 for key in STATS})
+        self.stats = Counter(dict.fromkeys(STATS, 0))
         self.turn = 0
         self.attempt = 1
         self.stop = None
@@ -1913,8 +1854,7 @@ class Episode:
 
     async def keep(self, command, folder=None):
         """(exit code, output) of a command of ours on a folder, by default the agent's: it sees the states,
-        and the agent's folder as /submission; no process of the agent runs. Modes stay as they are, they may
-        be the work."""
+        and the agent's folder as /submission. Modes stay as they are, they may be the work."""
         async with self.open(folder or self.folder, {"/submission": self.folder}) as keeper:
             keeper.reads_all = True
             keeper.mounts.append((self.states.absolute(), "/state", "rw"))
@@ -1941,11 +1881,6 @@ class Episode:
         self.talk.add("assistant", valid_text(text))
         return "answer"
 
-    def put_answer(self, number, text):
-        """The final answer of a round, where the check sees it."""
-        self.states.joinpath("answer.md").write_text(text)
-        self.states.joinpath("answers", f"{number + 1}.md").write_text(text)
-
     @asynccontextmanager
     async def copy(self, suffix, mounts, program=None):
         """A fresh sandbox on a copy of the agent's folder."""
@@ -1968,10 +1903,11 @@ class Episode:
     async def run_judge(self, turn):
         """Checks of the turn's rubric, by a majority of verdicts."""
         votes = []
-        schemas = list(self.bench.judge_schemas.values())
+        schemas, program = load_tools(None)
         for seed in range(self.settings.judge_repeats):
-            async with self.copy(".judge", {}, self.bench.judge_program) as sandbox:
-                votes.append(await judge_once(self.bench.judge, sandbox, turn, schemas, seed))
+            async with self.copy(".judge", {}, program) as sandbox:
+                parts = (sandbox, turn, list(schemas.values()), seed)
+                votes.append(await judge_once(self.bench.judge, *parts))
         checks = []
         for text, given in zip(turn["rubric"], zip(*votes)):
             checks.append({"requirement": text, "passed": 2 * sum(given) > len(given), "votes": list(given)})
@@ -1992,7 +1928,8 @@ class Episode:
         turn = self.task["turns"][self.turn]
         checks = []
         output = ""
-        self.put_answer(self.turn, self.talk.answer())
+        for name in ("answer.md", f"answers/{self.turn + 1}.md"):
+            self.states.joinpath(name).write_text(self.talk.answer())
         if "check" in turn:
             checks, output = await self.run_check(turn)
         if self.settings.feedback == "human":
@@ -2092,12 +2029,9 @@ def turn_scores(rounds, max_rounds):
 
     FTFC  share of the turn's requirements that round 1 met
     SR@R  1 if the turn was solved (all requirements) within R rounds
-    RC@R  (R - r + 1) / R for a turn solved in round r, 0 if unsolved
-
-    The paper (sec. 4.1) has prose only: "percentage of requirements correctly implemented in the initial
-    response", "percentage of queries successfully completed within R allocated rounds", "average number of
-    unused rounds when queries are successfully completed". No formula for RC fits its tables; this one counts
-    the solving round as unused so that a first-round success is 1. rounds: the episode's "rounds". """
+    RC@R  (R - r + 1) / R for a turn solved in round r, 0 if unsolved. The paper (sec. 4.1) has prose only,
+          and no formula fits its tables; this one counts the solving round as unused: 1 for the first
+    """
     turns = {record["turn"] for record in rounds}
     first = [record["score"] for record in rounds if record["round"] == 1]
     solved_in = {}
@@ -2112,10 +2046,6 @@ def turn_scores(rounds, max_rounds):
     }
 
 
-def mean(values):
-    return sum(values) / len(values)
-
-
 def by_task(episodes, max_rounds):
     """{query_id: {metric: mean over its runs}}."""
     runs = {}
@@ -2128,13 +2058,12 @@ def mean_scores(scores):
     """{metric: mean} of a list of {metric: value}."""
     means = {}
     for key in scores[0]:
-        means[key] = mean([score[key] for score in scores])
+        means[key] = fmean(score[key] for score in scores)
     return means
 
 
 def bootstrap(values, samples=10_000):
-    """95 % percentile interval of the mean of values (one a task), by resampling tasks; seed 0. None for
-    fewer than five: too few to resample."""
+    """95 % percentile interval of the mean of values, by resampling them; None for fewer than five."""
     import numpy as np
 
     if len(values) < 5:
@@ -2145,7 +2074,7 @@ def bootstrap(values, samples=10_000):
 
 
 def with_interval(name, values):
-    return {name: round(mean(values), 4), f"{name}_ci": bootstrap(values)}
+    return {name: round(fmean(values), 4), f"{name}_ci": bootstrap(values)}
 
 
 def over_turns(episodes, max_rounds):
@@ -2160,9 +2089,8 @@ def over_turns(episodes, max_rounds):
 
 
 def solved_chances(solved):
-    """With c of the n runs of a task solved, chances for k runs drawn from the n: pass^k, all of them are
-    solved, C(c, k) / C(n, k); pass@k, at least one is, 1 - C(n - c, k) / C(n, k). solved: a list of bools for
-    each task."""
+    """Chances that of k runs drawn from a task's n, of which c are solved, all are, pass^k = C(c, k) / C(n,
+    k), or at least one is, pass@k = 1 - C(n - c, k) / C(n, k). solved: a list of bools for each task."""
     metrics = {}
     for k in range(1, min(map(len, solved)) + 1):
         every = [math.comb(sum(runs), k) / math.comb(len(runs), k) for runs in solved]
@@ -2179,7 +2107,7 @@ def judge_agreement(episodes):
         for record in episode["rounds"]:
             votes = [check["votes"] for check in record["checks"] if len(check.get("votes", [])) > 1]
             same += [len(set(given)) == 1 for given in votes]
-    return round(mean(same), 4) if same else None
+    return round(fmean(same), 4) if same else None
 
 
 def summarize(episodes, settings):
@@ -2209,31 +2137,27 @@ def warnings_of(episodes, stops):
     if stops["length"] == sum(stops.values()):
         told.append(f"every answer was cut by its length (at most {max(lengths)} tokens an episode): set")
         told[-1] += " --max_tokens, the server's own default is too small"
-    if stops["unparsed_call"] * 2 > sum(stops.values()):
-        told.append("most rounds ended with a call that nobody could parse: is the tool call parser right?")
     return told
 
 
-# Of a summary.json, what --compare reads
-NAMES = {"type": "object", "additionalProperties": {"type": ["string", "null"]}}
-SCORE = {"type": "number", "minimum": 0, "maximum": 1}
-SCORES = {"type": "object", "minProperties": 1, "additionalProperties": SCORE}
-ROUNDS = {"rounds": {"type": "integer", "minimum": 1}}
-SUMMARY = {
-    "type": "object",
-    "required": ["model", "settings", "fingerprints", "tasks", "not_run", "task_sha256", "by_task"],
-    "properties": {
-        "settings": {"type": "object", "required": ["rounds"], "properties": ROUNDS},
-        "fingerprints": {"type": "object"},
-        "versions": {"type": "object"},
-        "not_run": {"type": "object", "additionalProperties": {"type": "integer"}},
-        "rounds_ended_by": {"type": "object"},
-        "warnings": {"type": "array"},
-        "task_sha256": NAMES,
-        "sources": NAMES,
-        "by_task": {"type": "object", "minProperties": 1, "additionalProperties": SCORES},
-    },
-}
+Share = Annotated[float, pydantic.Field(ge=0, le=1)]
+
+
+class Summary(pydantic.BaseModel, strict=True, allow_inf_nan=False):
+    """Of a summary.json, what --compare reads."""
+
+    model: str | None
+    settings: dict
+    rounds: int = pydantic.Field(validation_alias=pydantic.AliasPath("settings", "rounds"), ge=1)
+    fingerprints: dict
+    versions: dict = {}
+    tasks: int
+    not_run: dict[str, int]
+    rounds_ended_by: dict = {}
+    warnings: list = []
+    task_sha256: dict[str, str | None]
+    sources: dict[str, str | None] = {}
+    by_task: dict[str, dict[str, Share]] = pydantic.Field(min_length=1)
 
 
 def load_run(folder):
@@ -2242,18 +2166,19 @@ def load_run(folder):
     if not path.exists():
         raise InputError(f"{folder}: no summary.json there; 04_eval.py --output_dir {folder} writes it")
     summary = read_json(path)
-    problem = jsonschema.exceptions.best_match(jsonschema.Draft202012Validator(SUMMARY).iter_errors(summary))
-    if problem:
-        raise InputError(f"{path}: {problem.json_path.removeprefix('$.')}: {problem.message[:200]}")
+    try:
+        Summary.model_validate(summary)
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        raise InputError(f"{path}: {'.'.join(map(str, problem['loc']))}: {problem['msg']}") from None
     metrics = list(map(set, summary["by_task"].values()))
-    if any(names != metrics[0] for names in metrics):
+    if any(not names or names != metrics[0] for names in metrics):
         raise InputError(f"{path}: by_task: not the same metrics for every task; the file is damaged")
     return summary
 
 
 def permutation_p(differences, samples=10_000):
-    """Two-sided p-value of the mean of paired differences under random signs, at least 1 / (samples + 1);
-    seed 0."""
+    """Two-sided p-value of the mean of paired differences under random signs."""
     import numpy as np
 
     signs = np.random.default_rng(0).choice([-1, 1], size=(samples, len(differences)))
@@ -2285,15 +2210,12 @@ def print_differences(folders, summaries):
 def percent(values):
     interval = bootstrap(values)
     few = f"(n = {len(values)}, too few for an interval)"
-    return f"{mean(values):.1%} " + ("[{:.1%}, {:.1%}]".format(*interval) if interval else few)
+    return f"{fmean(values):.1%} " + ("[{:.1%}, {:.1%}]".format(*interval) if interval else few)
 
 
 def paper_numbers(path, key, summary, tasks):
-    """What was published of a metric, for the benchmarks of these tasks and the same arm: a line a table.
-
-    path: YAML, its form stands in the head of recipes/benchmarks/paper_tables.yaml. A part of a benchmark is
-    not compared with the whole.
-    """
+    """What was published of a metric, for the whole benchmarks of these tasks and the same arm: a line a
+    table. path: as recipes/benchmarks/paper_tables.yaml."""
     told = []
     with_tools = not summary["settings"].get("no_tools")
     sizes = Counter(summary.get("sources", {}).get(task) for task in tasks)
@@ -2314,8 +2236,7 @@ def paper_numbers(path, key, summary, tasks):
 
 
 def tasks_of_all(folders, summaries, runs):
-    """The ids of the tasks that all runs have; raises InputError where they have none, or one is not the
-    same."""
+    """The ids of the tasks that all runs have; raises InputError for none, or for one that differs."""
     common = set.intersection(*map(set, runs))
     tasks = [task for task in runs[0] if task in common]
     if not tasks:
@@ -2346,22 +2267,13 @@ def print_metric(key, folders, of_runs, published):
         each = [tuned - base for base, tuned in zip(values, of_runs[-1])]
         interval = bootstrap(each)
         edges = " [{:+.1%}, {:+.1%}]".format(*interval) if interval else ""
-        print(f"    against {folder}: {mean(each):+.1%}{edges}, p = {permutation_p(each):.3f}")
+        print(f"    against {folder}: {fmean(each):+.1%}{edges}, p = {permutation_p(each):.3f}")
     for told in published:
         print(f"    published: {told}")
 
 
-def values_of(key, run, tasks):
-    """[value of a metric for each task]; "average" is the mean of all, the paper's AVG."""
-    if key == "average":
-        return [mean(list(run[task].values())) for task in tasks]
-    return [run[task][key] for task in tasks]
-
-
 def compare(folders, paper):
-    """Print the last run against each other one over the tasks that all have, with the paired interval of the
-    difference and its p-value (a permutation test that swaps the two by task, two-sided); or one run
-    alone."""
+    """Print the last run against each other one, paired by the tasks that all have; or one run alone."""
     summaries = [load_run(folder) for folder in folders]
     rounds = min(summary["settings"]["rounds"] for summary in summaries)
     runs = [scores_within(folder, summary, rounds) for folder, summary in zip(folders, summaries)]
@@ -2376,9 +2288,11 @@ def compare(folders, paper):
     if any(summary["settings"]["rounds"] != rounds for summary in summaries):
         print(f"the runs had different --rounds: only what {rounds} round(s) decide is compared")
     print_tasks(tasks, runs)
-    for key in (*runs[0][tasks[0]], "average"):
-        published = paper_numbers(paper, key, summaries[-1], tasks)
-        print_metric(key, folders, [values_of(key, run, tasks) for run in runs], published)
+    for key in (*runs[0][tasks[0]], "average"):  # the mean of all metrics, the paper's AVG
+        of_runs = []
+        for run in runs:
+            of_runs.append([run[task].get(key, fmean(run[task].values())) for task in tasks])
+        print_metric(key, folders, of_runs, paper_numbers(paper, key, summaries[-1], tasks))
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -2416,18 +2330,15 @@ def read_model_file(model, name):
     except RemoteEntryNotFoundError:
         return None
     except (LocalEntryNotFoundError, OSError, ValueError) as error:  # not found, not reachable; not a name
-        raise InputError(
-            f"{model}: neither a folder nor a reachable Hub id ({str(error).splitlines()[0]})"
-        ) from None
+        why = str(error).splitlines()[0]
+        raise InputError(f"{model}: neither a folder nor a reachable Hub id ({why})") from None
 
 
 def parsers_of(model):
     """(tool call parser, reasoning parser) for the model's chat template, None for none."""
     config = json.loads(read_model_file(model, "tokenizer_config.json") or "null")
     if config is None or read_model_file(model, "config.json") is None:
-        raise InputError(
-            f"{model}: no config.json or tokenizer_config.json; a checkpoint holds model and tokenizer"
-        )
+        raise InputError(f"{model}: no config.json or tokenizer_config.json, so no checkpoint")
     if described := config.get("response_template"):  # how its answers are written, by 03_sft.py: exact
         return "hf", "hf" if "thinking" in described.get("fields", {}) else None
     template = read_model_file(model, "chat_template.jinja") or config.get("chat_template") or ""
@@ -2439,9 +2350,8 @@ def parsers_of(model):
 
 
 def fingerprint(model):
-    """sha256 over the last MB of every file of a checkpoint folder that is served, else None: episodes of a
-    model that was trained anew under the same name, or got another template, must not mix; and reading all of
-    a large model takes as long as loading it."""
+    """sha256 over the last MB of each file that is served of a checkpoint folder, else None: a model trained
+    anew under the same name is another, and reading all of it takes as long as loading it."""
     digest = hashlib.sha256()
     served = (".safetensors", ".json", ".jinja", ".model")
     for path in sorted(path for path in Path(model).glob("*") if path.suffix in served):
@@ -2544,68 +2454,59 @@ def serve_only(settings):
 
 
 class Stopped(Exception):
-    """The run ends before all its episodes are done: --max_usd, or an endpoint at which nothing works any
-    more."""
+    """The run ends before all its episodes are done."""
 
 
 class Ledger:
     """What has become of the episodes, written as it comes."""
 
-    def __init__(self, settings, file, done):
-        """done: rows of earlier starts; what they cost is spent."""
+    def __init__(self, settings, file, rows):
+        """rows: {(query_id, run): row} of earlier starts; what they cost is spent."""
         self.settings = settings
         self.file = file
-        self.rows = []
-        self.not_run = []
+        self.rows = rows
+        self.not_run = {}
         self.streak = 0  # of the newest episodes, how many failed at the endpoint one after the other
         self.tokens = Counter()
-        for row in done:
+        for row in rows.values():
             self.spend(row["meta"])
 
     def spend(self, stats):
         for key in ("prompt_tokens", "completion_tokens"):
             self.tokens[key] += stats[key]
 
-    def stop_if_spent(self):
-        if self.settings.max_usd and (spent := usd(self.settings, self.tokens)) >= self.settings.max_usd:
-            raise Stopped(f"--max_usd {self.settings.max_usd}: {spent:.2f} dollars are spent")
-
-    def scored(self, row):
+    def scored(self, key, row):
         self.file.write(json.dumps(row) + "\n")
-        self.rows.append(row)
+        self.rows[key] = row
         self.streak = 0
 
-    def failed(self, task, run, fault):
-        entry = {"query_id": task["query_id"], "run": run, "reason": fault.reason, "detail": fault.detail}
-        self.not_run.append(entry)
+    def failed(self, key, fault):
+        entry = {"query_id": key[0], "run": key[1], "reason": fault.reason, "detail": fault.detail}
+        self.not_run[key] = entry
         self.streak += fault.reason == "endpoint_error"
 
-    def stop_if_nothing_works(self):
+    def stop_in_time(self):
+        """Raises Stopped where one more episode would cost too much, or fail as all the last ones have."""
+        limit = self.settings.max_usd
+        if limit and (spent := usd(self.settings, self.tokens)) >= limit:
+            raise Stopped(f"--max_usd {limit}: {spent:.2f} dollars are spent")
         if self.streak >= 20:
-            raise Stopped(f"the last 20 episodes all failed at the endpoint: {self.not_run[-1]['detail']}")
-
-    def leave_out(self, todo, why):
-        """Name every episode that has come to nothing because the run stopped."""
-        named = {(entry["query_id"], entry["run"]) for entry in [*self.rows, *self.not_run]}
-        for task, run in todo:
-            if (task["query_id"], run) not in named:
-                self.failed(task, run, NotRun("endpoint_error", why))
+            *_, newest = self.not_run.values()
+            raise Stopped(f"the last 20 episodes all failed at the endpoint: {newest['detail']}")
 
 
 def judge_settings(settings):
     """The settings with which the judge is asked."""
-    changes = {"model": settings.judge_model, "temperature": 0.0, "top_p": 1.0}
-    changes |= {"max_tokens": None, "max_seconds": None}
-    changes |= {"request": settings.judge_request, "headers": settings.judge_headers}
-    return with_changes(settings, **changes)
+    changes = {"model": settings.judge_model, "request": settings.judge_request}
+    changes |= {"headers": settings.judge_headers, "temperature": 0.0, "top_p": 1.0}
+    return with_changes(settings, max_tokens=None, max_seconds=None, **changes)
 
 
-async def evaluate(settings, tasks_of, urls, alive, todo, ledger, tools):
-    """Run the episodes of todo, `concurrency` at a time. tools: as load_tools gives them; tasks_of: {(id,
-    run): old row} when an earlier run is graded again."""
+async def evaluate(settings, urls, alive, todo, ledger, tools):
+    """Run the episodes of todo, {(query_id, run): (task, run, None or the row to grade again)}, `concurrency`
+    at a time. tools: as load_tools gives them."""
     schemas, program = tools
-    judge_schemas, judge_program = load_tools(None)
-    pairs = iter(todo)
+    waiting = iter(todo.items())
     keys = [settings.api_key_env]
     judge_keys = [settings.judge_api_key_env, settings.api_key_env]
     flags = {}
@@ -2619,35 +2520,33 @@ async def evaluate(settings, tasks_of, urls, alive, todo, ledger, tools):
 
     async def work_off(slot, progress):
         """One episode after the other, on one server: it keeps the prefixes of an episode."""
-        bench = Bench(settings, schemas, program, judge_schemas, judge_program, slot)
+        bench = Bench(settings, schemas, program, slot)
         # Clients of its own: one pool for all would look through all its connections at every request
         if urls:
             bench.endpoint, bench.judge = connect(urls[slot % len(urls)])
-        for task, run in pairs:
-            ledger.stop_if_spent()
-            old = tasks_of.get((task["query_id"], run))
+        for key, (task, run, old) in waiting:
+            ledger.stop_in_time()
             episode = Regrade(bench, task, old) if old else Episode(bench, task, run)
             try:
                 if lacks := missing_needs(task, settings):
                     raise NotRun("missing_need", ", ".join(lacks))
-                ledger.scored(await episode.run())
+                ledger.scored(key, await episode.run())
             except NotRun as fault:
-                ledger.failed(task, run, fault)
+                ledger.failed(key, fault)
             ledger.spend(episode.stats)
-            ledger.stop_if_nothing_works()
             progress.update()
-            solved = sum(row["meta"]["solved"] for row in ledger.rows)
+            solved = sum(row["meta"]["solved"] for row in ledger.rows.values())
             progress.set_postfix_str(f"solved {solved}, not run {len(ledger.not_run)}")
 
     for url in urls:
         endpoint, judge = connect(url)
-        if settings.agent == "model" and not tasks_of:
-            shown = {} if settings.no_tools else schemas
-            await probe(endpoint, shown, todo[0][0].get("system") or SYSTEM_PROMPT)
+        if settings.agent == "model" and not settings.regrade:
+            first, *_ = next(iter(todo.values()))
+            await probe(endpoint, {} if settings.no_tools else schemas, first.get("system") or SYSTEM_PROMPT)
             flags[url] = {"is_vllm": endpoint.is_vllm, "reasoning_refused": endpoint.reasoning_refused}
         if settings.feedback == "judge" and url == urls[0]:
             print("the judge: ", end="", flush=True)
-            await probe(judge, judge_schemas, JUDGE_PROMPT % "probe")
+            await probe(judge, load_tools(None)[0], JUDGE_PROMPT % "probe")
     with tqdm(total=len(todo), unit="episode") as progress:
         slots = range(min(settings.concurrency, len(todo)))
         await asyncio.gather(*(work_off(slot, progress) for slot in slots))
@@ -2659,8 +2558,7 @@ FREE = (FREE + " serve port api_key_env judge_api_key_env tools").split()
 
 
 def check_same_settings(settings, fingerprints, output_dir):
-    """Finished episodes count again only if they were made with the same settings, tasks, tools and script;
-    raises InputError otherwise."""
+    """Raises InputError where finished episodes had other settings, tasks, tools or another script."""
     fixed = {key: value for key, value in asdict(settings).items() if key not in FREE} | fingerprints
     record = output_dir / "settings.json"
     made = [output_dir / "episodes.jsonl", *output_dir.glob("workspaces/*.json")]
@@ -2668,10 +2566,9 @@ def check_same_settings(settings, fingerprints, output_dir):
     old = read_json(record) if begun else fixed
     if old != fixed:
         changed = [key for key in fixed | old if old.get(key) != fixed.get(key)]
-        shown = [f"{key} {str(old.get(key))[:60]} -> {str(fixed.get(key))[:60]}" for key in changed]
-        raise InputError(
-            f"{output_dir} holds episodes of other settings ({', '.join(shown)}): name another --output_dir"
-        )
+        changes = [f"{key} {str(old.get(key))[:60]} -> {str(fixed.get(key))[:60]}" for key in changed]
+        told = f"{output_dir} holds episodes of other settings ({', '.join(changes)})"
+        raise InputError(f"{told}: name another --output_dir")
     write_json(record, fixed)
 
 
@@ -2692,31 +2589,22 @@ def episodes_in(path):
     return {(row["query_id"], row["run"]): row for row in rows}
 
 
-def old_episodes(settings, tasks):
-    """{(query_id, run): episode} of --regrade's run, and of tasks only those that it has."""
+def wanted_episodes(settings, tasks):
+    """{(query_id, run): (task, run, None, or with --regrade the row that is graded again)} of all that the
+    run is to have."""
     if not settings.regrade:
-        return {}
+        pairs = itertools.product(range(settings.n_runs), tasks)
+        return {(task["query_id"], run): (task, run, None) for run, task in pairs}
     path = Path(settings.regrade, "episodes.jsonl")
     if not path.exists() or path.parent.resolve() == Path(settings.output_dir).resolve():
         raise InputError(f"--regrade {path.parent}: no episodes.jsonl there, or the same as --output_dir")
-    ids = {task["query_id"] for task in tasks}
-    return {key: row for key, row in episodes_in(path).items() if key[0] in ids}
+    known = {task["query_id"]: task for task in tasks}
+    old = episodes_in(path).items()
+    return {key: (known[key[0]], key[1], row) for key, row in old if key[0] in known}
 
 
-def wanted_episodes(settings, tasks, old):
-    """{(query_id, run): (task, run)} of all that the run is to have; old: episodes that are graded again."""
-    if settings.regrade:
-        known = {task["query_id"]: task for task in tasks}
-        return {key: (known[key[0]], key[1]) for key in old}
-    wanted = {}
-    for run in range(settings.n_runs):
-        wanted |= {(task["query_id"], run): (task, run) for task in tasks}
-    return wanted
-
-
-def run_with_server(settings, old, todo, ledger, tools):
-    """Run the episodes of todo, with a vLLM of our own where a model is needed and no --base_url given;
-    returns why it stopped early, or None."""
+def run_with_server(settings, todo, ledger, tools):
+    """Run the episodes of todo, with a vLLM of our own where one is needed; why it stopped early, or None."""
     asyncio.run(try_sandbox(settings, tools[1]))
     works = settings.agent == "model" and not settings.regrade
     judges = settings.feedback == "judge"
@@ -2726,7 +2614,7 @@ def run_with_server(settings, old, todo, ledger, tools):
     try:
         with server as (url, alive):
             urls = [url] if own else settings.base_url or [settings.judge_base_url]
-            asyncio.run(evaluate(settings, old, urls if works or judges else [], alive, todo, ledger, tools))
+            asyncio.run(evaluate(settings, urls if works or judges else [], alive, todo, ledger, tools))
     except Stopped as reason:
         return str(reason)
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -2736,22 +2624,21 @@ def run_with_server(settings, old, todo, ledger, tools):
 
 
 def run_tasks(settings, tasks, tools):
-    """Run what is not yet in episodes.jsonl; (rows in the order of the tasks, entries of not_run.jsonl, why
-    the run stopped early or None)."""
-    old = old_episodes(settings, tasks)
-    wanted = wanted_episodes(settings, tasks, old)
+    """(rows of all episodes, entries of not_run.jsonl, why the run stopped early or None)."""
+    wanted = wanted_episodes(settings, tasks)
     path = Path(settings.output_dir, "episodes.jsonl")
     done = {key: row for key, row in episodes_in(path).items() if key in wanted}
-    todo = [pair for key, pair in wanted.items() if key not in done]
+    todo = {key: episode for key, episode in wanted.items() if key not in done}
     print(f"{len(tasks)} tasks, {len(done)} of {len(wanted)} episodes done", flush=True)
     with open_append(path) as file:
-        ledger = Ledger(settings, file, done.values())
-        stopped = run_with_server(settings, old, todo, ledger, tools) if todo else None
-    done |= {(row["query_id"], row["run"]): row for row in ledger.rows}
-    if stopped:
-        ledger.leave_out(todo, stopped)
+        ledger = Ledger(settings, file, done)
+        stopped = run_with_server(settings, todo, ledger, tools) if todo else None
+    for key in todo:
+        if stopped and not (key in ledger.rows or key in ledger.not_run):
+            ledger.failed(key, NotRun("endpoint_error", stopped))
     # In the order of the tasks, not that in which they ended: the bootstrap gives the same interval each time
-    return [done[key] for key in wanted if key in done], ledger.not_run, stopped
+    rows = [ledger.rows[key] for key in wanted if key in ledger.rows]
+    return rows, list(ledger.not_run.values()), stopped
 
 
 async def version_at(url):
@@ -2765,11 +2652,8 @@ def versions_of(settings):
     """What served, where that is known, and what ran here."""
     from importlib.metadata import PackageNotFoundError, version
 
-    versions = {"python": sys.version.split()[0], "bubblewrap": None}
-    with suppress(OSError):
-        versions["bubblewrap"] = subprocess.run(
-            ["bwrap", "--version"], capture_output=True, text=True
-        ).stdout.strip()
+    bubblewrap = shutil.which("bwrap") and subprocess.getoutput("bwrap --version")
+    versions = {"python": sys.version.split()[0], "bubblewrap": bubblewrap}
     if settings.base_url:
         for url in settings.base_url:
             if served := asyncio.run(version_at(url)):
@@ -2835,7 +2719,7 @@ def unproven(settings, summary):
 
 
 def print_summary(settings, summary, not_run, stopped):
-    """What a person looks at first; returns the exit code: 1 where another start could do more, or the
+    """What a person looks at first; returns the exit code, 1 where another start could do more, or the
     numbers are not what they seem."""
     for entry in not_run[:20]:
         print(f"not run: {entry['query_id']}-{entry['run']}: {entry['reason']}: {entry['detail'][:200]}")
@@ -2852,39 +2736,28 @@ def print_summary(settings, summary, not_run, stopped):
     return 1 if told or retry or not summary["episodes"] else 0
 
 
-def fits(value, kind):
-    """Is the value of this type, as dataclasses are annotated? YAML is not asked by the parser."""
-    if get_origin(kind) is Literal:
-        return value in get_args(kind)
-    if get_origin(kind) is list:
-        return isinstance(value, list) and all(fits(part, get_args(kind)[0]) for part in value)
-    if get_origin(kind):
-        return any(fits(value, one) for one in get_args(kind))
-    return type(value) is kind or kind is float and type(value) is int
-
-
-def check_value(name, kind, value):
-    """Raises InputError for a setting of another type, or a number that cannot be."""
-    if not fits(value, kind) or isinstance(value, float) and not math.isfinite(value):
-        raise InputError(f"--{name} {value!r}: expected {getattr(kind, '__name__', kind)}")
-    least = 0 if name in ("seed", "patience") else 1
-    if kind in (int, int | None) and value is not None and value < least:
-        raise InputError(f"--{name} {value}: must be at least {least}")
-
-
 def check_values(settings):
     """Raises InputError for a value that cannot be; a single name in YAML becomes a list."""
     for name in ("base_url", "tasks", "compare"):
         if isinstance(getattr(settings, name), str):
             setattr(settings, name, [getattr(settings, name)])
+    kinds = {}
     for name, kind in get_type_hints(type(settings)).items():
-        check_value(name, kind, getattr(settings, name))
+        least = 0 if name in ("seed", "patience") else 1
+        kinds[name] = (kind, pydantic.Field(ge=least if kind in (int, int | None) else None))
+    strict = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
+    try:
+        pydantic.create_model("Values", __config__=strict, **kinds).model_validate(vars(settings))
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        name = problem["loc"][0]
+        raise InputError(f"--{name} {getattr(settings, name)!r}: {problem['msg']}") from None
     for url in [*(settings.base_url or []), settings.judge_base_url]:
         if url and not re.match(r"https?://[^/\s]+", url):
             raise InputError(f"--base_url {url}: expected something like http://localhost:8000/v1")
 
 
-MISTAKES = [  # (what is set, none of these is, what is said)
+CONFLICTS = [  # (what is set, none of these is, what is said)
     ({"no_tools", "agent solution"}, set(), "--no_tools does nothing with --agent solution"),
     ({"no_tools", "agent nothing"}, set(), "--no_tools does nothing with --agent nothing"),
     ({"tools", "no_tools"}, set(), "--tools does nothing with --no_tools"),
@@ -2899,14 +2772,13 @@ MISTAKES = [  # (what is set, none of these is, what is said)
 
 
 def check_settings(settings):
-    """Raises InputError for settings that cannot be meant: one that is missing, or one that would do
-    nothing."""
+    """Raises InputError for a setting that is missing, or one that would do nothing."""
     check_values(settings)
     given = {name for name, value in asdict(settings).items() if value}
     given |= {f"agent {settings.agent}", settings.feedback}
     if given & {"compare", "regrade", "agent solution", "agent nothing"} and "serve" not in given:
         given.add("no model needed")
-    for wrong, missing, text in MISTAKES:
+    for wrong, missing, text in CONFLICTS:
         if wrong <= given and not missing & given:
             raise InputError(text)
 

@@ -23,7 +23,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"  # no test may reach for the network
 def pytest_configure(config):
     config.addinivalue_line("markers", "vllm: starts vLLM (about a minute each)")
     config.addinivalue_line("markers", "demo: runs recipes/demo/run.sh, the whole recipe (minutes)")
-    config.addinivalue_line("markers", "kills: kills runs of 03 twenty times (half a minute)")
+    config.addinivalue_line("markers", "kills: kills runs of 03 twenty times, of 04 ten times (half a minute each)")
 
 
 @pytest.fixture(scope="session")

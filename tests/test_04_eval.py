@@ -789,28 +789,6 @@ def start(endpoint, tmp_path):
     return run
 
 
-def test_killed_runs_go_on(endpoint, start):
-    finished = []
-    for lines in (3, 9):
-        code, _, error = start(lines)
-        assert code == -signal.SIGKILL, error
-        text = start.out.joinpath("episodes.jsonl").read_text()
-        whole = [line for line in text.splitlines(keepends=True) if line.endswith("\n")]
-        if lines == 9:  # as if the kill had come in the middle of a line
-            start.out.joinpath("episodes.jsonl").write_text("".join(whole) + whole[0][:100])
-        finished.append({json.loads(line)["query_id"] for line in whole})
-        endpoint.requests.clear()
-    code, output, error = start()
-    assert code == 0, error
-    rows = [json.loads(line) for line in start.out.joinpath("episodes.jsonl").read_text().splitlines()]
-    assert sorted(row["query_id"] for row in rows) == sorted(f"t{n}" for n in range(18))
-    asked = {"t" + message["content"][1:] for body in endpoint.requests for message in body["messages"][1:2]}
-    assert not asked & finished[-1]
-    assert f"{len(finished[-1])} of 18 episodes done" in output and "SR@3: 1.0 [1.0, 1.0]" in output
-    endpoint.requests.clear()
-    assert start()[0] == 0 and not endpoint.requests
-
-
 def test_two_runs_do_not_share_a_folder(endpoint, tmp_path, run_stage, one_line_error):
     import fcntl
 

@@ -221,6 +221,91 @@ def test_feedback_that_is_no_utf8_is_read(endpoint, session, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------------
+# Killed ten times
+
+# Each start is a fork of a process that has imported everything. It kills itself at an event that is counted;
+# then the endpoint is told which episodes are there
+KILLS = """
+import asyncio, importlib, json, os, signal, sys
+from pathlib import Path
+import httpx
+sys.path.insert(0, ".")
+stage = importlib.import_module("04_eval")
+settings, moments = json.loads(sys.argv[1])
+
+def killed():
+    os.kill(os.getpid(), signal.SIGKILL)
+
+def half_a_line(self, key, row):
+    self.file.write(json.dumps(row)[:200])
+    killed()
+
+def die_at(owner, name, count):
+    owner = getattr(stage, owner) if owner else stage
+    plain = getattr(owner, name)
+    left = iter(range(count - 1, -1, -1))
+    setattr(owner, name, lambda *given, **more: plain(*given, **more) if next(left) else killed())
+
+for moment in [*moments, None]:
+    child = os.fork()
+    if child == 0:
+        if moment == "half a line":
+            stage.Ledger.scored = half_a_line
+        elif moment:
+            die_at(*moment)
+        os._exit(stage.main(stage.Settings(**settings)))
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    there = [row["query_id"] for _, row in stage.read_jsonl(settings["output_dir"] + "/episodes.jsonl", True)]
+    told = {"messages": [{"role": "user", "content": "killed"}], "there": there, "code": code}
+    httpx.post(settings["base_url"][0] + "/chat/completions", json=told)
+"""
+MOMENTS = [
+    ["Endpoint", "post", 3],  # of one start: before its third request, its 20th reply ...
+    ["", "read_reply", 20],
+    ["Ledger", "scored", 1],
+    ["Sandbox", "start", 60],
+    ["Ledger", "scored", 6],
+    "half a line",
+    ["Episode", "grade", 9],
+    ["", "remove", 30],
+    ["Ledger", "stop_in_time", 22],
+    ["", "write_summary", 1],
+]
+
+
+@needs_bwrap
+@pytest.mark.kills
+def test_ten_kills_lose_no_episode_and_repeat_none(endpoint, tmp_path):
+    """SIGKILL ten times, 40 episodes, 16 at once: each is in the file once, and none that is there is asked for."""
+    tasks = []
+    for n in range(40):
+        endpoint.script[f"q{n}"] = [call("run_shell_command", command=f"echo {n} > x"), say("done")]
+        tasks.append((f"t{n}", [(f"q{n}", f"grep -x {n} x")]))
+    out = tmp_path / "out"
+    settings = {"model": "x", "base_url": [endpoint.url], "tasks": [str(write_tasks(tmp_path, *tasks))]}
+    settings |= {"output_dir": str(out), "concurrency": 16, "patience": 1}
+    command = [sys.executable, "-c", KILLS, json.dumps([settings, MOMENTS])]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert result.returncode == 0 and "Traceback" not in result.stderr, result.stderr
+    there = set()
+    codes = []
+    for body in endpoint.requests:
+        if "there" in body:
+            assert len(body["there"]) == len(set(body["there"])) and there <= set(body["there"])
+            there = set(body["there"])
+            codes.append(body["code"])
+        else:
+            assert body["messages"][1]["content"].replace("q", "t") not in there
+    assert codes == [-signal.SIGKILL] * 10 + [0]
+    rows = rows_of(tmp_path)
+    assert sorted(row["query_id"] for row in rows) == sorted(f"t{n}" for n in range(40))
+    assert all(row["meta"]["solved"] and row["meta"]["steps"] == 2 for row in rows)
+    assert json.loads(out.joinpath("summary.json").read_text())["not_run"] == {}
+    assert sorted(os.listdir(out / "workspaces")) == sorted(f"t{n}-0" for n in range(40))
+    assert "40 of 40 episodes done" in result.stdout
+
+
+# --------------------------------------------------------------------------------------------------------
 # The numbers, by another hand
 
 
