@@ -145,7 +145,7 @@ class NotRun(Exception):
     def __init__(self, reason, detail):
         super().__init__(detail)
         self.reason = reason
-        self.detail = " ".join(str(detail).split())[:1000]
+        self.detail = printable(" ".join(str(detail).split())[:1000])
 
 
 def parse_settings(parser):
@@ -215,6 +215,11 @@ def write_json(path, value):
 
 def sha256(value):
     return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
+
+
+def printable(text, instead=""):
+    """Without escape sequences and what else is no character to be seen."""
+    return "".join(one if one.isprintable() or one in "\n\t" else instead for one in text)
 
 
 def valid_text(text):
@@ -1133,15 +1138,19 @@ PASSING = (408, 409, 425)
 CONTENT = (400, 403, 422, 451)  # what a refusal of content may have: not a wrong key, not a wrong name
 RATE = r"per (minute|day|hour)|rate.?limit|\btpm\b|quota|overloaded"
 FINISH = {  # finish_reason, by what it holds
-    "again": r"error|insufficient|abort|cancel|unavailable|timeout|overload",
-    "refused": r"filter(?!.*malformed)|sensitive|refusal|safety|blocklist|prohibited|recitation|spii|guard",
-    "unparsed_call": r"malformed|unexpected_tool_call|tool_use_failed|(tool|function)_calls?$",
+    "again": r"error|insufficient|abort|cancel|unavailable|timeout|overload|(?<!use_)fail"
+    r"|interrupt|preempt",
+    "refused": r"filter(?!.*malformed)|sensitive|refusal|safety|block|prohibited|recitation|spii|guard"
+    r"|policy|moderation",
+    "unparsed_call": r"malformed|unexpected_tool_call|(tool|function)_calls?$|tool_use",
     "context_full": r"context",
-    "length": r"length|max_\w*tokens",
+    "length": r"length|max_\w*tokens|token_limit|truncat",
 }
 CALL_AS_TEXT = r"<tool_call>|<function=|<arg_key>|\[TOOL_CALLS\]|<\|tool_calls?|<｜tool▁call"
 CALL_AS_TEXT += r"|<minimax:tool_call|<seed:tool"
-MOMENT = 10  # seconds for what an endpoint is asked beside: its models, its version
+MOMENT = 10  # seconds for what an endpoint is asked beside: its models, its version, its tokens
+ODD_ANSWERS = (httpx.HTTPError, TimeoutError, ValueError, LookupError, TypeError, AttributeError)
+ODD_ANSWERS += (RecursionError,)
 NO_ANSWER = "(no answer)"  # many refuse an empty message, or two of the user in a row
 # After so many refusals of a kind a round ends, or the episode comes to nothing
 ENDS = {"context_full": 1, "refused": 1, "unparsed_call": 3}
@@ -1229,7 +1238,8 @@ def read_calls(message, taken):
         head = {"id": identity, "type": "function"}
         rows.append(head | {"function": {"name": name, "arguments": arguments}})
         beside = {key: value for key, value in call.items() if key not in (*head, "index", "function")}
-        wires.append(head | {"function": {"name": name, "arguments": json.dumps(arguments)}} | beside)
+        called = re.sub(r"[^\w-]", "_", name, flags=re.ASCII)[:64] or "_"  # many take no other name back
+        wires.append(head | {"function": {"name": called, "arguments": json.dumps(arguments)}} | beside)
         errors.append(error)
     return rows, wires, errors
 
@@ -1238,8 +1248,9 @@ def read_choice(data):
     """(the first choice of a chat completion, why it ended in our words or None); raises Refusal for an error
     inside a 200, and what comes of it where it is no chat completion."""
     choice = (data.get("choices") or [{}])[0]
-    problem = data.get("error") or choice.get("error") or ("choices" not in data and data)
-    if problem:
+    faults = [data.get("error"), choice.get("error"), (choice.get("message") or {}).get("error")]
+    faults += [] if "choices" in data else [data]
+    if problem := next(filter(None, faults), None):
         code = number(problem.get("code")) if isinstance(problem, dict) else 0
         raise Refusal(code, json.dumps(problem, ensure_ascii=False))
     finish = str(choice.get("finish_reason") or "").lower()
@@ -1251,7 +1262,8 @@ def read_choice(data):
 
 def why_ended(given, text, with_tools):
     """Why a round ends with a message that has no call."""
-    if given.get("refusal"):
+    parts = given.get("content") if isinstance(given.get("content"), list) else []
+    if given.get("refusal") or any(part.get("type") == "refusal" for part in parts):
         return "refused"
     if with_tools and re.search(CALL_AS_TEXT, text):
         return "unparsed_call"
@@ -1289,7 +1301,7 @@ def read_reply(data, taken, with_tools):
             message["weight"] = 0  # context, never trained on
     if any(errors):
         message["weight"] = 0
-    usage = data.get("usage") or {}
+    usage = data["usage"] if isinstance(data.get("usage"), dict) else {}
     tokens = [number(usage.get(key)) for key in ("prompt_tokens", "completion_tokens")]
     return Reply(ended, message, wire, errors, *tokens)
 
@@ -1351,8 +1363,10 @@ class Endpoint:
         try:
             async with asyncio.timeout(allowed):
                 response = await self.client.post("chat/completions", json=body)
-            if response.status_code != 200:
-                raise Refusal(response.status_code, response.text, response.headers.get("retry-after"))
+            if not response.is_success:
+                text = response.content.decode(errors="replace")  # whatever charset it names
+                text = text or response.headers.get("location", "")
+                raise Refusal(response.status_code, text, response.headers.get("retry-after"))
             data = json.loads(valid_text(json.dumps(response.json(), ensure_ascii=False)))
             reply = read_reply(data, taken, "tools" in body)
         except (TimeoutError, httpx.TimeoutException):
@@ -1361,19 +1375,22 @@ class Endpoint:
             raise Refusal(0, f"no answer within {allowed} s (--request_seconds)", kind="timeout") from None
         except httpx.RequestError as error:
             raise Refusal(503, f"{type(error).__name__} {error}") from None
-        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+        except ODD_ANSWERS as error:
             raise Refusal(502, f"not a chat completion: {type(error).__name__}: {error}") from None
-        if self.is_vllm and (ids := data["choices"][0].get("token_ids")):
-            reply.served = {"prompt_token_ids": data["prompt_token_ids"], "token_ids": ids}
-            reply.served["text"] = await self.detokenize(ids)
+        prompt = data.get("prompt_token_ids")
+        ids = data["choices"][0].get("token_ids")
+        if self.is_vllm and isinstance(prompt, list) and isinstance(ids, list):
+            text = await self.detokenize(ids)
+            reply.served = {"prompt_token_ids": prompt, "token_ids": ids, "text": text}
         return reply
 
     async def detokenize(self, ids):
         """What vLLM generated, before its parsers; None where it does not say."""
-        with suppress(httpx.RequestError, ValueError, LookupError):
+        with suppress(*ODD_ANSWERS):
             body = {"model": self.settings.model, "tokens": ids}
-            response = await self.client.post(self.client.base_url.join("/detokenize"), json=body)
-            return response.json()["prompt"]
+            async with asyncio.timeout(MOMENT):
+                response = await self.client.post(self.client.base_url.join("/detokenize"), json=body)
+            return valid_text(response.json()["prompt"])
 
     async def complete(self, wire, tools, seed, seconds=None, taken=None, patience=None):
         """One model call. What may pass is asked again for so many seconds, a badly written call or an
@@ -1415,7 +1432,7 @@ async def probe(endpoint, schemas, system):
     wire = [{"role": "system", "content": system}, {"role": "user", "content": ask}]
     given = (list(schemas.values()), endpoint.settings.seed)
     patience = min(endpoint.settings.patience, 20)
-    with suppress(httpx.RequestError, ValueError, LookupError, TypeError, RecursionError, TimeoutError):
+    with suppress(*ODD_ANSWERS):
         async with asyncio.timeout(MOMENT):
             endpoint.is_vllm = (await endpoint.client.get("models")).json()["data"][0]["owned_by"] == "vllm"
     try:
@@ -1629,8 +1646,7 @@ BRACKETS = r"\[(?=/?(INST|SYSTEM_PROMPT|AVAILABLE_TOOLS|TOOL_\w+|THINK|[gs]?MASK
 
 def neutral(text):
     """A tool's output as the judge reads it: no control characters, no token of a template in one piece."""
-    text = "".join(character for character in text if character.isprintable() or character in "\n\t")
-    return re.sub(BRACKETS, r"\g<0> ", re.sub(TOKENS, "‹", text))
+    return re.sub(BRACKETS, r"\g<0> ", re.sub(TOKENS, "‹", printable(text)))
 
 
 def flat(text):
@@ -1729,8 +1745,7 @@ def show_round(messages):
 
 def ask_person(lines):
     """What the person says to the agent after seeing its actions and files; "" accepts the turn."""
-    text = "\n".join(lines)  # without escape sequences of the model
-    print("".join(c if c.isprintable() or c in "\n\t" else "?" for c in text))
+    print(printable("\n".join(lines), "?"))
     print("--- accept, give up, Ctrl-D to go on later, or feedback for the agent, ended by a line with a .")
     signal.signal(signal.SIGINT, signal.default_int_handler)  # asyncio's would leave input() waiting
     said = []
@@ -2643,7 +2658,7 @@ def run_tasks(settings, tasks, tools):
 
 async def version_at(url):
     """What serves there, for a vLLM or an SGLang; None where it does not say."""
-    with suppress(httpx.HTTPError, ValueError, LookupError, TypeError, RecursionError, TimeoutError):
+    with suppress(*ODD_ANSWERS):
         async with asyncio.timeout(MOMENT), httpx.AsyncClient(trust_env=False) as client:
             return str((await client.get(httpx.URL(url).join("/version"))).json()["version"])
 

@@ -1,9 +1,12 @@
 """Stage 4: every outcome of a request has a name, and a fault of the endpoint is no score."""
 
 import asyncio
+import contextlib
+import gzip
 import json
 import shutil
 import socket
+import socketserver
 import subprocess
 import sys
 import threading
@@ -125,6 +128,10 @@ REFUSED = {
     "finish SAFETY": whole({"content": None}, "SAFETY"),
     "finish PROHIBITED_CONTENT": whole({"content": None}, "PROHIBITED_CONTENT"),
     "a refusal beside no text": whole({"content": None, "refusal": "I can't help with that."}),
+    "a refusal as a part": whole({"content": [{"type": "refusal", "refusal": "I can't help with that."}]}),
+    "finish blocked": whole({"content": ""}, "blocked"),
+    "finish policy_violation": whole({"content": "half"}, "policy_violation"),
+    "finish moderation": whole({"content": None}, "moderation"),
 }
 
 
@@ -143,6 +150,9 @@ UNPARSED = {
     "a call as text": whole({"content": '<tool_call>{"name": "glob"}</tool_call>'}),
     "a call of GLM as text": whole({"content": "<tool_call>glob<arg_key>pattern</arg_key>"}),
     "a call that never came": whole({"content": ""}, "tool_calls"),
+    "a call that never came, Anthropic": whole({"content": "I look."}, "tool_use"),
+    "a call that never came, old": whole({"content": "I look."}, "function_call"),
+    "finish tool_use_failed": whole({"content": ""}, "tool_use_failed"),
 }
 
 
@@ -197,6 +207,34 @@ FAULTS = {
     "finish abort": whole({"content": "half"}, "abort"),
     "finish cancelled": whole({"content": "half"}, "cancelled"),
     "events": (200, 'data: {"choices": [{"delta": {"content": "x"}}]}\n\ndata: [DONE]\n'),
+    "finish failed": whole({"content": "half"}, "failed"),
+    "finish interrupted": whole({"content": "half"}, "interrupted"),
+    "an error in the message": whole({"content": "", "error": {"message": "Upstream timed out", "code": 504}}),
+    "a list of errors": (200, {"error": [{"message": "boom"}]}),
+    "errors": (200, {"errors": [{"message": "boom"}]}),
+    "an error without words": (200, {"choices": [{"message": {"content": "x"}}], "error": {"code": 0, "message": ""}}),
+    "no success": (200, {"success": False, "choices": [], "message": "boom"}),
+    "Anthropic's own error": (200, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}),
+    "Anthropic's own answer": (200, {"type": "message", "content": [{"type": "text", "text": "hi"}]}),
+    "Ollama's own answer": (200, {"message": {"role": "assistant", "content": "hi"}, "done": True}),
+    "an answer of responses": (200, {"object": "response", "output": [{"type": "message", "content": []}]}),
+    "an old completion": (200, {"choices": [{"text": "hi"}]}),
+    "a piece of a stream": (200, {"choices": [{"delta": {"content": "hi"}, "finish_reason": "stop"}]}),
+    "choices by name": (200, {"choices": {"0": {"message": {"content": "x"}}}}),
+    "content by name": whole({"content": {"text": "x"}}),
+    "calls by name": whole({"content": None, "tool_calls": {"id": "1", "function": {"name": "glob"}}}),
+    "a call that is null": whole({"content": None, "tool_calls": [None]}),
+    "a call of another type": whole({"content": None, "tool_calls": [{"type": "custom", "custom": {"name": "glob"}}]}),
+    "two answers in a row": (200, json.dumps({"choices": [{"message": {"content": "x"}}]}) * 2),
+    "a comment before it": (200, ': PROCESSING\n\n{"choices": [{"message": {"content": "x"}}]}'),
+    "a number of 5,000 digits": (200, '{"choices": [{"message": {"content": "x"}}], "usage": {"n": %s}}' % ("9" * 5000)),
+    "204": (204, ""),
+    "300": (300, ""),
+    "418": (418, "teapot"),
+    "451 for no content": (451, "no"),
+    "499": (499, "closed"),
+    "520": (520, "unknown"),
+    "999": (999, "x"),
 }
 
 
@@ -232,6 +270,15 @@ def test_a_retry_after_of_zero_is_no_licence_to_hammer(ask, endpoint):
     assert len(endpoint.requests) <= 4 and time.monotonic() - started >= 1
 
 
+WAITS = {"7": 7, "2.5": 2.5, "99999": 60, "0": 0, None: 0, "": 0, "-5": 0, "nan": 0, "1e9": 0, "\u00b2": 0, "soon": 0}
+WAITS |= {"Wed, 21 Oct 2026 07:28:00 GMT": 0}
+
+
+@pytest.mark.parametrize("text", WAITS)
+def test_a_retry_after_that_is_no_number_of_seconds_is_none(m, text):
+    assert m.Refusal(429, "slow down", text).wait == WAITS[text]
+
+
 READ = {
     "text": (say("done"), "answer", "done", None),
     "no text": (say(""), "empty", "", None),
@@ -250,6 +297,15 @@ READ = {
     "cut, Mistral": (say("do", finish_reason="model_length"), "length", "do", None),
     "cut, responses": (say("do", finish_reason="max_output_tokens"), "length", "do", None),
     "half an emoji": (say("a\ud83d"), "answer", "a\ufffd", None),
+    "cut, by another word": (say("do", finish_reason="token_limit"), "length", "do", None),
+    "an end of its own": (say("done", finish_reason="end_turn"), "answer", "done", None),
+    "an end that is no text": (say("done", finish_reason=["stop"]), "answer", "done", None),
+    "no end": (say("done", finish_reason=None), "answer", "done", None),
+    "thoughts by name": (say("done", reasoning={"summary": "hm"}), "answer", "done", None),
+    "a picture": (say([{"type": "image_url", "image_url": {"url": "x"}}]), "empty", "", None),
+    "parts of responses": (say([{"type": "output_text", "text": "done"}]), "answer", "done", None),
+    "another role": (say("done", role="user"), "answer", "done", None),
+    "a zero character": (say("a\0b"), "answer", "a\0b", None),
 }
 
 
@@ -274,6 +330,10 @@ CALLS = {
     "a list without end": ({"arguments": [float("inf")]}, {"invalid_json": "[Infinity]"}, 0),
     "no end": ({"arguments": '{"pattern": 1e999}'}, {"invalid_json": '{"pattern": 1e999}'}, 0),
     "half an emoji": ({"arguments": '{"pattern": "a\\ud83d"}'}, {"pattern": "a\ufffd"}, None),
+    "a list that is no text": ({"arguments": [1]}, {"invalid_json": "[1]"}, 0),
+    "a number": ({"arguments": 5}, {"invalid_json": "5"}, 0),
+    "text in text": ({"arguments": '"{}"'}, {"invalid_json": '"{}"'}, 0),
+    "a comment": ({"arguments": "{} // all"}, {"invalid_json": "{} // all"}, 0),
 }
 
 
@@ -329,14 +389,58 @@ def test_calls_without_an_id_or_with_the_same_get_their_own(ask):
     assert [call["id"] for call in reply.wire["tool_calls"]] == ["a", "call_1", "call_2", "call_3", "call_4"]
 
 
+@pytest.mark.parametrize(
+    "name, sent",
+    [("glob", "glob"), ("read file", "read_file"), ("", "_"), (None, "None"), ("functions.glob:0", "functions_glob_0"),
+     ("lies\u00e9", "lies_"), ("x" * 99, "x" * 64)],
+)  # fmt: skip
+def test_a_name_that_no_endpoint_takes_back_is_sent_as_one_that_it_takes(ask, name, sent):
+    """Else the model's own slip would be the endpoint's refusal, and its failure no part of the mean."""
+    reply = ask({"content": None, "tool_calls": [{"id": "1", "function": {"name": name}}]})
+    assert reply.message["tool_calls"][0]["function"]["name"] == str(name)
+    assert reply.wire["tool_calls"][0]["function"]["name"] == sent
+
+
 def test_the_old_form_of_a_call_is_read(ask):
     reply = ask({"content": None, "function_call": {"name": "glob", "arguments": "{}"}})
     assert reply.message["tool_calls"][0]["function"] == {"name": "glob", "arguments": {}}
 
 
-def test_usage_may_be_anything(ask):
-    reply = ask((200, {"choices": [{"message": say("x")}], "usage": {"prompt_tokens": "7", "completion_tokens": 1e400}}))
-    assert (reply.prompt_tokens, reply.completion_tokens) == (7, 0)
+USAGE = [  # what stands there -> prompt and generated tokens
+    ({"prompt_tokens": "7", "completion_tokens": 1e400}, (7, 0)),
+    ({"prompt_tokens": -5, "completion_tokens": "3 tokens"}, (0, 0)),
+    ({"prompt_tokens": {"total": 5}, "completion_tokens": 2.9}, (0, 2)),
+    ({}, (0, 0)),
+    (None, (0, 0)),
+    ([1], (0, 0)),
+    ("none", (0, 0)),
+]
+
+
+@pytest.mark.parametrize("usage, tokens", USAGE)
+def test_usage_may_be_anything(ask, usage, tokens):
+    reply = ask((200, {"choices": [{"message": say("x")}], "usage": usage}))
+    assert (reply.stop, reply.prompt_tokens, reply.completion_tokens) == ("answer", *tokens)
+
+
+def test_usage_may_be_missing_and_the_first_of_two_choices_counts(ask):
+    reply = ask((200, {"choices": [{"message": say("one")}, {"message": say("two")}]}))
+    assert (reply.message["content"], reply.prompt_tokens) == ("one", 0)
+
+
+@pytest.mark.parametrize("more", [{"token_ids": [1]}, {"token_ids": "1", "prompt": [1]}, {"token_ids": [1], "prompt": "1"}])
+def test_token_ids_that_are_half_there_are_none(m, endpoint, more):
+    """A server may say that it is a vLLM, and be another version of it."""
+    choice = {"message": say("done"), "token_ids": more["token_ids"]}
+    endpoint.script["q"] = lambda body: (200, {}, json.dumps({"choices": [choice], "prompt_token_ids": more.get("prompt")}))
+
+    async def complete():
+        client = m.Endpoint(m.Settings(model="x"), endpoint.url, ["NONE"])
+        client.is_vllm = True
+        return await client.complete([{"role": "user", "content": "q"}], [], 0)
+
+    reply = asyncio.run(complete())
+    assert (reply.stop, reply.served) == ("answer", None)
 
 
 def test_reasoning_goes_back_under_its_name_with_what_stands_beside_a_call(endpoint, evaluate):
@@ -388,6 +492,92 @@ def test_a_key_that_is_not_there_is_told(m, monkeypatch):
     monkeypatch.setenv("PASTED", "k \n")  # httpx would say the whole key in its complaint
     client = m.Endpoint(m.Settings(model="x", headers={"x-number": 5}), "http://x/v1", ["PASTED"]).client
     assert client.headers["authorization"] == "Bearer k" and client.headers["x-number"] == "5"
+
+
+GOOD = json.dumps({"choices": [{"message": {"content": "done"}}]}).encode()
+
+
+def raw(body=GOOD, *headers, status="200 OK", length=None):
+    """The bytes of a response."""
+    head = [f"HTTP/1.1 {status}", f"content-length: {len(body) if length is None else length}", *headers]
+    return "".join(f"{line}\r\n" for line in [*head, "connection: close", ""]).encode("latin-1") + body
+
+
+RAW = {  # bytes of a response, and is it an answer?
+    "chunks": (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(GOOD), GOOD), True),
+    "chunks that end": (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n9\r\n" + GOOD[:9] + b"\r\n", False),
+    "a body that ends": (raw(GOOD[:-5], length=len(GOOD)), False),
+    "said to be a page": (raw(GOOD, "content-type: text/html"), True),
+    "said to be events": (raw(GOOD, "content-type: text/event-stream"), True),
+    "compressed": (raw(gzip.compress(GOOD), "content-encoding: gzip"), True),
+    "compressed twice": (raw(gzip.compress(gzip.compress(GOOD)), "content-encoding: gzip, gzip"), True),
+    "said to be compressed": (raw(GOOD, "content-encoding: gzip"), False),
+    "compressed and cut": (raw(gzip.compress(GOOD)[:-12], "content-encoding: gzip"), False),
+    "an encoding that nobody knows": (raw(GOOD, "content-encoding: foo"), True),
+    "a charset that is none": (raw(GOOD, "content-type: application/json; charset=zlib_codec"), True),
+    "refused in a charset that is none": (raw(b"no", "content-type: text/plain; charset=zlib_codec", status="400 x"), False),
+    "away in a charset that is none": (raw(b"no", "content-type: text/plain; charset=hex", status="500 x"), False),
+    "a mark at its beginning": (raw(b"\xef\xbb\xbf" + GOOD), True),
+    "two bytes a character": (raw(GOOD.decode().encode("utf-16")), True),
+    "bytes that are no text": (raw(GOOD.replace(b"done", b"caf\xe9")), False),
+    "blank lines before it": (raw(b"\n\n \n" + GOOD), True),
+    "30 MB of blanks": (raw(b" " * (30 << 20) + GOOD), True),
+    "201": (raw(status="201 Created"), True),
+    "204": (raw(b"", status="204 No Content"), False),
+    "a hint before it": (b"HTTP/1.1 103 Early Hints\r\nlink: x\r\n\r\n" + raw(), True),
+    "a header of 300 KB": (raw(GOOD, "x-long: " + "x" * 300_000), False),
+    "a wait of two times": (raw(b"", "retry-after: 1", "retry-after: 2", status="529 x"), False),
+    "another protocol": (b"SSH-2.0-OpenSSH_9\r\n", False),
+    "no head": (GOOD, False),
+    "nothing": (b"", False),
+}
+
+
+@pytest.fixture
+def ask_raw(m):
+    """ask_raw(bytes) -> the Reply to what a server sends, or the NotRun that comes of it."""
+
+    class Handler(socketserver.StreamRequestHandler):
+        def handle(self):
+            length = 0
+            while (line := self.rfile.readline().lower()) not in (b"\r\n", b""):
+                length = int(line.split(b":")[1]) if line.startswith(b"content-length") else length
+            self.rfile.read(length)
+            with contextlib.suppress(OSError):
+                self.wfile.write(self.server.response)
+
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_address[1]}/v1"
+
+        async def complete():
+            try:
+                return await m.Endpoint(m.Settings(model="x", patience=0), url, ["NONE"]).complete([], [], 0)
+            except m.NotRun as fault:
+                return fault
+
+        def run(response):
+            server.response = response
+            return asyncio.run(complete())
+
+        yield run
+        server.shutdown()
+
+
+@pytest.mark.parametrize("what", RAW)
+def test_however_an_answer_is_sent_it_is_an_answer_or_a_fault(ask_raw, what):
+    response, good = RAW[what]
+    told = ask_raw(response)
+    assert told.message["content"] == "done" if good else told.reason == "endpoint_error", told
+
+
+def test_where_a_server_sends_on_to_is_said(ask_raw):
+    response = raw(b"", "location: https://me.example/v2/", status="307 Temporary Redirect")
+    assert "HTTP 307: https://me.example/v2/" in ask_raw(response).detail
+
+
+def test_what_an_endpoint_writes_to_the_terminal_is_text(ask):
+    assert ask((400, "\x1b]0;a title\x07\x1b[2Jno")).detail.count("HTTP 400: ]0;a title[2Jno") == 1
 
 
 class Trickle(BaseHTTPRequestHandler):

@@ -238,6 +238,7 @@ def killed():
 
 def half_a_line(self, key, row):
     self.file.write(json.dumps(row)[:200])
+    self.file.flush()
     killed()
 
 def die_at(owner, name, count):
