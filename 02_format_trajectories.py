@@ -94,7 +94,7 @@ def parse_settings(parser):
     parser.formatter_class = type("Help", (RawDescriptionHelpFormatter, parser.formatter_class), {})
     try:
         return parser.parse_args_and_config()
-    except (ValueError, IndexError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, IndexError, yaml.YAMLError) as error:
         told = re.sub("Some specified arg.* HfArgumentParser", "no such setting (see --help)", str(error))
         if unknown := re.findall(r"'--([\w-]+)", told):
             known = [action.dest for action in parser._actions]

@@ -40,6 +40,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import uuid
@@ -156,7 +157,7 @@ def parse_settings(parser):
     parser.formatter_class = type("Help", (RawDescriptionHelpFormatter, parser.formatter_class), {})
     try:
         return parser.parse_args_and_config()
-    except (ValueError, IndexError, yaml.YAMLError) as error:
+    except (ValueError, TypeError, IndexError, yaml.YAMLError) as error:
         told = re.sub("Some specified arg.* HfArgumentParser", "no such setting (see --help)", str(error))
         if unknown := re.findall(r"'--([\w-]+)", told):
             known = [action.dest for action in parser._actions]
@@ -231,6 +232,9 @@ def valid_text(text):
 # The tasks
 
 TEXT = {"type": "string", "pattern": r"\S"}
+FUNCTION = {"name": TEXT, "parameters": {"$ref": "https://json-schema.org/draft/2020-12/schema"}}
+TOOL = {"type": "object", "required": list(FUNCTION), "properties": FUNCTION}
+TOOL = {"type": "object", "required": ["function"], "properties": {"function": TOOL}}
 TURN = {
     "type": "object",
     "required": ["query"],
@@ -251,8 +255,9 @@ TASK = {
         "venv": {"type": ["string", "null"]},
         "image": {"type": ["string", "null"]},
         "system": {"type": "string"},
-        "tools": {"type": "array", "items": {"required": ["function"]}},
+        "tools": {"type": "array", "items": TOOL},
         "needs": {"type": "array", "items": TEXT},
+        **dict.fromkeys(("domain", "subdomain", "source", "meta"), {}),
     },
 }
 
@@ -276,7 +281,7 @@ def read_tasks(settings, tools):
                 if task.get(key):
                     task[key] = full_path(where, key, Path(path).parent / task[key])
             for schema in task.get("tools", []):
-                if (name := schema["function"].get("name")) not in tools:
+                if (name := schema["function"]["name"]) not in tools:
                     raise InputError(f"{where}: tools: {name!r} is none of {list(tools)}")
             tasks[task["query_id"]] = task
     if not tasks:
@@ -285,19 +290,40 @@ def read_tasks(settings, tools):
 
 
 def check_turns(where, task, settings):
-    """Raises InputError unless somebody can grade every turn."""
+    """Raises InputError for a misspelt field, and unless somebody can grade every turn."""
+    check_names(where, task, TASK)
     for number, turn in enumerate(task["turns"]):
+        check_names(f"{where}: turns[{number}]", turn, TURN)
         judged = settings.feedback == "judge" and "rubric" in turn
         if not ("check" in turn or judged or settings.feedback == "human"):
             missing = f"{where}: turns[{number}].check is missing"
             raise InputError(f"{missing}; add one, or --feedback judge with a rubric")
 
 
+def check_names(where, value, schema):
+    for key in value.keys() - schema["properties"].keys():
+        if nearest := difflib.get_close_matches(key, schema["properties"], 1, 0.75):
+            raise InputError(f"{where}: {key}: no such field; nearest: {nearest[0]}")
+
+
 def full_path(where, key, path):
-    """Raises InputError unless the path is there: a folder, or for a workspace also a .tar."""
-    if not (path.is_dir() or key == "workspace" and path.is_file()):
-        raise InputError(f"{where}: {key}: {path} does not exist (paths are relative to the task file)")
+    """Raises InputError for a path that is not there, or not what it must be: a folder, or a .tar as a
+    workspace."""
+    is_tar = key == "workspace" and path.is_file() and tarfile.is_tarfile(path)
+    if not (path.is_dir() or is_tar):
+        told = f"{path} does not exist, or is no {'folder or .tar' if key == 'workspace' else 'folder'}"
+        raise InputError(f"{where}: {key}: {told} (paths are relative to the task file)")
+    if key == "venv" and not os.path.lexists(path / "bin" / "python"):
+        raise InputError(f"{where}: venv: no bin/python in {path}")
+    if key == "private" and os.getuid() == 0:  # a check has a user of its own then
+        check_readable(where, path)
     return path.resolve() if key != "venv" else path.absolute()
+
+
+def check_readable(where, folder):
+    for file in [folder, *folder.rglob("*")]:
+        if not file.lstat().st_mode & 0o004:
+            raise InputError(f"{where}: private: root alone may read {file}; chmod -R go+rX {folder}")
 
 
 @functools.cache  # tasks may share a folder
@@ -509,6 +535,7 @@ def serve(root, limits, functions):
         for name in ("RLIMIT_NPROC", "RLIMIT_DATA", "RLIMIT_FSIZE", "RLIMIT_CORE"):
             if name != "RLIMIT_NPROC" or limits["own_user"]:
                 resource.setrlimit(getattr(resource, name), (limits[name], limits[name]))
+        threading.excepthook = lambda _: os._exit(1)  # whoever blinds the guard ends the sandbox
         threading.Thread(target=guard, args=[limits], daemon=True).start()
     signal.signal(signal.SIGALRM, out_of_time)  # the engine of regular expressions looks at signals, too
     functions["check"] = run_check
@@ -758,19 +785,19 @@ def load_tools(path):
         try:
             tools = Path(path).read_text()
             exec(compile(tools, path, "exec"), names := {"__name__": Path(path).stem})
-        except (OSError, SyntaxError, NameError, ImportError) as error:
+        except (*CALL_ERRORS, SyntaxError, NameError, ImportError, TypeError, AttributeError) as error:
             raise InputError(f"--tools {path}: cannot be loaded: {error}") from None
     else:
         tools = "#" + tools.partition("# END OF THE PROGRAM")[0]
-    schemas = {}
-    for schema in names.get("TOOLS") or []:
-        name = schema["function"]["name"]
+    if not names.get("TOOLS"):
+        raise InputError(f"--tools {path}: TOOLS, a list of function schemas, is missing or empty")
+    described = jsonschema.Draft202012Validator({"type": "array", "items": TOOL})
+    if problem := jsonschema.exceptions.best_match(described.iter_errors(names["TOOLS"])):
+        raise InputError(f"--tools {path}: TOOLS{problem.json_path[1:]}: {problem.message[:200]}")
+    schemas = {schema["function"]["name"]: schema for schema in names["TOOLS"]}
+    for name in schemas:
         if not callable(names.get(name)):
             raise InputError(f"--tools {path}: no function {name} for the schema of that name")
-        jsonschema.Draft202012Validator.check_schema(schema["function"]["parameters"])
-        schemas[name] = schema
-    if not schemas:
-        raise InputError(f"--tools {path}: TOOLS, a list of function schemas, is missing or empty")
     imports = "import json, os, re, signal, subprocess, sys, tempfile, time\n"
     imports += "from contextlib import suppress\n"
     table = f"TABLE = {{name: globals()[name] for name in {list(schemas)!r}}}\n"
@@ -893,10 +920,19 @@ def bwrap_command(options, slot, reads_all):
     return command, descriptor
 
 
+def filled(words, known):
+    """The words of a setting, their placeholders filled in."""
+    try:
+        return [word.format(**known) for word in words]
+    except (LookupError, ValueError) as error:
+        raise InputError(f"{words}: {error}: the placeholders here are {', '.join(known)}") from None
+
+
 def own_command(settings, name, mounts, venv, image, slot, root):
     """The launcher that settings.sandbox_command describes, its placeholders filled in."""
-    option = settings.sandbox_mount
-    mounted = [option.format(host=host, inside=inside, mode=mode) for host, inside, mode in mounts]
+    mounted = []
+    for host, inside, mode in mounts:
+        mounted += filled([settings.sandbox_mount], {"host": host, "inside": inside, "mode": mode})
     path = f"/opt/venv/bin:{SYSTEM_PATH}" if venv else SYSTEM_PATH
     variables = [f"--env={key}={value}" for key, value in (ENVIRONMENT | {"PATH": path}).items()]
     lists = {"{mounts}": mounted, "{environment}": variables}
@@ -905,7 +941,7 @@ def own_command(settings, name, mounts, venv, image, slot, root):
     known["network"] = "host" if settings.network else "none"
     command = []
     for word in settings.sandbox_command:
-        command += lists.get(word) or [word.format(**known)]
+        command += lists.get(word) or filled([word], known)
     return command
 
 
@@ -1050,7 +1086,7 @@ class Sandbox:
             os.killpg(process.pid, signal.SIGKILL)  # bwrap's --die-with-parent ends everything inside
         self.writer.close()
         if self.settings.sandbox_stop:
-            command = [word.format(name=self.name) for word in self.settings.sandbox_stop]
+            command = filled(self.settings.sandbox_stop, {"name": self.name})
             await asyncio.to_thread(subprocess.run, command, capture_output=True)
         said = (await asyncio.to_thread(process.communicate))[1].decode(errors="replace")
         if self.group:
@@ -1319,23 +1355,31 @@ def without_reasoning(message):
     return {key: value for key, value in message.items() if key not in BESIDE}
 
 
+def headers_of(settings, key_names):
+    """The headers of every request, with the key of the first of these variables that is set."""
+    headers = {name: os.path.expandvars(str(value)) for name, value in settings.headers.items()}
+    for name, value in headers.items():
+        if "$" in value:
+            raise InputError(f"headers: {name}: a variable of it is not set")
+    key = next((os.environ[name].strip() for name in key_names if os.environ.get(name)), None)
+    if key and not any(name.lower() in ("authorization", "api-key", "x-api-key") for name in headers):
+        headers["Authorization"] = f"Bearer {key}"
+    for name, value in headers.items():  # httpx would say the whole value in its complaint
+        if not re.fullmatch(r"[!-9;-~]+", name) or not re.fullmatch(r"[ -~]*", value):
+            raise InputError(f"headers: {name}: not of characters that a header may have")
+    return headers
+
+
 class Endpoint:
     """An OpenAI-compatible chat endpoint. flags: names of the settings that a message about it speaks of."""
 
     def __init__(self, settings, url, key_names, alive=None):
-        headers = {name: os.path.expandvars(str(value)) for name, value in settings.headers.items()}
-        for name, value in headers.items():
-            if "$" in value or not value.isascii():
-                raise InputError(f"headers: {name}: a variable of it is not set, or it is not ASCII")
-        key = next((os.environ[name].strip() for name in key_names if os.environ.get(name)), None)
-        if key and not any(name.lower() in ("authorization", "api-key", "x-api-key") for name in headers):
-            headers["Authorization"] = f"Bearer {key}"
         parts = httpx.URL(url)
         ours = parts.host in ("127.0.0.1", "localhost", "::1")  # never through a proxy
         self.client = httpx.AsyncClient(
             base_url=parts.copy_with(query=None),
             params=parts.params,
-            headers=headers,
+            headers=headers_of(settings, key_names),
             timeout=httpx.Timeout(settings.request_seconds, connect=10),
             trust_env=not ours,
         )
@@ -1636,7 +1680,7 @@ BOILERPLATE = r"^(Command|Directory|Error|Exit Code|Signal): .*$"
 BOILERPLATE += r"|^(Directory listing for|File:|---|Found \d+) .*$"
 BOILERPLATE += r"|^Directory \S+ is empty\.$|^No files matched\.$|^\[\.\.\. \d* ?characters left out .*$"
 BOILERPLATE += r"|^\[File content truncated.*$|^Success\w+ .*$|^(Stdout|Stderr): ?(\(empty\)$)?"
-
+BOILERPLATE += r"|\.\.\. \[line cut\]$"
 
 # How the tokens of chat templates begin
 TOKENS = r"<(?=[|｜/]?\w*[|｜]|<?/?SYS>|/?(seed|minimax):|/?(think|thought|arg_key|arg_value|function="
@@ -1691,7 +1735,7 @@ def read_verdict(text, key, count, messages):
     passed = {}
     for verdict in verdicts:
         quote = flat(verdict["evidence"])
-        proven = len(quote) >= 8 and quote in seen and quote not in own
+        proven = len(quote) >= 8 and quote in seen and quote.casefold() not in own.casefold()
         if verdict["passed"] and not proven:
             raise ValueError(f"requirement {verdict['requirement']}: the evidence is no quote of the work")
         passed[verdict["requirement"]] = verdict["passed"]
@@ -2399,7 +2443,10 @@ def vllm_command(settings):
         command += ["--reasoning-parser", reasoning]
     if switches := trained_with(settings.model).get("chat_template_kwargs"):
         command += ["--default-chat-template-kwargs", json.dumps(switches)]
-    return command + shlex.split(settings.vllm_args)
+    try:
+        return command + shlex.split(settings.vllm_args)
+    except ValueError as error:
+        raise InputError(f"--vllm_args {settings.vllm_args}: {error}") from None
 
 
 def root_cause(log):
@@ -2419,8 +2466,8 @@ def vllm_server(settings, log):
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             sock.bind(("127.0.0.1", settings.port or 0))
-        except OSError as error:
-            raise InputError(f"--port {settings.port}: {error.strerror}; name another") from None
+        except (OSError, OverflowError) as error:
+            raise InputError(f"--port {settings.port}: {error}; name another") from None
         port = sock.getsockname()[1]
     command += ["--host", "127.0.0.1", "--port", str(port)]
     # Off: vLLM would constrain GLM-4.5's calls to the form of GLM-4.7, and their arguments come back empty
@@ -2759,6 +2806,7 @@ def check_values(settings):
     kinds = {}
     for name, kind in get_type_hints(type(settings)).items():
         least = 0 if name in ("seed", "patience") else 1
+        kind = dict[str, pydantic.JsonValue] if kind is dict else kind
         kinds[name] = (kind, pydantic.Field(ge=least if kind in (int, int | None) else None))
     strict = pydantic.ConfigDict(strict=True, allow_inf_nan=False)
     try:
@@ -2767,9 +2815,17 @@ def check_values(settings):
         problem = error.errors()[0]
         name = problem["loc"][0]
         raise InputError(f"--{name} {getattr(settings, name)!r}: {problem['msg']}") from None
-    for url in [*(settings.base_url or []), settings.judge_base_url]:
-        if url and not re.match(r"https?://[^/\s]+", url):
-            raise InputError(f"--base_url {url}: expected something like http://localhost:8000/v1")
+    for url in settings.base_url or []:
+        check_url("base_url", url)
+    check_url("judge_base_url", settings.judge_base_url or "http://localhost/")
+
+
+def check_url(name, url):
+    good = False
+    with suppress(httpx.InvalidURL):
+        good = httpx.URL(url).host and url.startswith(("http://", "https://"))
+    if not good:
+        raise InputError(f"--{name} {url}: expected something like http://localhost:8000/v1")
 
 
 CONFLICTS = [  # (what is set, none of these is, what is said)
@@ -2778,6 +2834,8 @@ CONFLICTS = [  # (what is set, none of these is, what is said)
     ({"tools", "no_tools"}, set(), "--tools does nothing with --no_tools"),
     ({"paper"}, {"compare"}, "--paper does nothing without --compare"),
     ({"judge_model"}, {"judge"}, "--judge_model does nothing without --feedback judge"),
+    ({"judge_base_url"}, {"judge"}, "--judge_base_url does nothing without --feedback judge"),
+    ({"image"}, {"sandbox_command"}, "--image does nothing without a sandbox_command, see recipes/sandbox"),
     ({"judge"}, {"judge_model"}, "--feedback judge needs --judge_model (and --judge_base_url)"),
     ({"judge"}, {"base_url", "judge_base_url", "model"}, "--feedback judge needs --judge_base_url"),
     ({"max_usd"}, {"price_in", "price_out"}, "--max_usd needs --price_in and --price_out"),

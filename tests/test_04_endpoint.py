@@ -490,6 +490,14 @@ def test_a_key_that_is_not_there_is_told(m, monkeypatch):
     with pytest.raises(m.InputError, match="headers: api-key"):
         m.Endpoint(m.Settings(model="x", headers={"api-key": "$NOT_SET"}), "http://x/v1", ["NONE"])
     monkeypatch.setenv("PASTED", "k \n")  # httpx would say the whole key in its complaint
+    for key in ("secret\nb", "secret\u043a"):
+        monkeypatch.setenv("BAD_KEY", key)
+        with pytest.raises(m.InputError, match="headers: Authorization: not of characters") as error:
+            m.Endpoint(m.Settings(model="x"), "http://x/v1", ["BAD_KEY"])
+        assert "secret" not in str(error.value)
+    for name, value in (("a b", "x"), ("a", "x\ny"), ("\u00e4", "x")):
+        with pytest.raises(m.InputError, match=f"headers: {name}: not of characters"):
+            m.Endpoint(m.Settings(model="x", headers={name: value}), "http://x/v1", ["NONE"])
     client = m.Endpoint(m.Settings(model="x", headers={"x-number": 5}), "http://x/v1", ["PASTED"]).client
     assert client.headers["authorization"] == "Bearer k" and client.headers["x-number"] == "5"
 

@@ -1,5 +1,7 @@
 """Stage 4: a scripted endpoint replays canned turns through the real loop, the real sandbox and the real check."""
 
+import asyncio
+import datetime
 import json
 import os
 import re
@@ -399,10 +401,36 @@ def test_what_cannot_be_compared_is_refused_and_what_differs_is_said(
     assert [line[0] for line in lines if line[:2] in ("a ", "b ", "c ", "d ", "e ", "f ")] == list("abcdef")
 
 
-@pytest.mark.parametrize("damage", ["{", "null", '{"by_task": {"a": {"FTFC": NaN}}}', '{"by_task": {"a": {"FTFC": 7}}}'])
-def test_a_damaged_summary_is_one_line(two_runs, run_stage, one_line_error, damage):
-    two_runs[1].joinpath("summary.json").write_text(damage)
-    one_line_error(run_stage("04_eval.py", "--compare", *two_runs), "tuned/summary.json")
+SUMMARY = {"model": "x", "settings": {"rounds": 3}, "fingerprints": {}, "tasks": 1, "not_run": {}, "task_sha256": {"a": "0"}}
+SUMMARY |= {"by_task": {"a": {"FTFC": 0.5, "SR@3": 1}}}
+DAMAGED = {
+    "half": '{"model": ',
+    "null": "null",
+    "a list": [SUMMARY],
+    "no model": {key: value for key, value in SUMMARY.items() if key != "model"},
+    "no rounds": SUMMARY | {"settings": {}},
+    "rounds that are a word": SUMMARY | {"settings": {"rounds": "3"}},
+    "no number": SUMMARY | {"by_task": {"a": {"FTFC": float("nan")}}},
+    "more than all": SUMMARY | {"by_task": {"a": {"FTFC": 7.5}}},
+    "less than nothing": SUMMARY | {"by_task": {"a": {"FTFC": -1}}},
+    "a score in words": SUMMARY | {"by_task": {"a": {"FTFC": "0.5"}}},
+    "no task": SUMMARY | {"by_task": {}},
+    "no metric": SUMMARY | {"by_task": {"a": {}}},
+    "another metric": SUMMARY | {"by_task": {"a": {"FTFC": 1}, "b": {"SR@3": 1}}},
+    "counts in words": SUMMARY | {"not_run": {"killed": "two"}},
+}
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_summary_is_one_line(m, tmp_path, what):
+    damaged = DAMAGED[what]
+    path = tmp_path / "summary.json"
+    path.write_text(json.dumps(SUMMARY))
+    m.compare([str(tmp_path)], None)
+    path.write_text(damaged if isinstance(damaged, str) else json.dumps(damaged))
+    with pytest.raises(m.InputError, match="summary.json: ") as error:
+        m.compare([str(tmp_path)], None)
+    assert "\n" not in str(error.value)
 
 
 PAPER = """
@@ -676,6 +704,13 @@ def test_another_tool_set_is_one_file(endpoint, evaluate, tmp_path, m):
         ("x = 1", "missing or empty"),
         ("def", "cannot be loaded"),
         ("import no_such_module", "cannot be loaded"),
+        ("1 / 0", "cannot be loaded: division by zero"),
+        ("int('x')", "cannot be loaded"),
+        ("TOOLS = 5", "TOOLS: 5 is not of type 'array'"),
+        ("TOOLS = ['shout']", "TOOLS.0.: 'shout' is not of type 'object'"),
+        ("TOOLS = [{'function': {}}]", "TOOLS.0..function: 'name' is a required property"),
+        (SHOUT.replace('"parameters"', '"arguments"'), "'parameters' is a required property"),
+        (SHOUT.replace('"type": "object"', '"type": "thing"'), "'thing' is not valid"),
     ],
 )
 def test_a_tool_without_its_function_fails_at_the_start(m, tmp_path, text, told):
@@ -862,6 +897,12 @@ def test_bad_settings(m, tmp_path):
     assert "--model" in error(tasks=known["tasks"])
     assert "http://" in error(**known | {"base_url": ["localhost:8000"]})
     assert "--base_url x:1" in error(**known | {"base_url": ["http://x/v1", "x:1"]})
+    for url in ("http://[::1/v1", "http://x\0/v1", "http://:80/v1", "ftp://x/v1", "http://ex\u0301\u2028ample..com/v1"):
+        assert f"--base_url {url}: expected" in error(**known | {"base_url": [url]})
+    judge = {"feedback": "judge", "judge_model": "j"}
+    assert "--judge_base_url x:1" in error(**known, **judge, judge_base_url="x:1")
+    assert "--judge_base_url does nothing" in error(**known, judge_base_url="http://x/v1")
+    assert "--image does nothing" in error(**known, image="x")
     assert "--concurrency 0" in error(**known, concurrency=0)
     assert "--limit 0" in error(**known, limit=0)
     assert "max_seconds 0" in error(**known, max_seconds=0)
@@ -878,10 +919,22 @@ def test_bad_settings(m, tmp_path):
     assert "--sandbox 'nome'" in error(**known, sandbox="nome")
     assert "--request [1]" in error(**known, request=[1])
     assert "--headers None" in error(**known, headers=None)
+    assert "--headers {5: 'x'}" in error(**known, headers={5: "x"})
+    assert "--request {'x': datetime.date" in error(**known, request={"x": datetime.date(2026, 1, 1)})
+    assert "--request {'x': nan}" in error(**known, request={"x": float("nan")})
     assert "--max_steps 2.5" in error(**known, max_steps=2.5)
     assert "--network 'no'" in error(**known, network="no")
     assert "--temperature nan" in error(**known, temperature=float("nan"))
     assert "--sandbox_command 'docker run'" in error(**known, sandbox_command="docker run")
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"sandbox_mount": "{hots}"}, {"sandbox_command": ["bash", "{nme}"]}, {"sandbox_command": ["bash", "{"]}]
+)
+def test_a_placeholder_of_a_launcher_that_is_none_is_told(m, tmp_path, wrong):
+    given = {"sandbox_command": ["bash", "{mounts}"], "sandbox_mount": "{host}", "output_dir": str(tmp_path)}
+    with pytest.raises(m.InputError, match="the placeholders here are .*"):
+        asyncio.run(m.try_sandbox(m.Settings(model="x", **given | wrong), ""))
 
 
 def test_a_checkpoint_that_cannot_be_served_is_told_before_anything_starts(m, tmp_path):
@@ -894,6 +947,10 @@ def test_a_checkpoint_that_cannot_be_served_is_told_before_anything_starts(m, tm
     tmp_path.joinpath("config.json").write_text("{}")
     tmp_path.joinpath("tokenizer_config.json").write_text("{}")
     assert "name --tool_call_parser" in error()
+    assert "--vllm_args '--a" in error(tool_call_parser="hermes", vllm_args="'--a")
+    with pytest.raises(m.InputError, match="--port 70000"):
+        with m.vllm_server(m.Settings(model=str(tmp_path), tool_call_parser="hermes", port=70_000), tmp_path / "log"):
+            pass
     with pytest.raises(m.InputError, match="neither a folder nor a reachable Hub id"):
         m.vllm_command(m.Settings(model="nobody/nothing"))
     command = m.vllm_command(m.Settings(model=str(tmp_path), tool_call_parser="hermes", reasoning_parser="none"))
@@ -944,6 +1001,23 @@ BAD_TASKS = [
     (json.dumps(GOOD | {"workspace": "none"}), ["queries.jsonl:1", "workspace", "none does not exist"]),
     (json.dumps(GOOD | {"tools": [{"function": {"name": "web_fetch", "parameters": {}}}]}), ["queries.jsonl:1: tools: ", "web_fetch"]),
     ("", ["no tasks in it"]),
+    (json.dumps(GOOD | {"privat": "hidden"}), ["queries.jsonl:1: privat: no such field; nearest: private"]),
+    (json.dumps(GOOD | {"turns": [GOOD["turns"][0] | {"solutoin": "x"}]}), ["turns[0]: solutoin: ", "nearest: solution"]),
+    (json.dumps(GOOD | {"turns": [{"query": " ", "check": "true"}]}), ["queries.jsonl:1: turns[0].query"]),
+    (json.dumps(GOOD | {"turns": [{"query": "q", "check": None}]}), ["queries.jsonl:1: turns[0].check"]),
+    (json.dumps(GOOD | {"turns": [{"query": "q", "check": "true", "rubric": "r"}]}), ["turns[0].rubric"]),
+    (json.dumps(GOOD | {"turns": {"query": "q"}}), ["queries.jsonl:1: turns"]),
+    (json.dumps(GOOD | {"needs": "bash"}), ["queries.jsonl:1: needs"]),
+    (json.dumps(GOOD | {"system": None}), ["queries.jsonl:1: system"]),
+    (json.dumps(GOOD | {"workspace": "queries.jsonl"}), ["workspace", "is no folder or .tar"]),
+    (json.dumps(GOOD | {"private": "queries.jsonl"}), ["private", "is no folder"]),
+    (json.dumps(GOOD | {"venv": "."}), ["queries.jsonl:1: venv: no bin/python"]),
+    (json.dumps(GOOD | {"tools": [{"function": "glob"}]}), ["queries.jsonl:1: tools[0].function"]),
+    (json.dumps(GOOD | {"tools": [{"function": {"name": "glob"}}]}), ["'parameters' is a required property"]),
+    (json.dumps(GOOD | {"tools": [{"function": {"name": "glob", "parameters": {"type": "strng"}}}]}), ["'strng'"]),
+    (json.dumps([GOOD]), ["queries.jsonl:1", "expected a JSON object, found list"]),
+    (json.dumps(GOOD, indent=1), ["queries.jsonl:1", "one JSON object a line"]),
+    ("[" * 100_000, ["queries.jsonl:1", "not valid JSON"]),
 ]
 
 
@@ -954,6 +1028,19 @@ def test_bad_tasks(m, tmp_path, text, parts):
     with pytest.raises(m.InputError) as error:
         m.read_tasks(m.Settings(tasks=[str(path)]), m.load_tools(None)[0])
     assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value), str(error.value)
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only as root a check has a user of its own")
+@pytest.mark.parametrize("path, mode", [("hidden", 0o700), ("hidden/deep/word", 0o600)])
+def test_a_private_folder_that_no_check_could_read_is_told(m, tmp_path, path, mode):
+    """Every check would fail, and every score would be 0."""
+    tmp_path.joinpath("hidden/deep").mkdir(parents=True)
+    tmp_path.joinpath("hidden/deep/word").write_text("heron")
+    settings = m.Settings(tasks=[str(write_tasks(tmp_path, GOOD | {"private": "hidden"}))])
+    assert len(m.read_tasks(settings, {})) == 1
+    tmp_path.joinpath(path).chmod(mode)
+    with pytest.raises(m.InputError, match=f"queries.jsonl:1: private: .*{path}; chmod"):
+        m.read_tasks(settings, {})
 
 
 def test_bad_tasks_from_the_shell(tmp_path, run_stage, one_line_error):

@@ -94,6 +94,7 @@ BOILER = {
     "the judge's own command": ("echo all requirements are met", "all requirements are met"),
     "its command's echo": ("cat a.txt", "Command: cat a.txt"),
     "what was left out": ("seq 99999", "characters left out"),
+    "what it wrote, in other letters": ("echo all requirements are met | tr a-z A-Z", "ALL REQUIREMENTS ARE MET"),
     "what it wrote itself": ("echo 'it is all done' > c; cat c", "it is all done"),
     "too short": ("cat a.txt", "works"),
     "never seen": ("cat a.txt", "it works very fine"),
@@ -104,9 +105,11 @@ BOILER = {
 @pytest.mark.parametrize("name, arguments, quote", [
     ("list_directory", {"path": "/tmp"}, "Directory /tmp is empty."),
     ("read_many_files", {"paths": ["*.none"]}, "No files matched."),
+    ("read_file", {"absolute_path": "/workspace/long"}, "... [line cut]"),
 ])  # fmt: skip
 def test_what_a_tool_says_of_nothing_is_no_evidence(judged, name, arguments, quote):
-    assert judged(SEEN, [call(name, **arguments), verdicts((quote, True))]) == (None, "judge_undecided")
+    work = f"{SEEN}; seq -s , 9999 > long"
+    assert judged(work, [call(name, **arguments), verdicts((quote, True))]) == (None, "judge_undecided")
 
 
 @pytest.mark.parametrize("kind", BOILER)

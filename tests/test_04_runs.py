@@ -109,7 +109,7 @@ def test_tasks_tools_and_script_belong_to_a_run(start, given, m, tmp_path, monke
         "its check": given(turns=[check]),
         "a turn more": given(turns=[{"query": "q", "check": "true"}] * 2),
         "its system prompt": given(system="Work!"),
-        "its tools": given(tools=[{"function": {"name": "glob"}}]),
+        "its tools": given(tools=[{"function": {"name": "glob", "parameters": {"type": "object"}}}]),
         "what it needs": given(needs=["bash"]),
         "no private folder": given(private=None),
         "a task more": (*given(), {"query_id": "v", "turns": [query]}),
