@@ -756,6 +756,8 @@ TOOL_OUTPUTS = [
     ("glob", {"pattern": "*.py"}, "Found 0 file(s) matching '*.py'"),
     ("glob", {"pattern": "[a-c].py", "path": "/workspace/src"},
      "Found 1 file(s) matching '[a-c].py'\n/workspace/src/a.py"),
+    ("glob", {"pattern": "*", "depth": 3},
+     "Error: the arguments do not fit the tool: glob() got an unexpected keyword argument 'depth'"),
     ("search_file_content", {"pattern": "^z"},
      "Found 2 match(es) for '^z'\nFile: src/a.py\nL1: z = 1\nL3: z = 3"),
     ("search_file_content", {"pattern": "z", "include": "*.md"}, "Found 1 match(es) for 'z'\nFile: b.md\nL1: # z"),

@@ -203,6 +203,17 @@ def test_a_day_that_ended_at_the_question_goes_on_there(endpoint, session, tmp_p
 
 
 @needs_bwrap
+def test_a_damaged_state_of_a_day_is_told(endpoint, session, tmp_path):
+    endpoint.script["q"] = [say("first"), say("second")]
+    assert session("")[0] == 130
+    state = tmp_path / "out/workspaces/t-0.json"
+    for text, told in (("{", "not valid JSON"), ('{"rounds": 5}', "damaged"), ("[]", "damaged")):
+        state.write_text(text)
+        code, _, error = session("accept\n")
+        assert code == 2 and f"t-0.json: {told}" in error
+
+
+@needs_bwrap
 def test_other_settings_do_not_mix_into_an_open_episode(endpoint, session):
     endpoint.script["q"] = [say("first"), say("second")]
     assert session("accept\n")[0] == 130  # one turn is accepted, the second one waits
