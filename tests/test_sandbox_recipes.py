@@ -37,7 +37,7 @@ def test_a_launcher_gets_its_folders_environment_and_image(stage, recipe):
 @pytest.mark.parametrize("recipe", RECIPES[1:], ids=lambda path: path.stem)
 def test_a_container_has_no_rights_and_its_limits(stage, recipe):
     _, words = command_of(stage, recipe)
-    scratch, processes = stage("04_eval").SCRATCH, stage("04_eval").LIMITS["processes"]
+    scratch, processes = stage("04_eval").SCRATCH, stage("04_eval").LIMITS["RLIMIT_NPROC"]
     for word in ("--cap-drop=ALL", "--security-opt=no-new-privileges", "--read-only", "--pull=never", "--rm"):
         assert word in words
     assert "--name=limi-7" in words and "--workdir=/workspace" in words and f"--pids-limit={processes}" in words
