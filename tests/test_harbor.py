@@ -21,7 +21,7 @@ DOCKERFILE = """\
 FROM --platform=linux/amd64 ubuntu:24.04
 WORKDIR /app
 RUN apt-get update && apt-get install -y bash \\
-    && rm -rf /var/lib/apt/lists/*
+    && ln -s /usr/bin/python3 /usr/bin/python && rm -rf /var/lib/apt/lists/*
 COPY data/numbers.txt /app/in/
 RUN mkdir -p /app/out && printf "1\\n2\\n" > /app/words.txt
 """

@@ -83,7 +83,7 @@ def variables_in(text):
 
 
 def packages_of(command):
-    """{"apt": [...]} or {"pip": [...]} that a command installs, {} for one that only cleans up; else None."""
+    """{"apt": [...]} or {"pip": [...]} that a command installs, {} where it changes nothing; else None."""
     words = [word for word in command if not word.startswith("-")]
     if "install" in words:
         names = [re.split(r"[=<>~!\[]", word)[0] for word in words[words.index("install") + 1 :]]
@@ -91,8 +91,15 @@ def packages_of(command):
             return {"apt": names}
         if words[0] in ("pip", "pip3") or words[:2] in (["python", "pip"], ["uv", "pip"]):
             return {"pip": [name for name in names if "/" not in name]}
+    return {} if changes_nothing(command, words) else None
+
+
+def changes_nothing(command, words):
+    """Does it clean up, or name the Python that the task's environment has?"""
+    if words[:1] == ["ln"]:
+        return words[-1] in ("/usr/bin/python", "/usr/local/bin/python")
     cleans = (["apt-get", "update"], ["apt-get", "clean"], ["apt", "update"], ["uv", "venv"])
-    return {} if words[:2] in cleans or command[:2] == ["rm", "-rf"] else None
+    return words[:2] in cleans or command[:2] == ["rm", "-rf"]
 
 
 class Environment:
