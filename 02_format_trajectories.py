@@ -206,7 +206,7 @@ def read_arguments(body, name):
     strange = [key for key in body if key not in CALL_PARTS and body[key]]
     if arguments is None and strange:
         raise Reject(f"call_without_arguments: {name} has {', '.join(strange)}")
-    if isinstance(arguments, str):
+    while isinstance(arguments, str):  # some write JSON in JSON
         arguments = load_json(arguments.strip() or "{}", f"arguments_not_json: {name}")
     if not isinstance(arguments or {}, dict):
         raise Reject(f"arguments_not_an_object: {name}")
@@ -694,11 +694,11 @@ def read_row(record):
         if FLAG.search(key) and isinstance(value, list):
             raise Reject(f"unsupported_flag: {key}, a list beside the messages")
     messages = take_messages(columns)
-    tools = take_tools(columns)
+    first = messages[0] if messages and isinstance(messages[0], dict) else {}
+    tools = take_tools(columns) or first.get("tools")
     system = [columns.pop(key) for key in SYSTEM_COLUMNS if columns.get(key)]
     checked = {"messages": messages, "system": system, "tools": tools}
-    told = [message.get("content") for message in messages[:1] if isinstance(message, dict)]
-    system = [{"role": "system", "content": text} for text in system if text not in told]
+    system = [{"role": "system", "content": text} for text in system if text != first.get("content")]
     columns.pop("served", None)  # ids of the tokens that 04's server took and gave; messages have their text
     return {"messages": system + messages, "tools": tools, "meta": row_meta(columns), "checked": checked}
 
@@ -732,19 +732,23 @@ def system_of(told):
 
 
 def answer_of(response):
-    """(the messages of a response, why it ended) in the chat form, Gemini's, Anthropic's, Responses."""
+    """(the messages of a response, why it ended) in any of their forms."""
+    if response.get("error"):
+        raise Reject("unfinished: the last request failed")
     if response.get("choices"):
         return [response["choices"][0]["message"]], response["choices"][0].get("finish_reason")
     if response.get("candidates"):
         return [response["candidates"][0]["content"]], response["candidates"][0].get("finishReason")
-    finish = first_of(response, ("stop_reason", "status"))
+    finish = first_of(response, ("stop_reason", "status", "done_reason"))
+    if response.get("message"):  # Ollama
+        return [response["message"]], finish
     if "content" in response:
         return [{"role": "assistant", "content": response["content"]}], finish
     return response.get("output") or [], finish
 
 
 def read_dump(dump):
-    """{"request", "response"}: one API call of the chat, Anthropic's, Gemini's or the Responses form."""
+    """{"request", "response"}: a call of OpenAI's chat or Responses API, Anthropic's, Gemini's, Ollama's."""
     request = body_of(dump["request"])
     answer, finish = answer_of(body_of(dump["response"]))
     tools = request.get("tools") or request.get("functions")
@@ -935,7 +939,7 @@ class Kept:
 
 def canonical(arguments):
     """Arguments as one text: equal for an object and its JSON string in any order of keys."""
-    if isinstance(arguments, str):
+    while isinstance(arguments, str):
         try:
             arguments = json.loads(arguments or "{}")
         except (ValueError, RecursionError):

@@ -139,7 +139,7 @@ def test_normal_form_of_loose_messages():
             "reasoning_content": " ",
             "tool_calls": [
                 {"function": {"name": "read_file", "arguments": '{"path": {"y": null, "z": [1]}, "w": null}'}},
-                {"function": {"name": "b", "arguments": ""}},
+                {"function": {"name": "b", "arguments": '"{}"'}},
             ],
         },
         {"role": "tool", "name": "b", "content": "no tool named b"},
@@ -392,9 +392,11 @@ def test_schemas_are_never_altered_but_for_geminis_words_for_types():
     }  # fmt: skip
 
 
-@pytest.mark.parametrize("column", ["tools", "tools_json", "functions", "metadata"])
+@pytest.mark.parametrize("column", ["tools", "tools_json", "functions", "metadata", "on the first message"])
 def test_tools_are_found_where_people_have_them(column):
     columns = {"metadata": {"tools": [READ_FILE], "split": "a"}} if column == "metadata" else {column: [READ_FILE]}
+    if column == "on the first message":
+        columns = {"messages": edited(0, tools=[READ_FILE])["messages"]}
     made, reasons = format_one({"messages": row()["messages"]} | columns)
     assert made["tools"] == [READ_FILE] and reasons == []
     assert made["meta"].get("metadata") == ({"split": "a"} if column == "metadata" else None)
@@ -939,6 +941,10 @@ def test_dumps_of_anthropic_and_of_responses():
     made, reasons = format_one({"request": told, "response": {"candidates": [answer]}})
     assert reasons == [] and made["messages"] == [{"role": "system", "content": "Be brief."}, USER, DONE]
     assert made["tools"] == [READ_FILE]
+    assert format_one({"request": told, "response": {"candidates": [answer], "error": {"code": 500}}})[1] == [
+        "unfinished: the last request failed"]  # fmt: skip
+    ollama = {"request": {"messages": [USER], "tools": [READ_FILE]}, "response": {"message": DONE, "done_reason": "stop"}}
+    assert format_one(ollama)[0]["messages"] == [USER, DONE]
     legacy = dump([USER], DONE)
     legacy["request"]["functions"] = [tool["function"] for tool in legacy["request"].pop("tools")]
     assert format_one(legacy)[0]["tools"] == [READ_FILE]
