@@ -1,8 +1,8 @@
 """Stage 2: no text of a log is lost in silence, whatever a new version of a tool does to the shape of its logs.
 
 Small logs of every format are changed at one place at a time: a key that holds text is renamed, its text wrapped in
-an object or in a list, moved to the parent, or a new text is added beside it. Then the row has the text, or the log
-is rejected by name. The full number, 2,000 changes a format: MUTATIONS=2000 pytest tests/test_02_conservation.py
+an object or in a list, moved to the parent, or a new text, long or short, is added beside it. Then the row has the
+text, or the log is rejected by name. 2,000 changes a format: MUTATIONS=2000 pytest tests/test_02_conservation.py
 """
 
 import copy
@@ -66,6 +66,12 @@ def add(holder, key, parent, text):
         holder.append({"type": "text", "text": text})
 
 
+def say(holder, key, parent, text):
+    """A short text under another key for what is said."""
+    if isinstance(holder, dict):
+        holder[next(other for other in sorted(stage.SAID_KEYS) if other not in holder)] = text
+
+
 def add_kind(holder, key, parent, text):
     """An entry of a new kind beside an old one."""
     siblings = holder if isinstance(holder, list) else parent
@@ -73,7 +79,7 @@ def add_kind(holder, key, parent, text):
         siblings.append({"type": "brand_new_kind", "body": text})
 
 
-CHANGES = [rename, wrap, wrap_in_list, move, add, add_kind]
+CHANGES = [rename, wrap, wrap_in_list, move, add, say, add_kind]
 
 
 def mutated(log, generator):
@@ -82,8 +88,9 @@ def mutated(log, generator):
     path = generator.choice(places(log))
     change = generator.choice(CHANGES)
     holder = parent_of(log, path)
-    grown = change in (add, add_kind)
+    grown = change in (add, say, add_kind)
     text = NEW.format(generator.choice(["Ann", "Ben"])) if grown else holder[path[-1]]
+    text = "Eh, no." if change is say else text
     parent = parent_of(log, path[:-1]) if len(path) > 1 else None
     change(holder, path[-1], parent, text)
     done = f"{change.__name__} {'.'.join(map(str, path))}"
