@@ -1770,7 +1770,7 @@ PRIVATE = (  # replaced by --redact; git@host is nobody's address, name@2x.png a
 )  # fmt: skip
 APART = "\n\x1f\n"  # between two strings: no secret holds it
 # Characters of a scan. It costs 10 ms before it begins, and looks for every kind of secret whose key word
-# stands somewhere in them: 2 MB of Python code take 6 s at once, 2 s in such pieces
+# stands somewhere in them: 2 MB of Python code take 6 s at once, 2 to 3 s in pieces
 PIECE = 100_000
 
 
