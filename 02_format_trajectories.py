@@ -908,12 +908,12 @@ def strings_of(value):
 class Kept:
     """What stands in a row or was left out by name: its texts and its calls."""
 
-    def __init__(self, row, left_out):
-        texts = strings_of([row, left_out])
+    def __init__(self, messages, tools, named):
+        texts = strings_of([messages, tools, named])
         self.exact = {text.strip() for text in texts}
         self.joined = "\n".join(texts)
         functions = []
-        for message in row["messages"]:
+        for message in messages:
             functions += [call["function"] for call in message.get("tool_calls", [])]
         self.calls = {(call["name"], canonical(call["arguments"])) for call in functions}
 
@@ -1382,7 +1382,8 @@ def make_row(source, reader: Format, record, run: Run):
         given = read_tools(loose.get("tools"))
         cut += cut_tool_list(row, given)
         row["tools"] = given or tools_for(row, reader.name, run.tools)
-        kept = Kept(row, [loose.get("left_out"), cut])
+        named = [loose.get("left_out"), cut, {} if "checked" in loose else row["meta"]]
+        kept = Kept(row["messages"], row["tools"], named)
     except Reject:
         raise
     except MALFORMED as error:
@@ -1392,7 +1393,7 @@ def make_row(source, reader: Format, record, run: Run):
         raise Reject(f"lost_content: {lost}")
     row["query_id"], row["meta"] = describe(row["meta"], repair(source), reader.name)
     tie_to_task(row, run)
-    return row if kept.joined.isascii() else map_strings(row, repair), notes
+    return row if all(map(str.isascii, strings_of(row))) else map_strings(row, repair), notes
 
 
 def prompt_of(source, tasks):

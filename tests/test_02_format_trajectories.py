@@ -481,6 +481,7 @@ FAULTS = {
     "lost_content: messages.attached": edited(1, attached="iVBORw0KGgoAAAANSUhEUgAA" * 20),
     "unsupported_flag: assistant_masks": row(assistant_masks=[0, 1]),
     "secret: huggingface-token": row(meta={"env": {"HF_TOKEN": "hf_" + "abcDEF123456" * 3}}),
+    "lost_content: messages.note": edited(4, note="It says 42, and no more.") | {"solution": "It says 42, and no more."},
     "lost_content: messages.refusal": edited(4, refusal="I cannot help you with that file."),
     "not_strict_json": row(meta={"x": float("nan")}),
     "missing_text: the first user message is empty": row(messages=[USER | {"content": " "}, DONE]),
