@@ -40,7 +40,9 @@ from collections import Counter, defaultdict
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import get_type_hints
 
+import pydantic
 import yaml
 from tqdm import tqdm
 from trl import TrlParser
@@ -2081,7 +2083,8 @@ def settings_record(settings, units, counts):
 
 
 def check_settings(settings):
-    """Settings that would select nothing, or do nothing, are errors."""
+    """Settings that cannot be, select nothing or do nothing are errors."""
+    check_kinds(settings)
     if settings.max_samples is not None and settings.max_samples < 1:
         raise InputError(f"--max_samples {settings.max_samples}: at least 1")
     if settings.weight_bad_calls not in (0, 1):
@@ -2092,6 +2095,21 @@ def check_settings(settings):
         raise InputError(f"--output_file {settings.output_file}: a folder; name a file")
     if settings.readers != Settings.readers and not Path(settings.readers).is_dir():
         raise InputError(f"--readers {settings.readers}: no such folder")
+
+
+def check_kinds(settings):
+    """YAML may hold a value of another kind; a single name in it becomes a list."""
+    for name in ("tools", "benchmark", "where"):
+        if isinstance(getattr(settings, name), str):
+            setattr(settings, name, [getattr(settings, name)])
+    kinds = {name: (kind, ...) for name, kind in get_type_hints(Settings).items()}
+    values = pydantic.create_model("Values", __config__=pydantic.ConfigDict(strict=True), **kinds)
+    try:
+        values.model_validate(vars(settings))
+    except pydantic.ValidationError as error:
+        problem = error.errors()[0]
+        name = problem["loc"][0]
+        raise InputError(f"--{name} {getattr(settings, name)!r}: {problem['msg']}") from None
 
 
 def make_run(settings):

@@ -1261,5 +1261,7 @@ def test_bad_arguments(tmp_path, monkeypatch):
         assert all(part in told for part in parts) and "\n" not in told
     write(tmp_path / "failed.jsonl", row(meta={"solved": False}))
     assert_one_line_error(run("failed.jsonl", cwd=tmp_path), "no trajectory left of 1", "not_solved")
-    (tmp_path / "c.yaml").write_text("inputs: in.jsonl\noutput_file: rows.jsonl\n")
+    (tmp_path / "wrong.yaml").write_text("max_samples: [1]\n")
+    assert "--max_samples [1]: Input should be a valid integer" in mistake(monkeypatch, good, "--config", "wrong.yaml")
+    (tmp_path / "c.yaml").write_text("inputs: in.jsonl\noutput_file: rows.jsonl\nwhere: query_id=q1\n")
     assert run("--config", "c.yaml", cwd=tmp_path).returncode == 0 and len(read(tmp_path / "rows.jsonl")) == 1
