@@ -423,6 +423,22 @@ def test_tools_in_the_system_message_are_cut_if_they_are_the_rows(case):
     assert (format_one(alone)[0]["messages"][0] == row()["messages"][1]) == is_cut
 
 
+OTHER_COLUMNS = [
+    {"history": []}, {"observations": []}, {"observations": ["a", "b"]}, {"custom_id": "c1", "response": "It says 42."},
+    {"info": {}}, {"info": {"mode": "x"}, "trajectory": "a path"}, {"type": "GENERATION"}, {"tasks": ["a"]},
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("columns", OTHER_COLUMNS, ids=str)
+def test_a_row_is_one_whatever_its_other_columns_are_called(columns):
+    readers = stage.load_readers(stage.HERE / "recipes/logs")
+    assert stage.find_format(row() | columns, readers).name == "row"
+    dated = [message | {"id": n, "timestamp": n} for n, message in enumerate(row()["messages"])]
+    assert stage.find_format([*dated, dated[-1] | {"type": "message"}], readers).name == "row"
+    merged = {"custom_id": "c1", "request": {"messages": [USER]}, "response": {"body": {}}}
+    assert stage.find_format(merged, readers).name == "openai_dump"
+
+
 def test_a_second_column_of_tools_is_kept_in_meta():
     other = [{"name": "rm", "parameters": {}}]
     made = format_one(row(functions=other))[0]

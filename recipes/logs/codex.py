@@ -38,7 +38,7 @@ CONTEXT = ("<environment_context>", "<user_instructions>", "# AGENTS.md", "<turn
 def fits(record):
     first = record[0]
     kinds = {str(line.get("type")) for line in record if "payload" in line}
-    is_old = "type" not in first and {"id", "timestamp"} <= first.keys()
+    is_old = not {"type", "role"} & first.keys() and {"id", "timestamp"} <= first.keys()
     is_old = is_old and any("type" in line for line in record[1:])
     return is_old or first.get("type") == "thread.started" or bool(kinds & KINDS.keys())
 

@@ -8,8 +8,8 @@ LEFT_OUT = {"tools": "read as schemas"}
 
 
 def fits(record):
-    if isinstance(record.get("observations"), list):
-        return True
+    if record.get("observations"):
+        return all("type" in observation.keys() for observation in record["observations"])
     return record["type"] == "GENERATION" and {"input", "output"} <= record.keys()
 
 

@@ -4,7 +4,8 @@ KINDS = {"request": "left out: the log is rejected", "response": "left out: the 
 
 
 def fits(record):
-    return "custom_id" in record and ("body" in record or "response" in record)
+    is_batch = "custom_id" in record and not record.keys() & {"messages", "request"}
+    return is_batch and ("body" in record or "body" in record["response"])
 
 
 def read(record):

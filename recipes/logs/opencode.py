@@ -23,7 +23,8 @@ TEXT_FILES = ("text/plain", "application/x-directory")  # their text is a part o
 def fits(record):
     if isinstance(record, list):
         return all({"type", "sessionID", "part"} <= line.keys() for line in record)
-    return isinstance(record["info"], dict) and all({"info", "parts"} <= m.keys() for m in record["messages"])
+    entries = record["messages"]
+    return bool(entries) and "info" in record and all({"info", "parts"} <= one.keys() for one in entries)
 
 
 def kept_entries(log):

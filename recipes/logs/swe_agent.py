@@ -5,7 +5,8 @@ LEFT_OUT = {"history.action": "the call once more, as a command"}
 
 
 def fits(record):
-    return all("role" in message and "parts" not in message for message in record["history"])
+    history = record["history"]
+    return bool(history) and all("role" in message and "parts" not in message for message in history)
 
 
 def read(log):
