@@ -365,6 +365,8 @@ def own_tasks(tmp_path):
     folder.joinpath("ws/gone").symlink_to("/nowhere")
     for name in ("attrs-23.1.0", "python_dateutil-2.9.0.post0"):
         folder.joinpath(f"env/lib/python3.11/site-packages/{name}.dist-info").mkdir(parents=True)
+    folder.joinpath("env/bin").mkdir()
+    folder.joinpath("env/bin/python").symlink_to(sys.executable)
     rows = [json.dumps(row) + "\n" for row in (ALL, TWO, CHECKED, JUDGED)]
     folder.joinpath("tasks.jsonl").write_text("".join(rows))
     return folder
@@ -458,16 +460,17 @@ def test_a_line_that_is_no_task_is_named(run_stage, one_line_error, tmp_path, li
     "field, place, said",
     [
         ("venv", "nowhere", "b: venv: {folder}/nowhere does not exist"),
-        ("venv", "empty", "venv: {folder}/empty is no Python environment"),
+        ("venv", "bare", "venv: {folder}/bare is no Python environment"),
         ("workspace", "nowhere", "b: workspace: {folder}/nowhere does not exist"),
-        ("workspace", "tasks.jsonl", "tasks.jsonl is not a compressed or uncompressed tar file"),
+        ("workspace", "tasks.jsonl", "b: workspace: {folder}/tasks.jsonl does not exist, or is no folder"),
         ("private", "tasks.jsonl", "b: private: {folder}/tasks.jsonl does not exist"),
         ("private", "..", "holds the folder that it is to be copied into"),
     ],
 )
 def test_a_folder_that_is_missing_is_named(run_stage, one_line_error, tmp_path, field, place, said):
     path = tmp_path / "tasks.jsonl"
-    (tmp_path / "empty").mkdir()
+    (tmp_path / "bare/bin").mkdir(parents=True)
+    (tmp_path / "bare/bin/python").write_text("")
     path.write_text(json.dumps(TWO) + "\n" + json.dumps(TWO | {"query_id": "b", field: place}) + "\n")
     result = run_stage(HARBOR, "out", path, tmp_path / "out")
     one_line_error(result, f"{path}:2: ", said.format(folder=tmp_path))
