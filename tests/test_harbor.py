@@ -464,7 +464,7 @@ def test_a_line_that_is_no_task_is_named(run_stage, one_line_error, tmp_path, li
         ("workspace", "nowhere", "b: workspace: {folder}/nowhere does not exist"),
         ("workspace", "tasks.jsonl", "b: workspace: {folder}/tasks.jsonl does not exist, or is no folder"),
         ("private", "tasks.jsonl", "b: private: {folder}/tasks.jsonl does not exist"),
-        ("private", "..", "holds the folder that it is to be copied into"),
+        ("workspace", ".", "holds the folder that it is to be copied into"),
     ],
 )
 def test_a_folder_that_is_missing_is_named(run_stage, one_line_error, tmp_path, field, place, said):
