@@ -1475,7 +1475,8 @@ def tools_for(row, name, tools):
 
 def describe(meta, source, name):
     """(query_id, the row's meta): where it came from, and every column of the log."""
-    meta = {key: value for key, value in meta.items() if value is not None}
+    # sorted: what a reader takes by a set of keys comes in another order each run, and so would train.jsonl
+    meta = {key: meta[key] for key in sorted(meta, key=str) if meta[key] is not None}
     ids = [meta.get(key) for key in ID_COLUMNS]
     query_id = next((str(id) for id in ids if isinstance(id, str | int) and str(id)), None)
     meta.pop("query_id", None)

@@ -713,6 +713,11 @@ def test_every_column_goes_into_meta_and_can_be_asked_for(tmp_path):
         format_rows(tmp_path, *records, where=["steps"])
 
 
+def test_columns_come_in_the_same_order_in_every_run():
+    made = format_one(dump([USER], DONE) | {"steps": 3, "lang": "c", "author": "ann", "kind": "x", "level": 1})[0]
+    assert list(made["meta"]) == ["source", "format", "author", "finish_reason", "kind", "lang", "level", "model", "steps"]
+
+
 def test_tokens_are_counted_by_the_chat_template_to_the_end(tmp_path):
     tokenizers = pytest.importorskip("tokenizers")
     words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"[UNK]": 0}, unk_token="[UNK]"))
