@@ -1077,9 +1077,7 @@ def verify(settings, work, rows):
     if settings.dry_run or not settings.verify_runs:
         print("verify: left out (--dry_run, or --verify_runs 0): nothing is proven")
         return rows
-    shutil.rmtree(work / "verify" / "real", ignore_errors=True)
-    own = [row for row in open_rows(rows) if not is_mined(row) and row["turns"] and has_all(row, "check")]
-    if own:
+    if own := own_checks(rows):
         verify_real(work / "verify" / "real", own)
     for (name, language), group in candidates(settings, rows).items():
         try:
@@ -1093,6 +1091,11 @@ def verify(settings, work, rows):
         for row in group:
             row["reasons"] = [f"environment: {environment['problem'].split(' (')[0]}"]
     return add_chains(settings, work, rows) if settings.chain > 1 else rows
+
+
+def own_checks(rows):
+    """Tasks of the user whose every turn has a check."""
+    return [row for row in open_rows(rows) if not is_mined(row) and row["turns"] and has_all(row, "check")]
 
 
 def candidates(settings, rows):
@@ -1133,6 +1136,7 @@ def verify_real(folder, rows):
 
     So is a task that 04 refuses: it is found by halves, as it stops the others.
     """
+    shutil.rmtree(folder, ignore_errors=True)
     try:
         done, lost = run_agents(folder, [without(row, "reasons", "material") for row in rows], 1)
     except InputError as error:
