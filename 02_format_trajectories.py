@@ -36,7 +36,7 @@ import zipfile
 import zlib
 from argparse import RawDescriptionHelpFormatter
 from array import array
-from collections import Counter, defaultdict
+from collections import Counter, defaultdict, namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -1006,12 +1006,8 @@ HUB_NAME = re.compile(r"(?:hf://datasets/|https://huggingface\.co/datasets/)?(\w
                       r"(?::([\w.-]+))?(?:/([\w.-]+))?(?:@([\w./-]+))?")  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Unit:
-    """One file, or a folder of OpenHands events; label is how rows and rejects name it."""
-
-    path: Path
-    label: str
+# One file, or a folder of OpenHands events; label is how rows and rejects name it
+Unit = namedtuple("Unit", "path label")
 
 
 def files_of(name):
@@ -1199,7 +1195,9 @@ def read_unit(unit, readers, notes):
     numbered = iter(values_of(unit.path, notes))
     first = next(numbered, (1, Reject("unreadable: nothing in it")))
     numbered = itertools.chain([first], numbered)
-    if first[0] is None or ".parquet" in unit.path.name or is_row_file(first[1], readers):
+    is_own = isinstance(first[1], dict) and any(reader.fits(first[1]) for reader in BUILT_IN)
+    is_row = is_own and not find_format([first[1]], readers)  # of this script's, and no session's beginning
+    if first[0] is None or ".parquet" in unit.path.name or is_row:
         yield from each(unit, numbered, readers)
     else:
         yield from read_list(unit, list(numbered), readers)
@@ -1244,11 +1242,6 @@ def each(unit, numbered, readers):
             yield source, None, Reject(f"not_a_log: no reader fits ({what})")
 
 
-
-def is_row_file(first, readers):
-    """Is a file's first line a record of this script's own, and no session's beginning?"""
-    is_own = isinstance(first, dict) and any(reader.fits(first) for reader in BUILT_IN)
-    return is_own and not find_format([first], readers)
 
 
 def read_all(units, readers, notes):
@@ -1560,16 +1553,8 @@ def failed(answer):
     return any(word in words for word in FAILURE_WORDS) and bool(FAILURE.search(answer))
 
 
-@dataclass
-class Step:
-    """A call with its result."""
-
-    message: dict
-    name: str
-    arguments: dict
-    answer: str
-    failed: bool
-    bad: str | None  # why the call is none that the tools allow
+# A call with its result; bad says why it is none that the tools allow
+Step = namedtuple("Step", "message name arguments answer failed bad")
 
 
 def steps_of(messages, tools):
@@ -1925,8 +1910,6 @@ class Card:
     key: str = ""  # the same for equal conversations
     lines: array | tuple = ()  # hashes of the lines that are not the system's
     domain: str = ""
-    messages: int = 0
-    calls: int = 0
     tokens: int = 0
 
 
@@ -1937,7 +1920,6 @@ def said(message):
 
 
 def describe_row(card, row):
-    """Put what the comparison needs of a row on its card."""
     messages = list(map(said, row["messages"]))
     lines = set()
     for role, text, reasoning, *calls in messages:
@@ -1947,8 +1929,6 @@ def describe_row(card, row):
     card.key = hashlib.sha256(json.dumps(messages).encode()).hexdigest()
     card.domain = str(row["meta"].get("domain", "unknown"))
     card.tokens = row["meta"].get("n_tokens", 0)
-    card.calls = len(called_names(row["messages"]))
-    card.messages = len(messages)
 
 
 def rows_of(cards):
@@ -1986,10 +1966,8 @@ def stratify(cards, seed):
     """Cards in an order of which every prefix has the domains in proportion; by rows and seed alone."""
     order = sorted(cards, key=lambda card: hashlib.sha256(f"{seed} {card.key}".encode()).digest())
     sizes = Counter(card.domain for card in cards)
-    met, places = Counter(), {}
-    for card in order:
-        places[card.place] = (met[card.domain] + 0.5) / sizes[card.domain]
-        met[card.domain] += 1
+    ranks = defaultdict(itertools.count)
+    places = {card.place: (next(ranks[card.domain]) + 0.5) / sizes[card.domain] for card in order}
     return sorted(order, key=lambda card: places[card.place])
 
 
@@ -2054,13 +2032,11 @@ def count_reasons(cards):
 
 def print_summary(cards, notes):
     """The terminal table: what came in by format, what went out and why."""
-    print(f"{'format':<18}{'records':>10}{'rows':>10}{'messages':>10}{'tool calls':>12}{'tokens':>12}")
+    print(f"{'format':<18}{'records':>10}{'rows':>10}{'tokens':>14}")
     for name, count in sorted(Counter(card.format for card in cards).items()):
-        rows = [card for card in rows_of(cards) if card.format == name]
-        messages = sum(card.messages for card in rows)
-        calls = sum(card.calls for card in rows)
-        tokens = sum(card.tokens for card in rows) or "-"  # without --tokenizer they are not counted
-        print(f"{name:<18}{count:>10}{len(rows):>10}{messages:>10}{calls:>12}{tokens:>12}")
+        tokens = [card.tokens for card in rows_of(cards) if card.format == name]
+        told = sum(tokens) or "-"  # without --tokenizer they are not counted
+        print(f"{name:<18}{count:>10}{len(tokens):>10}{told:>14}")
     for text, count in sorted(notes.items()):
         print(f"{count} rows: {text}")
     for reason, count in count_reasons(cards):
