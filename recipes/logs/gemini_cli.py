@@ -34,8 +34,7 @@ def check_parts(parts):
     for part in parts:
         named = part.keys() & KINDS.keys()
         if not named or part.keys() - named - {"thoughtSignature"}:
-            names = ", ".join(part)
-            raise ValueError(f"non_text_content: {names}")
+            raise ValueError(f"non_text_content: {', '.join(part)}")
     return parts
 
 
