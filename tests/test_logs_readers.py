@@ -323,6 +323,7 @@ def test_claude_echoes_of_local_commands_go_and_commands_with_a_prompt_stay():
         | {"message": {"model": "<synthetic>", "content": "API"}},
         line("user", "6", "5", "go on"),
         line("assistant", "7", "6", [text("done")]),
+        line("assistant", "8", "7", [text("API Error: 529 overloaded")], isApiErrorMessage=True),
     ]
     log[4]["message"]["id"] = "m1"
     assert [turn[1] for turn in said("claude_code", log)] == [

@@ -111,7 +111,8 @@ def session_of(log):
     for number, line in enumerate(log):
         if line.get("isCompactSummary") or line.get("subtype") == "compact_boundary":
             break
-        if line.get("isVisibleInTranscriptOnly") or (line.get("message") or {}).get("model") == "<synthetic>":
+        is_shown = line.get("isVisibleInTranscriptOnly") or line.get("isApiErrorMessage")
+        if is_shown or (line.get("message") or {}).get("model") == "<synthetic>":
             line = line | {"type": "progress"}  # shown, never sent
         if is_side(line) == side:
             first = lines.setdefault(line.get("uuid") or number, line)
