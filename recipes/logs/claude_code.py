@@ -100,6 +100,12 @@ def blocks_of(line):
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
+def is_shown(line):
+    """Is a line only on the screen: an error in the answer's place, what the transcript alone has?"""
+    by_tool = (line.get("message") or {}).get("model") == "<synthetic>" or line.get("isApiErrorMessage")
+    return by_tool or line.get("isVisibleInTranscriptOnly")
+
+
 def ids_of(line, key):
     return {block[key] for block in blocks_of(line) if key in block}
 
@@ -111,9 +117,8 @@ def session_of(log):
     for number, line in enumerate(log):
         if line.get("isCompactSummary") or line.get("subtype") == "compact_boundary":
             break
-        is_shown = line.get("isVisibleInTranscriptOnly") or line.get("isApiErrorMessage")
-        if is_shown or (line.get("message") or {}).get("model") == "<synthetic>":
-            line = line | {"type": "progress"}  # shown, never sent
+        if is_shown(line):
+            line = line | {"type": "progress"}
         if is_side(line) == side:
             first = lines.setdefault(line.get("uuid") or number, line)
             if first.get("message") != line.get("message"):
