@@ -166,12 +166,11 @@ HARMLESS = """
     project trackio_space_id trackio_bucket_id trackio_static_space_id logging_steps logging_first_step
     log_level log_level_replica log_on_each_node logging_nan_inf_filter include_num_input_tokens_seen
     disable_tqdm save_steps save_total_limit resume_from_checkpoint per_device_train_batch_size
-    gradient_accumulation_steps gradient_checkpointing gradient_checkpointing_kwargs activation_offloading
-    torch_empty_cache_steps dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers
-    dataloader_prefetch_factor dataloader_multiprocessing_context dataloader_in_order
-    ddp_find_unused_parameters ddp_bucket_cap_mb ddp_broadcast_buffers ddp_static_graph ddp_backend
-    ddp_timeout skip_memory_metrics debug use_cpu local_rank fsdp fsdp_config parallelism_config
-    accelerator_config deepspeed
+    gradient_checkpointing gradient_checkpointing_kwargs activation_offloading torch_empty_cache_steps
+    dataloader_num_workers dataloader_pin_memory dataloader_persistent_workers dataloader_prefetch_factor
+    dataloader_multiprocessing_context dataloader_in_order ddp_find_unused_parameters ddp_bucket_cap_mb
+    ddp_broadcast_buffers ddp_static_graph ddp_backend ddp_timeout skip_memory_metrics debug use_cpu
+    local_rank
 """.split()
 
 # Numbers below these would end in the middle of something, or do nothing
@@ -181,6 +180,11 @@ LEAST = dict(
     neftune_noise_alpha=0, router_aux_loss_coef=0, dataloader_num_workers=0, seed=0,
 )  # fmt: skip
 MOST = 2**32 - 1  # numpy's largest seed
+NEEDS = dict.fromkeys(("lora_r", "lora_target_modules"), "lora") | {
+    "eval_steps": "eval_command",
+    "dataloader_persistent_workers": "dataloader_num_workers",
+}
+CHECKPOINTING = ("use_reentrant", "offload", "selective")
 
 ROLES = ("system", "user", "assistant", "tool")
 ROW_KEYS = {"query_id", "messages", "tools", "meta", "id", "source"}
@@ -254,39 +258,38 @@ def read_settings(parser: TrlParser, arguments=None) -> tuple[Settings, SFTConfi
 
 
 def check_flags(settings: Settings, args: SFTConfig) -> None:
-    """Refuse, before anything is loaded, what would do nothing."""
-    defaults = SFTConfig(output_dir="x", use_cpu=args.use_cpu, bf16=args.bf16)
+    """Refuse, before anything is loaded, what would do nothing or end in the middle of something."""
+    defaults = vars(Settings()) | vars(SFTConfig("x", use_cpu=args.use_cpu, bf16=args.bf16))
     given = vars(settings) | vars(args)
-    for name, default in (vars(Settings()) | vars(defaults)).items():
+    for name, default in defaults.items():
         if default not in EMPTY and given[name] in (None, ""):
             raise InputError(f"--{name}: has no value")
-    for why, names in REFUSED.items():
-        for name in names.split():
-            if getattr(args, name) != getattr(defaults, name):
-                raise InputError(f"--{name} has no place here: {why}")
-    for name in ("lora_r", "lora_target_modules"):
-        if not settings.lora and getattr(settings, name) != getattr(Settings(), name):
-            raise InputError(f"--{name} needs --lora")
-    if args.eval_steps and not settings.eval_command:
-        raise InputError("--eval_steps needs --eval_command")
-    if settings.bf16_master and args.optim != defaults.optim:
+    refuse_by_table(given, defaults)
+    if args.max_steps < 1 and args.max_steps != -1:
+        raise InputError(f"--max_steps {args.max_steps}: at least 1, or -1 for --num_train_epochs")
+    if not 0 < args.learning_rate < math.inf:
+        raise InputError(f"--learning_rate {args.learning_rate}: must be a number above 0")
+    if settings.bf16_master and args.optim != defaults["optim"]:
         raise InputError("--bf16_master has its own AdamW: leave out --optim")
     if args.loss_type not in ("nll", "dft"):
         raise InputError(f"--loss_type {args.loss_type}: nll or dft; or change token_loss")
-    check_numbers(settings, args)
     check_machine(args)
     check_optimizer(args)
+    check_torch(args)
 
 
-def check_numbers(settings: Settings, args: SFTConfig) -> None:
+def refuse_by_table(given: dict, defaults: dict) -> None:
+    """given, defaults: {setting: value}"""
+    for why, names in REFUSED.items():
+        for name in names.split():
+            if given[name] != defaults[name]:
+                raise InputError(f"--{name} has no place here: {why}")
+    for name, needed in NEEDS.items():
+        if given[name] != defaults[name] and not given[needed]:
+            raise InputError(f"--{name} needs --{needed}")
     for name, least in LEAST.items():
-        value = getattr(settings if hasattr(settings, name) else args, name)
-        if value is not None and not least <= value <= MOST:
-            raise InputError(f"--{name} {value}: at least {least}, at most {MOST}")
-    if args.max_steps != -1 and args.max_steps < 1:
-        raise InputError(f"--max_steps {args.max_steps}: at least 1, or -1 for --num_train_epochs")
-    if not 0 < args.learning_rate < MOST:
-        raise InputError(f"--learning_rate {args.learning_rate}: must be a number above 0")
+        if given[name] is not None and not least <= given[name] <= MOST:
+            raise InputError(f"--{name} {given[name]}: at least {least}, at most {MOST}")
 
 
 def check_machine(args: SFTConfig) -> None:
@@ -294,22 +297,21 @@ def check_machine(args: SFTConfig) -> None:
     if args.n_gpu > 1:
         raise InputError("several GPUs are visible: use accelerate launch, or set CUDA_VISIBLE_DEVICES=0")
     for name in args.report_to:
-        if name == "all" or not importlib.util.find_spec(name):
+        if not importlib.util.find_spec(name):
             offline = "; without a network: WANDB_MODE=offline" if name == "wandb" else ""
             raise InputError(f"--report_to {name}: pip install {name}, or leave it out{offline}")
     if args.activation_offloading and args.use_cpu:
         raise InputError("--activation_offloading needs a GPU")
-    if args.dataloader_persistent_workers and not args.dataloader_num_workers:
-        raise InputError("--dataloader_persistent_workers needs --dataloader_num_workers")
+
+
+def check_torch(args: SFTConfig) -> None:
+    """Refuse what torch would refuse in the first update."""
     options = args.gradient_checkpointing_kwargs or {}
-    if not isinstance(options, dict) or options.keys() - {"use_reentrant", "offload", "selective"}:
-        raise InputError(f"--gradient_checkpointing_kwargs {options}: a JSON object with use_reentrant, "
-                         "offload or selective")
-    if args.torch_compile:
-        check_compiler(args)
-
-
-def check_compiler(args: SFTConfig) -> None:
+    if not isinstance(options, dict) or options.keys() - set(CHECKPOINTING):
+        known = ", ".join(CHECKPOINTING)
+        raise InputError(f"--gradient_checkpointing_kwargs {options}: must be a JSON object with {known}")
+    if not args.torch_compile:
+        return
     backend = args.torch_compile_backend or "inductor"
     try:
         torch.compile(torch.nn.Identity(), backend=backend, mode=args.torch_compile_mode)
@@ -424,8 +426,8 @@ def check_results(messages: list[dict]) -> None:
         expected = waiting.pop(0)
         given = message.get("tool_call_id")
         if given != expected and given not in EMPTY and expected not in EMPTY:
-            raise Refused(f"messages[{i}].tool_call_id: {given!r} in the place of the result of {expected!r}; "
-                          "02_format_trajectories.py puts results in the order of their calls")
+            raise Refused(f"messages[{i}].tool_call_id: {given!r} in the place of the result of "
+                          f"{expected!r}; 02_format_trajectories.py puts results in the order of their calls")
 
 
 def check_tools(row: dict) -> None:
@@ -637,7 +639,9 @@ def encode(tok, messages, tools, first=0) -> tuple[list[int], list[int]]:
     check_kept(tok, marked, tool_marks, ids_of_marks, spans)
     check_order(messages, marks, decode(tok, ids_of_marks))
     for i, span in spans.items():
-        check_turn(i, marks, decode(tok, ids_of_marks[span]))
+        turn = decode(tok, ids_of_marks[span])
+        check_turn(i, marks, turn)
+        check_beside(i, marks, turn)
     return ids, labels
 
 
@@ -711,16 +715,16 @@ def check_turn(i: int, marks: dict, text: str) -> None:
     texts = [path for path in places if path[1] != "tool_calls"]
     if calls != sorted(calls) or len(texts) > len(set(texts)):
         raise Refused(f"messages[{i}]: the chat template writes calls in another order, or a text twice")
+
+
+def check_beside(i: int, marks: dict, text: str) -> None:
+    """Raise Refused if more than tags stands beside the text of a message: a parser takes no words away."""
     for mark, (path, _) in marks.items():
-        if path == (i, "content") and not stands_alone(mark, text):
-            raise Refused(f"messages[{i}].content: the chat template writes words or quotes beside it, "
-                          "which the engine would give back as its own")
-
-
-def stands_alone(mark: str, text: str) -> bool:
-    """Is there nothing but tags beside it? Those a parser takes away again."""
-    before, after = (part.strip() for part in text.split(mark))
-    return before[-1:] in ("", ">", "]") and after[:1] in ("", "<", "[")
+        if path == (i, "content"):
+            before, after = (part.strip() for part in text.split(mark))
+            if before[-1:] not in ("", ">", "]") or after[:1] not in ("", "<", "["):
+                raise Refused(f"messages[{i}].content: the chat template writes words or quotes beside it, "
+                              "which the engine would give back as its own")
 
 
 def parts_of(message: dict, thoughts: bool) -> list[tuple[str, object]]:
@@ -765,7 +769,7 @@ def check_kept(tok, messages, tool_texts, ids: list[int], spans: dict[int, slice
         for name, value in parts_of(message, thoughts=i in spans):
             if not stands_in(value, text):
                 thought = name == "reasoning_content"
-                remedy = "--no_reasoning trains without it" if thought else "another template, or --max_refused"
+                remedy = "--no_reasoning trains without it" if thought else "try another template"
                 raise Refused(f"messages[{i}].{name}: chat template or tokenizer leave it out; {remedy}")
     for path, text in tool_texts:
         if not stands_in(text, whole):
@@ -777,13 +781,14 @@ def encode_conversation(tok, messages, tools) -> list[tuple[list[int], list[int]
     so that every turn is trained in the context it is served in (GLM-4.5 and Qwen3 drop a thought, and Qwen3
     the empty one, once the next user message is there)."""
     users = [i for i, message in enumerate(messages) if message["role"] == "user"]
+    cuts = [i for i in users if any(map(is_trained, messages[:i]))]
     try:
         return [encode(tok, messages, tools)]
     except Refused:
-        if len(users) < 2:
+        if not cuts:
             raise
     samples = []
-    for first, end in zip([0, *users[1:]], [*users[1:], len(messages)]):
+    for first, end in itertools.pairwise([0, *cuts, len(messages)]):
         while messages[end - 1]["role"] == "system":  # a stop for no engine, as the next user message is
             end -= 1
         if any(is_trained(message) for message in messages[first:end]):
@@ -857,14 +862,12 @@ def load_samples(settings: Settings, args: SFTConfig, tok) -> tuple[list[dict], 
     trained = sum(len(sample["labels"]) - sample["labels"].count(-100) for sample in samples)
     facts = dict(rows=total, refused=dict(kinds), samples=len(samples), left_out=dict(left_out),
                  tokens=sum(lengths), trained_tokens=trained, longest=max(lengths))
-    facts["reasoning"] = any(has_reasoning(row) for row in rows) and not settings.no_reasoning
+    messages = itertools.chain.from_iterable(row["messages"] for row in rows)
+    thoughts = any(m.get("reasoning_content") or "</think>" in m["content"] for m in messages)
+    facts["reasoning"] = thoughts and not settings.no_reasoning
     told = ", ".join(f"{name}: {value}" for name, value in facts.items())
     say(f"tokenised in {time.monotonic() - started:.1f} s: {told}")
     return samples, facts
-
-
-def has_reasoning(row: dict) -> bool:
-    return any(m.get("reasoning_content") or "</think>" in m["content"] for m in row["messages"])
 
 
 def read_switches(settings: Settings) -> dict:
@@ -887,7 +890,6 @@ def read_switches(settings: Settings) -> dict:
 class Layout:
     fsdp: bool  # sharded over all processes by FSDP2
     cp: int  # processes that share one sample by context parallelism
-    processes: int
 
 
 def read_layout(args: SFTConfig) -> Layout:
@@ -902,7 +904,7 @@ def read_layout(args: SFTConfig) -> Layout:
                          f"{args.world_size}")
     if sizes[2] > 1 and not fsdp:
         raise InputError("context parallelism needs distributed_type: FSDP in accelerate's YAML")
-    return Layout(fsdp, sizes[2], args.world_size)
+    return Layout(fsdp, sizes[2])
 
 
 def global_batches(lengths: list[int], num_samples: int, batch_size: int, seed: int) -> list[int]:
@@ -931,7 +933,7 @@ class Plan:
 
 def plan_updates(samples, settings: Settings, args: SFTConfig, layout: Layout) -> Plan:
     size = settings.global_batch_size
-    per_step = layout.processes // layout.cp * args.per_device_train_batch_size
+    per_step = args.world_size // layout.cp * args.per_device_train_batch_size
     if size % per_step:
         raise InputError(f"--global_batch_size {size} is no multiple of {per_step}, processes x batch")
     steps = count_updates(len(samples), size, args)
@@ -942,8 +944,8 @@ def plan_updates(samples, settings: Settings, args: SFTConfig, layout: Layout) -
         tokens.append(sum(lengths[i] for i in order[start : start + size]))
     rates = learning_rates(args, steps, settings.zero_first_update)
     if not all(0 <= rate < 1.001 * args.learning_rate for rate in rates):
-        raise InputError(f"--lr_scheduler_kwargs {args.lr_scheduler_kwargs}: learning rates from {min(rates):g} "
-                         f"to {max(rates):g}, where 0 to {args.learning_rate:g} are meant")
+        raise InputError(f"--lr_scheduler_kwargs {args.lr_scheduler_kwargs}: learning rates from "
+                         f"{min(rates):g} to {max(rates):g}, where 0 to {args.learning_rate:g} are meant")
     return Plan(order, steps, size // per_step, rates, tokens)
 
 
@@ -993,7 +995,7 @@ def learning_rates(args: SFTConfig, steps: int, zero_first_update: bool) -> list
 
 def show_plan(plan: Plan, settings: Settings, args: SFTConfig, layout: Layout) -> None:
     seen = Counter(plan.order).values()
-    parallel = layout.processes // layout.cp
+    parallel = args.world_size // layout.cp
     say(f"{plan.steps} updates of {settings.global_batch_size} samples = {parallel} data-parallel x "
         f"{args.per_device_train_batch_size} x {plan.accumulated} accumulated")
     say(f"{len(seen)} samples are seen, each {min(seen)} to {max(seen)} times")
@@ -1053,7 +1055,9 @@ def load_model(settings: Settings, args: SFTConfig, config, layout: Layout, resu
     """
     native = layout.fsdp and not config.tie_word_embeddings
     if layout.fsdp:
-        check_fsdp(settings, native)
+        os.environ["FSDP_AUTO_WRAP_POLICY"] = "NO_WRAP" if native else "TRANSFORMER_BASED_WRAP"
+        if settings.bf16_master and not native:
+            raise InputError("--bf16_master: accelerate would turn tied embeddings to fp32; leave it out")
     options = dict(dtype=storage_type(settings, args, layout), attn_implementation="sdpa")
     if native:
         from transformers.distributed import DistributedConfig
@@ -1076,18 +1080,6 @@ def storage_type(settings: Settings, args: SFTConfig, layout: Layout) -> torch.d
     return torch.bfloat16 if half else torch.float32
 
 
-def check_fsdp(settings: Settings, native: bool) -> None:
-    os.environ["FSDP_AUTO_WRAP_POLICY"] = "NO_WRAP" if native else "TRANSFORMER_BASED_WRAP"
-    if settings.bf16_master and not native:
-        raise InputError("--bf16_master: accelerate would turn tied embeddings to fp32; leave it out")
-
-
-def experts_in_bf16(device: str) -> None:
-    """Tell autocast about the experts' matrix product, which it does not know (pytorch #174763): with fp32
-    weights outside FSDP's mixed precision they would be computed in fp32."""
-    torch.library.register_autocast("aten::_grouped_mm", device, torch.bfloat16)
-
-
 def lora_config(settings: Settings, config):
     """peft's settings. Tries them on a model without weights; says what gets an adapter and refuses what peft
     would skip without a word, such as the linear layers that an MoE has fused."""
@@ -1100,24 +1092,20 @@ def lora_config(settings: Settings, config):
     lora = LoraConfig(r=settings.lora_r, lora_alpha=2 * settings.lora_r, **targets)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-        there = [name for name, _ in [*model.named_modules(), *model.named_parameters()]]
+        there = [f".{name}" for name, _ in [*model.named_modules(), *model.named_parameters()]]
         try:
             model = get_peft_model(model, copy.deepcopy(lora))
         except ValueError as error:
             raise InputError(f"--lora_target_modules: {error}") from None
-    adapted = [name.removesuffix(".weight") for name in adapters(model)]
+    adapted = [f".{name}".removesuffix(".weight") for name in adapters(model)]
     for target in settings.lora_target_modules + experts:
-        present = count_targets(there, target)
-        found = count_targets(adapted, target)
+        present = sum(name.endswith(f".{target}") for name in there)
+        found = sum(name.endswith(f".{target}") for name in adapted)
         if found != present or not present:
             raise InputError(f"--lora: of {present} {target} in the model peft adapts {found}; "
                              "--lora_target_modules names linear layers, --lora_experts adds experts")
         say(f"LoRA on {found} x {target}")
     return lora
-
-
-def count_targets(names: list[str], target: str) -> int:
-    return sum(f".{name}".endswith(f".{target}") for name in names)
 
 
 def adapters(model) -> dict:
@@ -1282,10 +1270,9 @@ class Trainer(SFTTrainer):
         problem = None
         try:
             super()._save_checkpoint(model, trial)
-        except (OSError, SafetensorError, CheckpointException) as error:
-            problem = error
-        except RuntimeError as error:  # torch's, of a file that could not be written whole
-            if "inline_container" not in str(error) and "PytorchStreamWriter" not in str(error):
+        except (OSError, SafetensorError, CheckpointException, RuntimeError) as error:
+            unwritten = re.search("inline_container|PytorchStreamWriter", str(error))  # torch's words
+            if type(error) is RuntimeError and not unwritten:
                 raise
             problem = error
         if on_any_process(problem is not None, self.args):
@@ -1435,15 +1422,15 @@ def valid_generation_config(model: str) -> GenerationConfig | None:
         config = GenerationConfig.from_pretrained(model)
     except OSError:
         return None
+    with contextlib.suppress(ValueError):
+        config.validate(strict=True)
+        return config
+    config.do_sample = True
+    say("generation_config.json has temperature, top_p or top_k without do_sample: the export says true")
     try:
         config.validate(strict=True)
-    except ValueError:
-        config.do_sample = True
-        say("generation_config.json has temperature, top_p or top_k without do_sample: the export says true")
-        try:
-            config.validate(strict=True)
-        except ValueError as error:
-            raise InputError(f"{model}/generation_config.json: {error}") from None
+    except ValueError as error:
+        raise InputError(f"{model}/generation_config.json: {error}") from None
     return config
 
 
@@ -1483,19 +1470,19 @@ def check_names(model, written: set[str], names: set[str] | None) -> None:
 def save_tokenizer(tok, folder) -> None:
     """With --chat_template_kwargs as the template's defaults: whoever serves it renders what was trained.
     With TRL's description of the answers, where it has one for this template: vLLM's parsers "hf" read it."""
-    template = tok.chat_template
+    switches = tok.template_kwargs
+    tok = copy.copy(tok)
     with contextlib.suppress(ValueError):  # no description of this template
         described = add_response_schema(copy.copy(tok)).response_template
         fields = described["fields"]
         names = {"reasoning_content": "thinking"}  # vLLM's word
         fields = {names.get(name, name): rule for name, rule in fields.items()}
         tok.response_template = described | {"fields": fields}
-    for name, value in getattr(tok, "template_kwargs", {}).items():
+    for name, value in switches.items():
         literal = json.dumps(value).replace("null", "none")
         switch = f"{{%- if {name} is not defined %}}{{%- set {name} = {literal} %}}{{%- endif %}}"
         tok.chat_template = switch + tok.chat_template
     tok.save_pretrained(folder)
-    tok.chat_template = template
 
 
 def gathered(tensor):
@@ -1660,7 +1647,7 @@ def rehearse(settings, args, config, layout, samples, tok, lora) -> None:
     layers = max(1, min(layers, text.num_hidden_layers - 1))
     needed = 16 * model_without_weights(first_layers(config, layers + 1)).num_parameters()
     free = min(psutil.virtual_memory().available, 1e10) if args.use_cpu else torch.cuda.mem_get_info()[0]
-    if layout.processes > 1 or needed > 0.7 * free:
+    if args.world_size > 1 or needed > 0.7 * free:
         return say(f"training is not tried: it takes one process and {needed / 1e9:.1f} GB of a free GPU")
     sample = sorted(samples, key=lambda sample: len(sample["labels"]))[len(samples) // 2]
     tokens = min(len(sample["labels"]), 512) if args.use_cpu else len(sample["labels"])
@@ -1698,12 +1685,17 @@ def first_layers(config, number: int):
 
 def build_trainer(settings, args, model, layout, plan, samples, tok, lora, names=None) -> Trainer:
     own_the_order(args, layout, plan)
-    if args.bf16:
-        experts_in_bf16("cpu" if args.use_cpu else "cuda")
+    if args.bf16:  # autocast does not know the experts' product (pytorch #174763) and would leave it in fp32
+        device = "cpu" if args.use_cpu else "cuda"
+        torch.library.register_autocast("aten::_grouped_mm", device, torch.bfloat16)
+    optimizer = None
+    if settings.bf16_master and not settings.lora:  # adapters are fp32
+        betas = (args.adam_beta1, args.adam_beta2)
+        optimizer = RoundingAdamW, dict(lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
     columns = []
     for sample in samples:
-        weights = token_weights(sample)
-        columns.append({"input_ids": sample["input_ids"], "labels": sample["labels"], "weights": weights})
+        kept = {name: sample[name] for name in ("input_ids", "labels")}
+        columns.append(kept | {"weights": token_weights(sample)})
     trainer = Trainer(
         model,
         args,
@@ -1711,20 +1703,13 @@ def build_trainer(settings, args, model, layout, plan, samples, tok, lora, names
         processing_class=tok,
         data_collator=Collator(tok, 2 * layout.cp if layout.cp > 1 else 1),
         peft_config=copy.deepcopy(lora),
-        optimizer_cls_and_kwargs=rounding_optimizer(settings, args),
+        optimizer_cls_and_kwargs=optimizer,
     )
     trainer.start(settings, plan, len(samples), names)
     if settings.lora and layout.fsdp and not model.config.tie_word_embeddings:
         # What is added to a sharded model is not sharded: make it equal everywhere, average its gradients
         trainer._sync_replicated_trainable_parameters(trainer.model)
     return trainer
-
-
-def rounding_optimizer(settings: Settings, args: SFTConfig):
-    if not settings.bf16_master or settings.lora:  # adapters are fp32
-        return None
-    betas = (args.adam_beta1, args.adam_beta2)
-    return RoundingAdamW, dict(lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
 
 
 def own_the_order(args: SFTConfig, layout: Layout, plan: Plan) -> None:

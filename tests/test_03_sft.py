@@ -17,6 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # --------------------------------------------------------------------------------------------------------------------
 # Two tokenizers of one token per byte, so that ids can be written by hand; special tokens and template are the models'
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 GLM = dict(zip(
     ["<|endoftext|>", "[MASK]", "[gMASK]", "[sMASK]", "<sop>", "<eop>", "<|system|>", "<|user|>", "<|assistant|>",
      "<|observation|>", "<think>", "</think>", "<tool_call>", "</tool_call>", "<tool_response>", "</tool_response>",
@@ -1439,8 +1441,8 @@ def test_every_setting_works_or_is_refused(stage):
         (["--train_file", "recipes"], "recipes: no such file; 02_format_trajectories.py writes it"),
         (["--lr_scheduler_kwargs", '{"min_lr": 1}', "--max_steps", "4"], "learning rates from 0.0005 to "),
         (["--dataloader_persistent_workers", "true"], "--dataloader_persistent_workers needs --dataloader_num_workers"),
-        (["--gradient_checkpointing_kwargs", '{"a": 1}'], "--gradient_checkpointing_kwargs {'a': 1}: a JSON object with"),
-        (["--gradient_checkpointing_kwargs", "[]"], "--gradient_checkpointing_kwargs []: a JSON object with use_reentrant"),
+        (["--gradient_checkpointing_kwargs", '{"a": 1}'], "--gradient_checkpointing_kwargs {'a': 1}: must be a JSON object"),
+        (["--gradient_checkpointing_kwargs", "[]"], "--gradient_checkpointing_kwargs []: must be a JSON object with use_reentrant"),
         (["--torch_compile_mode", "fastest"], "--torch_compile: Unrecognized mode=fastest, should be one of: default"),
         (["--torch_compile_backend", "x"], "--torch_compile: Invalid backend"),
         (["--router_aux_loss_coef", "0.1"], "--router_aux_loss_coef: a glm4_moe has no such loss; leave it out"),
