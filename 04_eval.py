@@ -2199,6 +2199,9 @@ def warnings_of(episodes, stops):
     return told
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Runs compared
+
 Share = Annotated[float, pydantic.Field(ge=0, le=1)]
 
 

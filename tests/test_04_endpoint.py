@@ -166,6 +166,7 @@ def test_a_call_that_could_not_be_parsed_is_asked_for_again_with_another_seed(as
     assert reply.stop == "answer" and [body["seed"] for body in endpoint.requests] == [0, 1000, 2000]
 
 
+DONE = {"choices": [{"message": {"content": "done"}}]}
 FAULTS = {
     "a dead provider": whole({"content": ""}, "error", error={"code": 502, "message": "Upstream error"}),
     "finish error": whole({"content": ""}, "error"),
@@ -209,12 +210,12 @@ FAULTS = {
     "events": (200, 'data: {"choices": [{"delta": {"content": "x"}}]}\n\ndata: [DONE]\n'),
     "finish failed": whole({"content": "half"}, "failed"),
     "finish interrupted": whole({"content": "half"}, "interrupted"),
-    "an error in the message": whole({"content": "", "error": {"message": "Upstream timed out", "code": 504}}),
+    "an error in the message": whole({"content": "", "error": {"message": "timed out", "code": 504}}),
     "a list of errors": (200, {"error": [{"message": "boom"}]}),
     "errors": (200, {"errors": [{"message": "boom"}]}),
-    "an error without words": (200, {"choices": [{"message": {"content": "x"}}], "error": {"code": 0, "message": ""}}),
+    "an error without words": (200, DONE | {"error": {"code": 0, "message": ""}}),
     "no success": (200, {"success": False, "choices": [], "message": "boom"}),
-    "Anthropic's own error": (200, {"type": "error", "error": {"type": "overloaded_error", "message": "Overloaded"}}),
+    "Anthropic's own error": (200, {"type": "error", "error": {"type": "overloaded_error"}}),
     "Anthropic's own answer": (200, {"type": "message", "content": [{"type": "text", "text": "hi"}]}),
     "Ollama's own answer": (200, {"message": {"role": "assistant", "content": "hi"}, "done": True}),
     "an answer of responses": (200, {"object": "response", "output": [{"type": "message", "content": []}]}),
@@ -224,10 +225,10 @@ FAULTS = {
     "content by name": whole({"content": {"text": "x"}}),
     "calls by name": whole({"content": None, "tool_calls": {"id": "1", "function": {"name": "glob"}}}),
     "a call that is null": whole({"content": None, "tool_calls": [None]}),
-    "a call of another type": whole({"content": None, "tool_calls": [{"type": "custom", "custom": {"name": "glob"}}]}),
-    "two answers in a row": (200, json.dumps({"choices": [{"message": {"content": "x"}}]}) * 2),
-    "a comment before it": (200, ': PROCESSING\n\n{"choices": [{"message": {"content": "x"}}]}'),
-    "a number of 5,000 digits": (200, '{"choices": [{"message": {"content": "x"}}], "usage": {"n": %s}}' % ("9" * 5000)),
+    "a call of another type": whole({"content": None, "tool_calls": [{"custom": {"name": "glob"}}]}),
+    "two answers in a row": (200, json.dumps(DONE) * 2),
+    "a comment before it": (200, f": PROCESSING\n\n{json.dumps(DONE)}"),
+    "a number of 5,000 digits": (200, json.dumps(DONE | {"usage": "N"}).replace('"N"', "9" * 5000)),
     "204": (204, ""),
     "300": (300, ""),
     "418": (418, "teapot"),
@@ -270,8 +271,8 @@ def test_a_retry_after_of_zero_is_no_licence_to_hammer(ask, endpoint):
     assert len(endpoint.requests) <= 4 and time.monotonic() - started >= 1
 
 
-WAITS = {"7": 7, "2.5": 2.5, "99999": 60, "0": 0, None: 0, "": 0, "-5": 0, "nan": 0, "1e9": 0, "\u00b2": 0, "soon": 0}
-WAITS |= {"Wed, 21 Oct 2026 07:28:00 GMT": 0}
+WAITS = {"7": 7, "2.5": 2.5, "99999": 60, "0": 0, None: 0, "": 0, "-5": 0, "nan": 0, "1e9": 0}
+WAITS |= {"\u00b2": 0, "soon": 0, "Wed, 21 Oct 2026 07:28:00 GMT": 0}
 
 
 @pytest.mark.parametrize("text", WAITS)
@@ -389,16 +390,16 @@ def test_calls_without_an_id_or_with_the_same_get_their_own(ask):
     assert [call["id"] for call in reply.wire["tool_calls"]] == ["a", "call_1", "call_2", "call_3", "call_4"]
 
 
-@pytest.mark.parametrize(
-    "name, sent",
-    [("glob", "glob"), ("read file", "read_file"), ("", "_"), (None, "None"), ("functions.glob:0", "functions_glob_0"),
-     ("lies\u00e9", "lies_"), ("x" * 99, "x" * 64)],
-)  # fmt: skip
-def test_a_name_that_no_endpoint_takes_back_is_sent_as_one_that_it_takes(ask, name, sent):
+NAMES = {"glob": "glob", "read file": "read_file", "": "_", None: "None", "x" * 99: "x" * 64}
+NAMES |= {"functions.glob:0": "functions_glob_0", "lies\u00e9": "lies_"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_name_that_no_endpoint_takes_back_is_sent_as_one_that_it_takes(ask, name):
     """Else the model's own slip would be the endpoint's refusal, and its failure no part of the mean."""
     reply = ask({"content": None, "tool_calls": [{"id": "1", "function": {"name": name}}]})
     assert reply.message["tool_calls"][0]["function"]["name"] == str(name)
-    assert reply.wire["tool_calls"][0]["function"]["name"] == sent
+    assert reply.wire["tool_calls"][0]["function"]["name"] == NAMES[name]
 
 
 def test_the_old_form_of_a_call_is_read(ask):
@@ -428,11 +429,12 @@ def test_usage_may_be_missing_and_the_first_of_two_choices_counts(ask):
     assert (reply.message["content"], reply.prompt_tokens) == ("one", 0)
 
 
-@pytest.mark.parametrize("more", [{"token_ids": [1]}, {"token_ids": "1", "prompt": [1]}, {"token_ids": [1], "prompt": "1"}])
-def test_token_ids_that_are_half_there_are_none(m, endpoint, more):
+@pytest.mark.parametrize("ids, prompt", [([1], None), ("1", [1]), ([1], "1")])
+def test_token_ids_that_are_half_there_are_none(m, endpoint, ids, prompt):
     """A server may say that it is a vLLM, and be another version of it."""
-    choice = {"message": say("done"), "token_ids": more["token_ids"]}
-    endpoint.script["q"] = lambda body: (200, {}, json.dumps({"choices": [choice], "prompt_token_ids": more.get("prompt")}))
+    choice = {"message": say("done"), "token_ids": ids}
+    answer = json.dumps({"choices": [choice], "prompt_token_ids": prompt})
+    endpoint.script["q"] = lambda body: (200, {}, answer)
 
     async def complete():
         client = m.Endpoint(m.Settings(model="x"), endpoint.url, ["NONE"])
@@ -502,7 +504,8 @@ def test_a_key_that_is_not_there_is_told(m, monkeypatch):
     assert client.headers["authorization"] == "Bearer k" and client.headers["x-number"] == "5"
 
 
-GOOD = json.dumps({"choices": [{"message": {"content": "done"}}]}).encode()
+GOOD = json.dumps(DONE).encode()
+CHUNKS = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n"
 
 
 def raw(body=GOOD, *headers, status="200 OK", length=None):
@@ -512,8 +515,8 @@ def raw(body=GOOD, *headers, status="200 OK", length=None):
 
 
 RAW = {  # bytes of a response, and is it an answer?
-    "chunks": (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n%x\r\n%s\r\n0\r\n\r\n" % (len(GOOD), GOOD), True),
-    "chunks that end": (b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n9\r\n" + GOOD[:9] + b"\r\n", False),
+    "chunks": (CHUNKS + b"%x\r\n%s\r\n0\r\n\r\n" % (len(GOOD), GOOD), True),
+    "chunks that end": (CHUNKS + b"9\r\n%s\r\n" % GOOD[:9], False),
     "a body that ends": (raw(GOOD[:-5], length=len(GOOD)), False),
     "said to be a page": (raw(GOOD, "content-type: text/html"), True),
     "said to be events": (raw(GOOD, "content-type: text/event-stream"), True),
@@ -523,8 +526,8 @@ RAW = {  # bytes of a response, and is it an answer?
     "compressed and cut": (raw(gzip.compress(GOOD)[:-12], "content-encoding: gzip"), False),
     "an encoding that nobody knows": (raw(GOOD, "content-encoding: foo"), True),
     "a charset that is none": (raw(GOOD, "content-type: application/json; charset=zlib_codec"), True),
-    "refused in a charset that is none": (raw(b"no", "content-type: text/plain; charset=zlib_codec", status="400 x"), False),
-    "away in a charset that is none": (raw(b"no", "content-type: text/plain; charset=hex", status="500 x"), False),
+    "refused in one that is none": (raw(b"no", "content-type: x/y; charset=zlib", status="400 x"), False),
+    "away in one that is none": (raw(b"no", "content-type: text/plain; charset=hex", status="500 x"), False),
     "a mark at its beginning": (raw(b"\xef\xbb\xbf" + GOOD), True),
     "two bytes a character": (raw(GOOD.decode().encode("utf-16")), True),
     "bytes that are no text": (raw(GOOD.replace(b"done", b"caf\xe9")), False),

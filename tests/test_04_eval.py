@@ -401,8 +401,8 @@ def test_what_cannot_be_compared_is_refused_and_what_differs_is_said(
     assert [line[0] for line in lines if line[:2] in ("a ", "b ", "c ", "d ", "e ", "f ")] == list("abcdef")
 
 
-SUMMARY = {"model": "x", "settings": {"rounds": 3}, "fingerprints": {}, "tasks": 1, "not_run": {}, "task_sha256": {"a": "0"}}
-SUMMARY |= {"by_task": {"a": {"FTFC": 0.5, "SR@3": 1}}}
+SUMMARY = {"model": "x", "settings": {"rounds": 3}, "fingerprints": {}, "tasks": 1, "not_run": {}}
+SUMMARY |= {"task_sha256": {"a": "0"}, "by_task": {"a": {"FTFC": 0.5, "SR@3": 1}}}
 DAMAGED = {
     "half": '{"model": ',
     "null": "null",
@@ -899,7 +899,7 @@ def test_bad_settings(m, tmp_path):
     assert "--model" in error(tasks=known["tasks"])
     assert "http://" in error(**known | {"base_url": ["localhost:8000"]})
     assert "--base_url x:1" in error(**known | {"base_url": ["http://x/v1", "x:1"]})
-    for url in ("http://[::1/v1", "http://x\0/v1", "http://:80/v1", "ftp://x/v1", "http://ex\u0301\u2028ample..com/v1"):
+    for url in ("http://[::1/v1", "http://x\0/v1", "http://:80/v1", "ftp://x/v1", "http://x\u2028y..com/v1"):
         assert f"--base_url {url}: expected" in error(**known | {"base_url": [url]})
     judge = {"feedback": "judge", "judge_model": "j"}
     assert "--judge_base_url x:1" in error(**known, **judge, judge_base_url="x:1")
@@ -931,7 +931,8 @@ def test_bad_settings(m, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "wrong", [{"sandbox_mount": "{hots}"}, {"sandbox_command": ["bash", "{nme}"]}, {"sandbox_command": ["bash", "{"]}]
+    "wrong",
+    [{"sandbox_mount": "{hots}"}, {"sandbox_command": ["bash", "{nme}"]}, {"sandbox_command": ["bash", "{"]}],
 )
 def test_a_placeholder_of_a_launcher_that_is_none_is_told(m, tmp_path, wrong):
     given = {"sandbox_command": ["bash", "{mounts}"], "sandbox_mount": "{host}", "output_dir": str(tmp_path)}
@@ -951,7 +952,8 @@ def test_a_checkpoint_that_cannot_be_served_is_told_before_anything_starts(m, tm
     assert "name --tool_call_parser" in error()
     assert "--vllm_args '--a" in error(tool_call_parser="hermes", vllm_args="'--a")
     with pytest.raises(m.InputError, match="--port 70000"):
-        with m.vllm_server(m.Settings(model=str(tmp_path), tool_call_parser="hermes", port=70_000), tmp_path / "log"):
+        settings = m.Settings(model=str(tmp_path), tool_call_parser="hermes", port=70_000)
+        with m.vllm_server(settings, tmp_path / "log"):
             pass
     with pytest.raises(m.InputError, match="neither a folder nor a reachable Hub id"):
         m.vllm_command(m.Settings(model="nobody/nothing"))
@@ -986,7 +988,9 @@ def test_a_model_that_says_how_it_answers_is_read_by_that(m, tmp_path, fields, p
     assert m.parsers_of(str(tmp_path)) == parsers
 
 
-GOOD = {"query_id": "t", "turns": [{"query": "q", "check": "true"}]}
+TURN = {"query": "q", "check": "true"}
+GOOD = {"query_id": "t", "turns": [TURN]}
+GLOB = {"name": "glob"}
 BAD_TASKS = [
     ('{"query_id": "t", "tur', ["queries.jsonl:1", "not valid JSON"]),
     ("[1]", ["queries.jsonl:1", "expected a JSON object"]),
@@ -1004,7 +1008,7 @@ BAD_TASKS = [
     (json.dumps(GOOD | {"tools": [{"function": {"name": "web_fetch", "parameters": {}}}]}), ["queries.jsonl:1: tools: ", "web_fetch"]),
     ("", ["no tasks in it"]),
     (json.dumps(GOOD | {"privat": "hidden"}), ["queries.jsonl:1: privat: no such field; nearest: private"]),
-    (json.dumps(GOOD | {"turns": [GOOD["turns"][0] | {"solutoin": "x"}]}), ["turns[0]: solutoin: ", "nearest: solution"]),
+    (json.dumps(GOOD | {"turns": [TURN | {"solutoin": "x"}]}), ["turns[0]: solutoin: ", "nearest: solution"]),
     (json.dumps(GOOD | {"turns": [{"query": " ", "check": "true"}]}), ["queries.jsonl:1: turns[0].query"]),
     (json.dumps(GOOD | {"turns": [{"query": "q", "check": None}]}), ["queries.jsonl:1: turns[0].check"]),
     (json.dumps(GOOD | {"turns": [{"query": "q", "check": "true", "rubric": "r"}]}), ["turns[0].rubric"]),
@@ -1015,8 +1019,8 @@ BAD_TASKS = [
     (json.dumps(GOOD | {"private": "queries.jsonl"}), ["private", "is no folder"]),
     (json.dumps(GOOD | {"venv": "."}), ["queries.jsonl:1: venv: no bin/python"]),
     (json.dumps(GOOD | {"tools": [{"function": "glob"}]}), ["queries.jsonl:1: tools[0].function"]),
-    (json.dumps(GOOD | {"tools": [{"function": {"name": "glob"}}]}), ["'parameters' is a required property"]),
-    (json.dumps(GOOD | {"tools": [{"function": {"name": "glob", "parameters": {"type": "strng"}}}]}), ["'strng'"]),
+    (json.dumps(GOOD | {"tools": [{"function": GLOB}]}), ["'parameters' is a required property"]),
+    (json.dumps(GOOD | {"tools": [{"function": GLOB | {"parameters": {"type": "strng"}}}]}), ["'strng'"]),
     (json.dumps([GOOD]), ["queries.jsonl:1", "expected a JSON object, found list"]),
     (json.dumps(GOOD, indent=1), ["queries.jsonl:1", "one JSON object a line"]),
     ("[" * 100_000, ["queries.jsonl:1", "not valid JSON"]),

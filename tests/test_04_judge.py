@@ -94,7 +94,7 @@ BOILER = {
     "the judge's own command": ("echo all requirements are met", "all requirements are met"),
     "its command's echo": ("cat a.txt", "Command: cat a.txt"),
     "what was left out": ("seq 99999", "characters left out"),
-    "what it wrote, in other letters": ("echo all requirements are met | tr a-z A-Z", "ALL REQUIREMENTS ARE MET"),
+    "what it wrote, in other letters": ("echo all is well done | tr a-z A-Z", "ALL IS WELL DONE"),
     "what it wrote itself": ("echo 'it is all done' > c; cat c", "it is all done"),
     "too short": ("cat a.txt", "works"),
     "never seen": ("cat a.txt", "it works very fine"),

@@ -288,7 +288,7 @@ MOMENTS = [
 @needs_bwrap
 @pytest.mark.kills
 def test_ten_kills_lose_no_episode_and_repeat_none(endpoint, tmp_path):
-    """SIGKILL ten times, 40 episodes, 16 at once: each is in the file once, and none that is there is asked for."""
+    """40 episodes, 16 at once: each is in the file once, and none that is there is asked for again."""
     tasks = []
     for n in range(40):
         endpoint.script[f"q{n}"] = [call("run_shell_command", command=f"echo {n} > x"), say("done")]

@@ -359,12 +359,14 @@ CALLS = """python3 - <<'END'
 import ctypes
 libc = ctypes.CDLL(None)
 handle = ctypes.create_string_buffer(b"\\x08\\0\\0\\0\\x01\\0\\0\\0" + bytes(8))
-calls = {"unshare": (272, 0x10000000), "clone3": (435, 0, 0), "setns": (308, 0, 0), "pivot_root": (155, b"/", b"/")}
+calls = {"unshare": (272, 0x10000000), "clone3": (435, 0, 0), "setns": (308, 0, 0)}
+calls |= {"pivot_root": (155, b"/", b"/")}
 calls |= {"bpf": (321, 0, 0, 0), "init_module": (175, 0, 0, b""), "open_by_handle_at": (304, 0, handle, 0)}
 calls |= {"swapon": (167, b"/x", 0), "settimeofday": (164, 0, 0), "acct": (163, b"/workspace/a")}
 print("allowed", [name for name, (number, *given) in calls.items() if libc.syscall(number, *given) >= 0])
 END"""
-DAEMON = "python3 -c 'import os, time; os.fork() and os._exit(0); os.setsid(); os.fork() and os._exit(0); time.sleep(99)'"
+ECHO = ("run_shell_command", {"command": "echo on"})
+DAEMON = "import os, time; os.fork() and os._exit(0); os.setsid(); os.fork() and os._exit(0); time.sleep(99)"
 ATTACKS = {  # what -> (commands, what the last output must match)
     "trace the tool server or the launcher": ([TRACE], r"attached \[\] opened 0"),
     "steal the socket to the host": ([STEAL], r"stolen \[\]"),
@@ -416,28 +418,37 @@ ATTACKS = {  # what -> (commands, what the last output must match)
     "no processes for the tool server": (["prlimit --pid $PPID --nproc=0:0", "echo on", "echo on"], "0\non$"),
     "the tool server's own alarm": (["kill -ALRM $PPID; sleep 1", "echo on"], "0\non$"),
     "every signal to the tool server": (
-        ["for s in HUP INT QUIT USR1 PIPE ALRM TERM XCPU; do kill -$s $PPID; done; sleep 1", "echo on", "echo on"],
+        ["for s in HUP INT QUIT USR1 ALRM TERM XCPU; do kill -$s $PPID; done; sleep 1", "echo on", "echo on"],
         "0\non$",
     ),
     "stop itself": (["kill -STOP $$", "echo on"], "0\non$"),
-    "lock /tmp": (["chmod 000 /tmp", ("run_shell_command", {"command": "echo on"})], "Stdout: on"),
-    "fill /tmp, then talk": (["head -c 2G /dev/zero > /tmp/x", ("run_shell_command", {"command": "echo on"})], "Stdout: on"),
+    "lock /tmp": (["chmod 000 /tmp", ECHO], "Stdout: on"),
+    "fill /tmp, then talk": (["head -c 2G /dev/zero > /tmp/x", ECHO], "Stdout: on"),
     "fill the home": (["for i in 1 2 3; do fallocate -l 900M ~/$i; done"], "No space"),
     "the host's abstract sockets": (["grep -c @ /proc/net/unix"], r"\n0$"),
     "leave something": ([LEAVE], "left True True"),
     "find what was left": ([FIND], r"found False False \[\]$"),
     "calls of the kernel for root": ([CALLS], r"allowed \[\]$"),
     "a file that cannot be removed": (["touch f; chattr +i f"], "not permitted|not supported"),
-    "a program with a capability": (["cp /bin/cat c; /usr/sbin/setcap cap_dac_override+ep c; ./c /proc/1/environ"], "c: /proc/1/environ: Perm"),
+    "a program with a capability": (
+        ["cp /bin/cat c; /usr/sbin/setcap cap_dac_override+ep c; ./c /proc/1/environ"],
+        "c: /proc/1/environ: Permission denied",
+    ),
     "mount over the folder": (["mount --bind /tmp /workspace; umount -l /proc"], r"mount: [\s\S]*umount: "),
     "another folder in its place": (["rmdir /workspace; mv /workspace /w; ls -d /w"], "cannot access '/w'"),
-    "the root of another process": (["ls /proc/1/root/ /proc/1/cwd/ /proc/$PPID/root/"], "(Permission denied[^\0]*){3}"),
+    "the root of another process": (
+        ["ls /proc/1/root/ /proc/1/cwd/ /proc/$PPID/root/"],
+        "(Permission denied[^\0]*){3}",
+    ),
     "control groups": (["ls /sys/fs/cgroup"], "No such file"),
     "the kernel's log": (["dmesg; cat /proc/kmsg"], "not permitted[^\0]*(denied|not permitted)"),
-    "type for the user": (["python3 -c 'import fcntl; fcntl.ioctl(0, 0x5412, b\"x\")'; echo > /dev/tty"], "Inappropriate[^\0]*No such device"),
+    "type for the user": (
+        ["python3 -c 'import fcntl; fcntl.ioctl(0, 0x5412, b\"x\")'; echo > /dev/tty"],
+        "Inappropriate[^\0]*No such device",
+    ),
     "be the last one to be killed": (["echo -1000 > /proc/self/oom_score_adj"], "Permission denied"),
     "other users' numbers": (["echo 0 0 1 > /proc/self/uid_map"], "not permitted|Permission denied"),
-    "a child that nobody waits for": ([f"{DAEMON}; echo on"], "0\non$"),
+    "a child that nobody waits for": ([f"python3 -c '{DAEMON}'; echo on"], "0\non$"),
     "write into a pipe": (["mkfifo f", ("write_file", {"file_path": "/workspace/f", "content": "b"})], "ERROR ValueError: Not a regular"),
 }  # fmt: skip
 
@@ -456,15 +467,16 @@ LEFT = {
     "names of bytes": r"touch $'a\nb' $'c\xff' \"$(printf 'n%.0s' {1..255})\"",
     "many files that are holes": "for i in $(seq 40); do truncate -s 1000M h$i; done",
     "a pipe and a socket": "mkfifo p; python3 -c 'import socket; socket.socket(socket.AF_UNIX).bind(\"s\")'",
-    "links to everywhere": "ln -s / r; ln -s l l; ln -s /private p; ln -s ../../../etc/shadow up; ln -s /proc/self/fd fd",
-    "a repository with hooks": "git init -q . 2> /dev/null; mkdir -p .git/hooks; echo 'touch pwned' > .git/hooks/pre-commit",
+    "links to everywhere": "ln -s / r; ln -s l l; ln -s /private p; ln -s ../../etc/shadow u; ln -s /proc q",
+    "a repository with hooks": "mkdir -p .git/hooks; echo 'touch pwned' > .git/hooks/pre-commit",
 }
 
 
 def test_what_an_agent_leaves_harms_neither_its_state_nor_its_grade(endpoint, evaluate):
     tasks = []
     for number, command in enumerate(LEFT.values()):
-        endpoint.script[f"q{number}"] = [call("run_shell_command", command=f"{command}; echo fine > a"), say("done")]
+        left = call("run_shell_command", command=f"{command}; echo fine > a")
+        endpoint.script[f"q{number}"] = [left, say("done")]
         tasks.append((f"t{number}", [(f"q{number}", "grep fine a && test ! -e pwned")]))
     episodes, summary = evaluate(*tasks)
     solved = {what: episodes[f"t{number}", 0]["meta"]["solved"] for number, what in enumerate(LEFT)}
