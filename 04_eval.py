@@ -197,10 +197,14 @@ def open_append(path):
 
 
 def read_json(path):
+    """The object of a JSON file."""
     try:
-        return json.loads(Path(path).read_bytes())
-    except ValueError as error:
+        value = json.loads(Path(path).read_bytes())
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+    return value
 
 
 def write_whole(path, text):
@@ -238,25 +242,18 @@ TOOL = {"type": "object", "required": ["function"], "properties": {"function": T
 TURN = {
     "type": "object",
     "required": ["query"],
-    "properties": {
-        "query": TEXT,
-        "check": TEXT,
-        "solution": TEXT,
-        "rubric": {"type": "array", "minItems": 1, "items": TEXT},
-    },
+    "properties": dict.fromkeys(("query", "check", "solution"), TEXT)
+    | {"rubric": {"type": "array", "minItems": 1, "items": TEXT}},
 }
 TASK = {
     "required": ["query_id", "turns"],
     "properties": {
         "query_id": {"type": "string", "pattern": r"^[\w.@#-]{1,200}\Z"},  # it names a folder
         "turns": {"type": "array", "minItems": 1, "items": TURN},
-        "workspace": {"type": ["string", "null"]},
-        "private": {"type": ["string", "null"]},
-        "venv": {"type": ["string", "null"]},
-        "image": {"type": ["string", "null"]},
         "system": {"type": "string"},
         "tools": {"type": "array", "items": TOOL},
         "needs": {"type": "array", "items": TEXT},
+        **dict.fromkeys(("workspace", "private", "venv", "image"), {"type": ["string", "null"]}),
         **dict.fromkeys(("domain", "subdomain", "source", "meta"), {}),
     },
 }
@@ -820,18 +817,10 @@ SCRATCH = 1 << 30  # bytes in memory, of /tmp, of /dev/shm and of the home folde
 FIRST_USER = 100_000  # as root, every slot has a user id of its own
 SYSTEM_PATH = "/usr/local/bin:/usr/bin:/bin"
 SYSTEM_PYTHON = "/usr/bin/python3"
-ENVIRONMENT = {
-    "HOME": "/home/agent",
-    "USER": "agent",
-    "LANG": "C.UTF-8",
-    "PYTHONDONTWRITEBYTECODE": "1",
-    # Thread pools as wide as a large machine would use up the processes that a sandbox may have
-    "OMP_NUM_THREADS": "1",
-    "OPENBLAS_NUM_THREADS": "1",
-    "MKL_NUM_THREADS": "1",
-    "TF_NUM_INTRAOP_THREADS": "1",
-    "TF_NUM_INTEROP_THREADS": "1",
-}
+ENVIRONMENT = {"HOME": "/home/agent", "USER": "agent", "LANG": "C.UTF-8", "PYTHONDONTWRITEBYTECODE": "1"}
+# Thread pools as wide as a large machine would use up the processes that a sandbox may have
+for pool in ("OMP_NUM", "OPENBLAS_NUM", "MKL_NUM", "TF_NUM_INTRAOP", "TF_NUM_INTEROP"):
+    ENVIRONMENT[f"{pool}_THREADS"] = "1"
 BOOT = "import json, sys; exec(json.loads(sys.stdin.readline()))"
 GONE = "The sandbox stopped responding and was started again; files are kept, processes are not."
 
@@ -2396,11 +2385,19 @@ def read_model_file(model, name):
         raise InputError(f"{model}: neither a folder nor a reachable Hub id ({why})") from None
 
 
+def tokenizer_config(model):
+    text = read_model_file(model, "tokenizer_config.json")
+    if text is None or read_model_file(model, "config.json") is None:
+        raise InputError(f"{model}: no config.json or tokenizer_config.json, so no checkpoint")
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise InputError(f"{model}: tokenizer_config.json: not valid JSON ({error})") from None
+
+
 def parsers_of(model):
     """(tool call parser, reasoning parser) for the model's chat template, None for none."""
-    config = json.loads(read_model_file(model, "tokenizer_config.json") or "null")
-    if config is None or read_model_file(model, "config.json") is None:
-        raise InputError(f"{model}: no config.json or tokenizer_config.json, so no checkpoint")
+    config = tokenizer_config(model)
     if described := config.get("response_template"):  # how its answers are written, by 03_sft.py: exact
         return "hf", "hf" if "thinking" in described.get("fields", {}) else None
     template = read_model_file(model, "chat_template.jinja") or config.get("chat_template") or ""
@@ -2650,8 +2647,12 @@ def locked(folder):
 
 def episodes_in(path):
     """{(query_id, run): row} of an episodes.jsonl; {} where there is none."""
-    rows = [row for _, row in read_jsonl(path, append_only=True)] if path.exists() else []
-    return {(row["query_id"], row["run"]): row for row in rows}
+    rows = {}
+    for where, row in read_jsonl(path, append_only=True) if path.exists() else ():
+        if missing := {"query_id", "run", "messages", "rounds", "meta"} - row.keys():
+            raise InputError(f"{where}: {min(missing)} is missing: this is no episode of 04_eval.py")
+        rows[row["query_id"], row["run"]] = row
+    return rows
 
 
 def wanted_episodes(settings, tasks):

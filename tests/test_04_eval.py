@@ -433,6 +433,14 @@ def test_a_damaged_summary_is_one_line(m, tmp_path, what):
     assert "\n" not in str(error.value)
 
 
+def test_rows_that_are_no_episodes_are_told(m, tmp_path):
+    """Another stage's rows in the folder of a run."""
+    path = tmp_path / "episodes.jsonl"
+    path.write_text('{"query_id": "t", "messages": [], "tools": [], "meta": {}}\n')
+    with pytest.raises(m.InputError, match="episodes.jsonl:1: rounds is missing"):
+        m.episodes_in(path)
+
+
 PAPER = """
 tasks: {birds: 6}
 Table 2:
@@ -948,6 +956,8 @@ def test_a_checkpoint_that_cannot_be_served_is_told_before_anything_starts(m, tm
 
     assert "no config.json" in error()
     tmp_path.joinpath("config.json").write_text("{}")
+    tmp_path.joinpath("tokenizer_config.json").write_text("{")
+    assert "tokenizer_config.json: not valid JSON" in error()
     tmp_path.joinpath("tokenizer_config.json").write_text("{}")
     assert "name --tool_call_parser" in error()
     assert "--vllm_args '--a" in error(tool_call_parser="hermes", vllm_args="'--a")

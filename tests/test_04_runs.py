@@ -207,7 +207,7 @@ def test_a_damaged_state_of_a_day_is_told(endpoint, session, tmp_path):
     endpoint.script["q"] = [say("first"), say("second")]
     assert session("")[0] == 130
     state = tmp_path / "out/workspaces/t-0.json"
-    for text, told in (("{", "not valid JSON"), ('{"rounds": 5}', "damaged"), ("[]", "damaged")):
+    for text, told in (("{", "not valid JSON"), ('{"rounds": 5}', "damaged"), ("[]", "expected a JSON object")):
         state.write_text(text)
         code, _, error = session("accept\n")
         assert code == 2 and f"t-0.json: {told}" in error
