@@ -260,8 +260,7 @@ TASK = {
 
 
 def read_tasks(settings, tools):
-    """The tasks of all files, in order; "workspace", "private" and "venv" become full paths. tools: by name,
-    those that exist here."""
+    """The tasks of all files, in order, with full paths. tools: by name, those that exist here."""
     tasks = {}
     validator = jsonschema.Draft202012Validator(TASK)
     for path in settings.tasks:
@@ -304,8 +303,7 @@ def check_names(where, value, schema):
 
 
 def full_path(where, key, path):
-    """Raises InputError for a path that is not there, or not what it must be: a folder, or a .tar as a
-    workspace."""
+    """Raises InputError for what is not there, or no folder (as a workspace it may be a .tar)."""
     is_tar = key == "workspace" and path.is_file() and tarfile.is_tarfile(path)
     if not (path.is_dir() or is_tar):
         told = f"{path} does not exist, or is no {'folder or .tar' if key == 'workspace' else 'folder'}"
@@ -773,8 +771,7 @@ def run_shell_command(command, description="", directory=""):
 
 
 def load_tools(path):
-    """({name: schema} of a tool set, the text of the program that runs in the sandbox). path: a file for
-    --tools; None is the tools above."""
+    """({name: schema} of a tool set, the text of the program that runs in the sandbox)."""
     ours = Path(__file__).read_text()
     server, _, tools = ours.partition("# BEGIN OF THE SERVER")[2].partition("# BEGIN OF THE TOOLS")
     names = globals()
@@ -1200,8 +1197,7 @@ class Reply:
 
 
 def why_refused(status, text):
-    """Kind of a refusal: "context_full", "refused", "unparsed_call", "reasoning" (it does not take that
-    back), "again" (it may pass), or "unknown"."""
+    """Kind of a refusal: one of those below ("reasoning": it does not take that back), or "unknown"."""
     text = text[:2000].lower()  # some send the whole conversation back
     kinds = [
         ("again", status == 429 or re.search(RATE, text)),
@@ -1610,8 +1606,7 @@ async def run_agent(endpoint, sandbox, settings, talk, schemas, seed, stats, ser
 
 
 def add_served(served, step):
-    """Add the token ids of a step. Where its prompt begins with the one before it, of that one only the
-    length stays: all would be quadratic."""
+    """Of a prompt that the next one begins with, only the length stays: all would be quadratic."""
     if step is None:
         return
     if served:
@@ -2265,8 +2260,7 @@ def percent(values):
 
 
 def paper_numbers(path, key, summary, tasks):
-    """What was published of a metric, for the whole benchmarks of these tasks and the same arm: a line a
-    table. path: as recipes/benchmarks/paper_tables.yaml."""
+    """[what was published of a metric for whole benchmarks, same arm]; path: as paper_tables.yaml."""
     told = []
     with_tools = not summary["settings"].get("no_tools")
     sizes = Counter(summary.get("sources", {}).get(task) for task in tasks)
@@ -2656,8 +2650,7 @@ def episodes_in(path):
 
 
 def wanted_episodes(settings, tasks):
-    """{(query_id, run): (task, run, None, or with --regrade the row that is graded again)} of all that the
-    run is to have."""
+    """{(query_id, run): (task, run, with --regrade the row that is graded again)} of the whole run."""
     if not settings.regrade:
         pairs = itertools.product(range(settings.n_runs), tasks)
         return {(task["query_id"], run): (task, run, None) for run, task in pairs}
@@ -2785,8 +2778,7 @@ def unproven(settings, summary):
 
 
 def print_summary(settings, summary, not_run, stopped):
-    """What a person looks at first; returns the exit code, 1 where another start could do more, or the
-    numbers are not what they seem."""
+    """What a person looks at first; the exit code: 1 where a score is missing, or not what it seems."""
     for entry in not_run[:20]:
         print(f"not run: {entry['query_id']}-{entry['run']}: {entry['reason']}: {entry['detail'][:200]}")
     print_metrics(summary["metrics"])

@@ -804,10 +804,10 @@ def test_tool_outputs_to_the_letter(m, endpoint, evaluate):
 
 @pytest.fixture
 def start(endpoint, tmp_path):
-    """Start a run of 18 small tasks as a process, episodes slow enough to be killed in the middle."""
+    """Start a run of 8 small tasks as a process, episodes slow enough to be killed in the middle."""
     endpoint.delay = 0.05
     tasks = []
-    for n in range(18):
+    for n in range(8):
         endpoint.script[f"q{n}"] = [call("run_shell_command", command=f"echo {n} > x"), say("done")]
         tasks.append((f"t{n}", [(f"q{n}", f"grep -x {n} x")]))
     path, out = write_tasks(tmp_path, *tasks), tmp_path / "out"
