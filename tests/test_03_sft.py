@@ -410,9 +410,10 @@ def free_port():
         return probe.getsockname()[1]
 
 
-# As a user's command, but several runs in the same two processes; the last on a disk that takes no optimizer's state
+# As a user's command, but several runs in the same two processes; the second on a disk that takes no optimizer's
+# state, the last, with a user's mistake, as the script itself
 PLAIN_DATA_PARALLEL = """
-import importlib, json, resource, sys, torch
+import importlib, json, resource, runpy, sys, torch
 sys.path.insert(0, ".")
 sft = importlib.import_module("03_sft")
 for flags, limit in json.loads(sys.argv[1]):
@@ -423,7 +424,9 @@ for flags, limit in json.loads(sys.argv[1]):
         sft.main(*parsed)
     except OSError as error:
         sys.stdout.write(f"{torch.distributed.get_rank()} {error}\\n")  # at one go, or the lines of both mix
-torch.distributed.destroy_process_group()
+resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+sys.argv = ["03_sft.py", *json.loads(sys.argv[2])]
+runpy.run_path("03_sft.py", run_name="__main__")
 """
 
 
@@ -435,7 +438,10 @@ def two_processes(glm_base, train_file, work):
     for name, limit in (("glm-2", None), ("one-disk", 200_000)):
         flags = ["--model_name_or_path", glm_base, "--train_file", train_file, "--output_dir", work / name, *FLAGS]
         runs.append([[str(flag) for flag in flags], limit])
-    return launch(work / "two.yaml", work / "two.py", json.dumps(runs))
+    path = write_rows(work / "mistake.jsonl", [{"messages": [user("U"), assistant("D")]}, {"messages": []}])
+    mistake = ["--model_name_or_path", glm_base, "--train_file", path, "--output_dir", work / "none"]
+    mistake = json.dumps([str(flag) for flag in mistake])
+    return launch(work / "two.yaml", work / "two.py", json.dumps(runs), mistake, returncode=1)  # the launcher's own
 
 
 def test_two_processes_equal_one(two_processes, glm_run, work):
@@ -1040,13 +1046,11 @@ def test_a_cut_line_is_told(stage, tmp_path):
         sft.read_rows(path)
 
 
-def test_a_mistake_is_told_once_by_two_processes(glm_base, tmp_path):
-    path = write_rows(tmp_path / "train.jsonl", [GOOD, {"messages": []}])
-    (tmp_path / "two.yaml").write_text("distributed_type: MULTI_GPU\nnum_machines: 1\nnum_processes: 2\n")
-    flags = ["--model_name_or_path", glm_base, "--train_file", path, "--output_dir", tmp_path / "o"]
-    result = launch(tmp_path / "two.yaml", ROOT / "03_sft.py", *flags, returncode=1)  # the launcher's own
-    assert result.stderr.count(f"03_sft.py: {path}:2: ") == 1 and "exitcode  : 2" in result.stderr
-    assert '/03_sft.py", line' not in result.stderr  # no traceback of ours
+def test_a_mistake_is_told_once_by_two_processes(two_processes, work):
+    told = two_processes.stderr
+    assert told.count(f"03_sft.py: {work}/mistake.jsonl:2: ") == 1 and "exitcode  : 2" in told
+    assert '/03_sft.py", line' not in told  # no traceback of ours
+    assert not (work / "none").exists()
 
 
 def test_a_misspelt_flag_is_refused(stage, monkeypatch):
