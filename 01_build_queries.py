@@ -160,6 +160,10 @@ class Settings:
     max_per_repo: int = setting(2, "Most pull-request queries from one repository.")
 
 
+# Settings of --rule tests alone: the paper's rule runs nothing, and draws 100 pull requests a repository
+OF_TESTS = ("max_tokens", "max_candidates", "chain", "setup_command", "setup_seconds", "test_command")
+
+
 class InputError(ValueError):
     """A user's mistake, told in one line that names file, line, field and remedy; exit code 2."""
 
@@ -2104,6 +2108,11 @@ def write_settings(settings):
 
 
 def check_settings(settings):
+    defaults = Settings()
+    given = [name for name, value in vars(settings).items() if value != getattr(defaults, name)]
+    for name in given:
+        if settings.rule == "paper" and name in OF_TESTS or settings.rule == "tests" and name == "seed":
+            raise InputError(f"--{name} does nothing with --rule {settings.rule}")
     if not (settings.real or settings.repos or settings.papers):
         raise InputError("nothing to read: give --real FILE_OR_DIR, --repos CLONE... or --papers DIR")
     if settings.issues and not settings.repos:

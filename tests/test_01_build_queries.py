@@ -487,6 +487,9 @@ def test_bad_repositories(tmp_path, small_repo, demo_clone):
     assert "both called pr_repo" in refused(*flags, demo_clone, demo_clone)
     assert "nothing to read" in refused()
     assert "must be 1 or more" in refused(*flags, demo_clone, "--concurrency", 0)
+    paper = "--rule", "paper"
+    assert "--max_candidates does nothing with --rule paper" in refused(*flags, demo_clone, *paper, "--max_candidates", 10)
+    assert "--seed does nothing with --rule tests" in refused(*flags, demo_clone, "--seed", 1)
     line = refused(*flags, demo_clone, "--test_command", "pytest -q")
     assert "must write JUnit XML: pytest --junitxml={report}" in line
     assert "no merged pull request was found" in refused(*flags, repo)
