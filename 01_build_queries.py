@@ -2107,12 +2107,16 @@ def write_settings(settings):
     path.write_text(json.dumps(record, indent=1) + "\n")
 
 
-def check_settings(settings):
+def check_rule(settings):
+    """Raises InputError for a setting that only the other rule reads."""
     defaults = Settings()
-    given = [name for name, value in vars(settings).items() if value != getattr(defaults, name)]
-    for name in given:
-        if settings.rule == "paper" and name in OF_TESTS or settings.rule == "tests" and name == "seed":
+    for name in OF_TESTS if settings.rule == "paper" else ("seed",):
+        if getattr(settings, name) != getattr(defaults, name):
             raise InputError(f"--{name} does nothing with --rule {settings.rule}")
+
+
+def check_settings(settings):
+    check_rule(settings)
     if not (settings.real or settings.repos or settings.papers):
         raise InputError("nothing to read: give --real FILE_OR_DIR, --repos CLONE... or --papers DIR")
     if settings.issues and not settings.repos:
