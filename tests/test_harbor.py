@@ -348,6 +348,7 @@ FOUND = "cat /answers/1.md /answers/2.md /answer.md made/a.txt | xargs"
 SECOND |= {"check": f'test "$({FOUND})" = "1 2 2 a" -a ! -e left.txt'}
 TWO = {"query_id": "two.β#1@x", "domain": "vibe_coding", "turns": [FIRST, SECOND]}
 CHECKED = {"query_id": "checked", "domain": "vibe_coding", "venv": "env", "turns": [TURN]}
+CHECKED |= {"workspace": None, "image": None}
 CHECKED |= {"private": "hidden"}
 JUDGED = {"query_id": "judged", "domain": "research", "turns": [TURN, {"query": "q", "rubric": ["r"]}]}
 
@@ -423,12 +424,14 @@ def test_what_a_task_of_ours_needs_is_in_its_dockerfile(run_stage, own_tasks, tm
 @needs_bwrap
 def test_harbors_in_out_and_in_again(read_in, run_stage, harbor_task, tmp_path):
     folder = harbor_task(**{"environment/Dockerfile": DOCKERFILE + "COPY data /app/\n"})
+    folder.joinpath("sums/easy/environment/data/crlf.txt").write_bytes(b"1\r\n/app/2\r\n")
     folder.joinpath("sums/easy/environment/data/numbers.txt").chmod(0o755)
     folder.joinpath("sums/easy/environment/data/link").symlink_to("numbers.txt")
     first, _ = read_in(folder, "first")
     write_out(run_stage, tmp_path / "first/tasks.jsonl", tmp_path / "out")
     second, _ = read_in(tmp_path / "out", "second")
     assert first == second
+    assert tmp_path.joinpath("first/sums-easy/workspace/crlf.txt").read_bytes() == b"1\r\n/workspace/2\r\n"
     assert files_below(tmp_path / "first/sums-easy") == files_below(tmp_path / "second/sums-easy")
     config = tomllib.loads(tmp_path.joinpath("out/sums-easy/task.toml").read_text())
     limits = [config[part]["timeout_sec"] for part in ("agent", "verifier")]

@@ -74,10 +74,11 @@ def change_paths(folder, root, private="/private"):
     for path in folder.rglob("*"):
         if path.is_file() and not path.is_symlink():
             try:
-                text = path.read_text()
+                text = path.read_bytes().decode()  # its ends of lines stay
             except UnicodeDecodeError:
                 continue
-            path.write_text(renamed(text, root, private))
+            if (changed := renamed(text, root, private)) != text:
+                path.write_bytes(changed.encode())
 
 
 def renamed(text, root, private):
@@ -92,7 +93,7 @@ def restore(folder, config, target):
     row = json.loads(str(config["metadata"]["limi_task"]))
     check_row(row)
     for key, place in (("workspace", "environment/workspace"), ("private", "tests/private")):
-        if key in row:
+        if row.get(key):
             row[key] = f"{target.name}/{key}"
             copy(folder / place, target / key, target)
     return row
