@@ -824,6 +824,7 @@ def read_sii(log):
     contents = request["messages"]
     conversations = [request["messages"] for request in requests] + checks
     alike = [messages for messages in conversations if messages[:1] == contents[:1]]
+    others = [beyond(messages, contents) for messages in alike]
     for check in checks:  # the history that the next-speaker check sees is one answer longer
         if check[: len(contents)] == contents:
             contents = check
@@ -831,9 +832,15 @@ def read_sii(log):
         raise Reject("compacted")
     meta = {key: value for key, value in log.items() if key != "events"}
     messages = [system_of(request.get("system_instruction")), *contents]
-    checked = [request, alike, beside]  # an event of a kind that nobody has seen may repeat, not add
+    checked = [request, others, beside]  # an event of a kind that nobody has seen may repeat, not add
     return {"messages": messages, "tools": request["tools"], "meta": meta, "checked": checked}
 
+
+
+def beyond(messages, contents):
+    """What a conversation says otherwise than another, place by place; requests repeat what came before."""
+    pairs = itertools.zip_longest(messages, contents[: len(messages)])
+    return [message for message, same in pairs if message != same]
 
 
 BUILT_IN = [
