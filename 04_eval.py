@@ -258,6 +258,9 @@ TASK = {
     },
 }
 
+# Named as it is, by no pattern or variable, and not asked for whether it is there
+PRIVATE_FILE = re.compile(r"(?<!-[defrsx] )/private/([\w./-]*\w)(?![\w.*?\[{$-])")
+
 
 def read_tasks(settings, tools):
     """The tasks of all files, in order, with full paths. tools: by name, those that exist here."""
@@ -276,6 +279,7 @@ def read_tasks(settings, tools):
             for key in ("workspace", "private", "venv"):
                 if task.get(key):
                     task[key] = full_path(where, key, Path(path).parent / task[key])
+            check_private(where, task)
             for schema in task.get("tools", []):
                 if (name := schema["function"]["name"]) not in tools:
                     raise InputError(f"{where}: tools: {name!r} is none of {list(tools)}")
@@ -313,6 +317,15 @@ def full_path(where, key, path):
     if key == "private" and os.getuid() == 0:  # a check has a user of its own then
         check_readable(where, path)
     return path.resolve() if key != "venv" else path.absolute()
+
+
+def check_private(where, task):
+    """Raises InputError for a file of /private that a check names and does not have: it would be a 0."""
+    for number, turn in enumerate(task["turns"]):
+        for name in PRIVATE_FILE.findall(turn.get("check", "")):
+            if not (task.get("private") and os.path.lexists(Path(task["private"], name))):
+                told = f"turns[{number}].check: /private/{name} is not in the task's private folder"
+                raise InputError(f"{where}: {told} ({task.get('private') or 'it has none'})")
 
 
 def check_readable(where, folder):

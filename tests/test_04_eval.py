@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+from contextlib import nullcontext
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -1031,6 +1032,8 @@ BAD_TASKS = [
     (json.dumps(GOOD | {"tools": [{"function": "glob"}]}), ["queries.jsonl:1: tools[0].function"]),
     (json.dumps(GOOD | {"tools": [{"function": GLOB}]}), ["'parameters' is a required property"]),
     (json.dumps(GOOD | {"tools": [{"function": GLOB | {"parameters": {"type": "strng"}}}]}), ["'strng'"]),
+    (json.dumps(GOOD | {"turns": [TURN, TURN | {"check": "bash /private/a.sh; echo"}]}),
+     ["queries.jsonl:1: turns[1].check: /private/a.sh is not in", "it has none"]),
     (json.dumps([GOOD]), ["queries.jsonl:1", "expected a JSON object, found list"]),
     (json.dumps(GOOD, indent=1), ["queries.jsonl:1", "one JSON object a line"]),
     ("[" * 100_000, ["queries.jsonl:1", "not valid JSON"]),
@@ -1044,6 +1047,22 @@ def test_bad_tasks(m, tmp_path, text, parts):
     with pytest.raises(m.InputError) as error:
         m.read_tasks(m.Settings(tasks=[str(path)]), m.load_tools(None)[0])
     assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value), str(error.value)
+
+
+@pytest.mark.parametrize("check, there", [
+    ("python3 -I /private/tests/a.py", True), ("cp -r /private/tests/ . && cat /private/*.txt", True),
+    ("for f in /private/tests/b_*.py; do python3 $f; done; cat /private/$NAME", True),
+    ("[ -f /private/more.sh ] && bash ./x", True), ("diff -r /private /workspace", True),
+    ("python3 -I /private/tests/c.py", False), ("diff out /private/expected.txt", False),
+])  # fmt: skip
+def test_a_check_names_files_that_are_in_the_private_folder(m, tmp_path, check, there):
+    """A file that was not copied would be a 0 of every model."""
+    tmp_path.joinpath("hidden/tests").mkdir(parents=True)
+    tmp_path.joinpath("hidden/tests/a.py").touch()
+    task = GOOD | {"private": "hidden", "turns": [TURN | {"check": check}]}
+    settings = m.Settings(tasks=[str(write_tasks(tmp_path, task))])
+    with nullcontext() if there else pytest.raises(m.InputError, match=r"turns\[0\].check: /private/"):
+        m.read_tasks(settings, {})
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only as root a check has a user of its own")
