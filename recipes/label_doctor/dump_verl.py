@@ -1,8 +1,8 @@
 """What verl's SFT trains, by its MultiTurnSFTDataset: `dump_verl.py FOLDER ROWS > dump.jsonl`.
 
-Each row is a Parquet file of its own, with arguments as JSON: Parquet gives every call every key, and holds
-no list of several types. A weight of 0 is not passed on: verl has nothing for it. A row that verl or its
-template refuses is told on standard error.
+Each row is a Parquet file of its own: in one file every call would get every key of every tool. A weight of 0
+is not passed on: verl has nothing for it. A row that verl or Parquet (no list of several types, no empty
+object) refuses is told on standard error.
 """
 
 import json
@@ -14,22 +14,19 @@ from jinja2 import TemplateError
 from transformers import AutoTokenizer
 from verl.utils.dataset.multiturn_sft_dataset import MultiTurnSFTDataset
 
+REFUSALS = (AssertionError, NotImplementedError, TemplateError, TypeError, ValueError)
 folder, rows = sys.argv[1:3]
 tok = AutoTokenizer.from_pretrained(folder)
 settings = {"pad_mode": "no_padding", "max_length": 100000}
 for line in open(rows):
     row = json.loads(line)
     name = row["query_id"]
-    for message in row["messages"]:
-        for call in message.get("tool_calls", []):
-            function = call["function"]
-            function["arguments"] = json.dumps(function["arguments"], ensure_ascii=False)
     frame = pandas.DataFrame([{key: row[key] for key in ("messages", "tools") if row[key]}])
     with tempfile.NamedTemporaryFile(suffix=".parquet") as file:
-        frame.to_parquet(file.name)
         try:
+            frame.to_parquet(file.name)
             sample = MultiTurnSFTDataset(file.name, tok, settings)[0]
-        except (AssertionError, TemplateError, ValueError, TypeError) as error:
+        except REFUSALS as error:
             print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
             continue
     ids = sample["input_ids"].tolist()
