@@ -51,6 +51,7 @@ def convert():
     for path in (*found.clone.glob("src/scicode/**/*.py"), *found.clone.glob("eval/data/*.txt")):
         private[path] = path.relative_to(found.clone)
     common.write(found, tasks, count, private)
+    print("a step may take 1,800 s: 04_eval.py --check_seconds 2000")
 
 
 def task(problem, found):
