@@ -800,7 +800,7 @@ def test_which_scenarios_run(v2, tmp_path, run_stage, one_line_error):
     "text, said",
     [
         ("{", "not valid JSON"),
-        ("[1]", "list indices must be integers"),
+        ("[1]", "expected a JSON object, found list"),
         ('{"subtask_count": "1"}', "can only concatenate str"),
         ('{"subtask_count": 2, "subtask1": "q"}', "'subtask2': check the clone out again"),
     ],
