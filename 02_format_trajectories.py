@@ -1872,8 +1872,6 @@ def finish_row(row, notes, secrets, run):
     if run.tokenizer and not reasons:
         reasons += check_length(row, run)
     reasons += check_where(row, run.conditions, run.columns)
-    if not reasons:
-        run.notes.update(text for key, text in TOLD.items() if notes[key])
     return row, reasons
 
 
@@ -1897,13 +1895,18 @@ def make_all(records, run):
 def format_all(records, run):
     """Yield (source, format, row or None, reasons) of every record."""
     made = make_all(records, run)
-    while batch := list(itertools.islice(made, BATCH)):
-        secrets = iter(find_secrets([row for _, _, row, _ in batch if row]))
-        for source, name, row, notes in batch:
-            reasons = [str(notes)]
-            if row:
-                row, reasons = finish_row(row, notes, next(secrets), run)
-            yield source, name, row, reasons
+    with ThreadPoolExecutor() as pool:  # counting tokens holds no lock of Python's either
+        while batch := list(itertools.islice(made, BATCH)):
+            secrets = iter(find_secrets([row for _, _, row, _ in batch if row]))
+            finished = {}
+            for place, (_, _, row, notes) in enumerate(batch):
+                if row:
+                    finished[place] = pool.submit(finish_row, row, notes, next(secrets), run)
+            for place, (source, name, row, notes) in enumerate(batch):
+                row, reasons = finished[place].result() if row else (None, [str(notes)])
+                if not reasons:
+                    run.notes.update(text for key, text in TOLD.items() if notes[key])
+                yield source, name, row, reasons
 
 
 @dataclass(eq=False)  # counted by identity
