@@ -705,7 +705,6 @@ def read_row(record):
     return {"messages": system + messages, "tools": tools, "meta": row_meta(columns), "checked": checked}
 
 
-
 def row_meta(columns):
     """Every other column; what clashes with our own keys gets another name."""
     own = columns.pop("meta") if isinstance(columns.get("meta"), dict) else {}
@@ -836,7 +835,6 @@ def read_sii(log):
     return {"messages": messages, "tools": request["tools"], "meta": meta, "checked": checked}
 
 
-
 def beyond(messages, contents):
     """What a conversation says otherwise than another, place by place; requests repeat what came before."""
     pairs = itertools.zip_longest(messages, contents[: len(messages)])
@@ -927,8 +925,8 @@ class Kept:
             return True
         if text[0] in "[{":
             with contextlib.suppress(ValueError, RecursionError):
-                texts = strings_of(json.loads(text))
-                return all(len(text) < SHORTEST or self.has(text) for text in texts)
+                parts = strings_of(json.loads(text))
+                return all(len(part) < SHORTEST or self.has(part) for part in parts)
         pieces = [piece.strip() for piece in TAGS.split(text)]
         return len(pieces) > 1 and all(self.has_piece(piece) for piece in pieces)
 
@@ -1249,8 +1247,6 @@ def each(unit, numbered, readers):
             yield source, None, Reject(f"not_a_log: no reader fits ({what})")
 
 
-
-
 def read_all(units, readers, notes):
     """Yield (source, format or None, record or Reject) for every session of all units.
 
@@ -1445,7 +1441,6 @@ def cut_numbered(system, tools):
 
 def names_of(tools):
     return {tool["function"]["name"] for tool in tools}
-
 
 
 def called_names(messages):
@@ -1729,7 +1724,6 @@ def check_where(row, conditions, columns):
 
 
 # 8. Secrets and private names
-
 # What pybetterleaks 0.6.2 does not find; letters first and \b after: re looks for letters ten times as fast
 OWN_SECRETS = {
     "aws-access-key-id": re.compile(r"A(?<!\wA)(?:KIA|SIA)[A-Z0-9]{16}\b"),
@@ -1766,8 +1760,10 @@ PIECE = 250_000
 
 def scan(texts):
     """{secret: its kind} of texts, by pybetterleaks, on all cores: it holds no lock of Python's."""
-    from pybetterleaks import scan_text
-
+    try:
+        from pybetterleaks import scan_text
+    except ImportError:
+        raise InputError("secrets are found by pybetterleaks: pip install pybetterleaks==0.6.2") from None
     pieces, size = [], PIECE
     for text in texts:
         if size >= PIECE:
@@ -1781,7 +1777,6 @@ def scan(texts):
         for result in pool.map(look, map(APART.join, pieces)):
             found |= {finding.secret: finding.rule_id for finding in result.findings}
     return found
-
 
 
 def find_secrets(rows):

@@ -1043,7 +1043,7 @@ class Sandbox:
 
     async def call(self, name, arguments, seconds):
         """{"output": str} or {"error": str} of the tool server, with "killed": what our own guard ended, or
-    None. A dead or hanging one is replaced, and its reply has "gone": what its launcher said."""
+        None. A dead or hanging one is replaced, and its reply has "gone": what its launcher said."""
         if self.process is None:
             await self.start()
         request = {"id": uuid.uuid4().hex, "name": name, "arguments": arguments, "seconds": seconds}

@@ -750,6 +750,12 @@ def test_queries_tie_a_row_to_its_task(tmp_path):
 SHAPES = json.loads((Path(__file__).parent / "fixtures/secret_shapes.json").read_text())
 
 
+def test_without_its_package_no_row_passes_unsearched(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pybetterleaks", None)
+    with pytest.raises(stage.InputError, match="pip install pybetterleaks==0.6.2"):
+        format_each([row()])
+
+
 @pytest.mark.parametrize("place", ["result", "argument"])
 def test_a_key_of_each_shape_is_found_and_redacted(place):
     keys = {name: "".join(pieces) for name, pieces in SHAPES["secrets"].items()}
