@@ -36,6 +36,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import warnings
@@ -906,8 +907,7 @@ def place_task(settings, row, environment, work, tests):
         with tempfile.TemporaryDirectory() as tree:
             checkout(clone, base, tree)
             shutil.copytree(environment["folder"] / "made", tree, symlinks=True, dirs_exist_ok=True)
-            partial = shutil.make_archive(str(folder / "partial"), "tar", tree, owner="root", group="root")
-            os.replace(partial, workspace)
+            write_tar(tree, workspace)
     turn = {"query": row["meta"]["title"] or row["query_id"], "check": "python3 -I /private/check.py",
             "solution": "cp -R /private/solution/. ."}
     task = {"query_id": row["query_id"], "domain": "vibe_coding", "source": row["source"], "turns": [turn],
@@ -915,6 +915,19 @@ def place_task(settings, row, environment, work, tests):
             "venv": str(environment["folder"] / "venv")}
     needs = {"go": ["go"], "node": ["node"]}.get(language_of(row["pr"]["code"][0]))
     return task | ({"needs": needs} if needs else {})
+
+
+def write_tar(folder, path):
+    """The files of folder, with the same bytes whenever and by whomever: 04 knows a workspace by its hash."""
+    def plain(member):
+        member.uid = member.gid = member.mtime = 0
+        member.uname = member.gname = ""
+        return member
+
+    partial = path.with_suffix(".partial")
+    with tarfile.open(partial, "w") as tar:
+        tar.add(folder, ".", filter=plain)
+    partial.replace(path)
 
 
 def run_agents(folder, tasks, runs):

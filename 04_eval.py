@@ -330,7 +330,8 @@ def check_private(where, task):
 
 def check_readable(where, folder):
     for file in [folder, *folder.rglob("*")]:
-        if not file.lstat().st_mode & 0o004:
+        needed = 0o005 if file.is_dir() and not file.is_symlink() else 0o004
+        if file.lstat().st_mode & needed != needed:
             raise InputError(f"{where}: private: root alone may read {file}; chmod -R go+rX {folder}")
 
 

@@ -481,6 +481,18 @@ def test_a_run_with_a_bad_clone_ends_well(tmp_path, small_repo, endpoint):
     assert [inputs[str(clone)] for clone in clones] == [None, None, head]
 
 
+def test_a_workspace_has_the_same_bytes_whenever_it_is_written(tmp_path):
+    for name, seconds in (("b/one", 1), ("a/two", 1_000_000)):
+        folder = tmp_path / name
+        for file in ("z.txt", "sub/a.txt"):
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            (folder / file).write_text(file)
+            os.utime(folder / file, (seconds, seconds))
+        stage.write_tar(folder, tmp_path / f"{seconds}.tar")
+    assert (tmp_path / "1.tar").read_bytes() == (tmp_path / "1000000.tar").read_bytes()
+    assert not list(tmp_path.glob("*.partial"))
+
+
 def test_bad_repositories(tmp_path, small_repo, demo_clone):
     repo, commit = small_repo
     flags = "--output_file", tmp_path / "out" / "queries.jsonl", "--repos"

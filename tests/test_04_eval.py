@@ -1066,7 +1066,7 @@ def test_a_check_names_files_that_are_in_the_private_folder(m, tmp_path, check, 
 
 
 @pytest.mark.skipif(os.getuid() != 0, reason="only as root a check has a user of its own")
-@pytest.mark.parametrize("path, mode", [("hidden", 0o700), ("hidden/deep/word", 0o600)])
+@pytest.mark.parametrize("path, mode", [("hidden", 0o700), ("hidden/deep", 0o744), ("hidden/deep/word", 0o600)])
 def test_a_private_folder_that_no_check_could_read_is_told(m, tmp_path, path, mode):
     """Every check would fail, and every score would be 0."""
     tmp_path.joinpath("hidden/deep").mkdir(parents=True)
