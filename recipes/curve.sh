@@ -33,8 +33,10 @@ python recipes/curve.py plan "$@"
 while IFS=$'\t' read -r -u 3 run model rows updates seed; do
     echo "=== $run"
     if [ "$run" != base ]; then
-        [ -f "$model/recipe.json" ] || "${launch[@]}" 03_sft.py --config "recipes/$recipe/sft.yaml" \
-            --train_file "$rows" --output_dir "$model" --max_steps "$updates" --seed "$seed"
+        [ -f "$model/recipe.json" ] || (
+            [ ! -f "recipes/$recipe/environment.sh" ] || . "recipes/$recipe/environment.sh"
+            "${launch[@]}" 03_sft.py --config "recipes/$recipe/sft.yaml" \
+                --train_file "$rows" --output_dir "$model" --max_steps "$updates" --seed "$seed")
     fi
     # 1: 04 finds something odd, such as a base that never ends its answers; the table has it in a column
     "${serve[@]}" python 04_eval.py --config "recipes/$recipe/eval.yaml" --model "$model" --output_dir "$results/$run" || [ $? = 1 ]

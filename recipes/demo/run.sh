@@ -62,6 +62,7 @@ for agent in solution nothing; do  # a task file proves itself: solutions pass e
 done
 
 step "trajectories: a scripted teacher plays the training tasks through 04's agent loop"
+rm -f "$data/teacher.url"  # an earlier run's
 python recipes/demo/teacher.py "$data/queries.jsonl" --port 0 > "$data/teacher.url" &
 teacher=$!
 trap 'kill $teacher 2> /dev/null || true' EXIT
@@ -93,11 +94,7 @@ if grep -qs "$rows" "$outputs/$tuned/recipe.json"; then
     echo "$outputs/$tuned was trained on exactly these rows"
 else
     rm -rf "${outputs:?}/$tuned" "${results:?}/$tuned"
-    # Freed memory is kept: a sixth of the time went into asking the system for the same pages again
-    # (one arena: kept pieces of several would add up)
-    export MALLOC_MMAP_THRESHOLD_=2000000000 MALLOC_TRIM_THRESHOLD_=8000000000 MALLOC_ARENA_MAX=1
-    # A CPU with matrix units for bf16 is twice as fast with them
-    if grep -qs amx_bf16 /proc/cpuinfo; then export ACCELERATE_MIXED_PRECISION=bf16; fi
+    . recipes/demo/environment.sh
     python 03_sft.py --config recipes/demo/sft.yaml --model_name_or_path "$outputs/base" \
         --train_file "$data/train.jsonl" --output_dir "$outputs/$tuned" "${train_flags[@]}"
 fi
