@@ -362,6 +362,14 @@ def test_a_server_that_does_not_come_up_ends_the_step(served):
     assert "served.sh: the server has ended" in done.stderr
 
 
+def test_a_port_that_is_taken_serves_another_model(served):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        port = other.getsockname()[1]
+        done = served(port, "sleep 60", "echo", "never")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == f"served.sh: port {port} is taken; name another: --port\n"
+
+
 def test_a_step_that_is_done_is_skipped_and_one_that_failed_runs_again(run, tmp_path):
     (tmp_path / "fails").write_text("03_sft.py")
     done, calls = run("Qwen/Qwen3-8B")
@@ -419,6 +427,67 @@ def test_a_step_whose_command_has_changed_runs_again(run):
     _, calls = run("Qwen/Qwen3-8B", "--prepare", "--revision", "abc")
     assert len(calls) == 1
     assert "02_format_trajectories.py GAIR/LIMI@abc " in calls[0]
+
+
+def called(calls):
+    """The scripts of these calls, of 04 the folder that it writes."""
+    names = []
+    for call in calls:
+        words = call.split()
+        script = next(word.split("/")[-1] for word in words if word.endswith(".py"))
+        names.append(words[-1].split("/")[-1] if script == "04_eval.py" else script)
+    return names
+
+
+def test_a_step_whose_files_have_changed_runs_again(run, checkout):
+    run("Qwen/Qwen3-8B")
+    rows = checkout / "data/limi-qwen3-8b/train.jsonl"
+    rows.parent.mkdir(parents=True)
+    rows.write_text("{}\n")
+    _, calls = run("Qwen/Qwen3-8B")
+    assert called(calls) == ["03_sft.py", "table.py"]
+    trained = checkout / "outputs/limi-qwen3-8b/tuned/recipe.json"
+    trained.parent.mkdir(parents=True)
+    trained.write_text("{}")
+    _, calls = run("Qwen/Qwen3-8B")
+    assert called(calls) == ["tuned-tools", "tuned-no_tools", "table.py"]
+    with (checkout / "recipes/qwen3-8b/eval.yaml").open("a") as file:
+        file.write("seed: 2\n")
+    _, calls = run("Qwen/Qwen3-8B")
+    assert called(calls) == ["base-tools", "base-no_tools", "tuned-tools", "tuned-no_tools", "table.py"]
+
+
+def test_a_clone_made_again_is_set_to_its_commit_again(run, checkout):
+    run("Qwen/Qwen3-8B", "--prepare")
+    (checkout / "results/limi-qwen3-8b/done/benchmark").unlink()
+    _, calls = run("Qwen/Qwen3-8B", "--prepare")
+    assert [call.split()[:2] for call in calls] == [["git", "clone"], ["git", "-C"]]
+
+
+def test_episodes_that_tau2_bench_lost_are_not_a_warning(run, checkout):
+    """Its runner ends with 1 for those alone, and names them nowhere but in its summary."""
+    folder = checkout / "results/limi-qwen3-8b/base-no_tools-tau2-airline"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text("{}")
+    done, _ = run("Qwen/Qwen3-8B", "--generalization", **TAU2)
+    assert done.returncode == 1
+    assert not (checkout / "results/limi-qwen3-8b/done/base-no_tools-tau2-airline").exists()
+
+
+@pytest.mark.parametrize("who", ["JUDGE", "USER"])
+def test_an_endpoint_without_its_model_is_told_before_anything_runs(run, who):
+    done, calls = run("Qwen/Qwen3-8B", "--generalization", **{f"{who}_BASE_URL": "http://there/v1"})
+    assert (done.returncode, calls) == (2, [])
+    assert done.stderr.startswith(f"run.sh: {who}_BASE_URL without {who}_MODEL: name the ")
+
+
+def test_a_name_with_a_space_and_a_quote_stays_one_word(run):
+    model = "my model's/Qwen3-8B"
+    done, _ = run(model, "--plan")
+    for step, _, words in planned(done.stdout):
+        assert (model in words) == (step in ("rows", "training", "base-tools", "base-no_tools")), step
+    (memory,) = re.findall(r"^python recipes/memory.py .+", done.stdout, re.MULTILINE)
+    assert model in shlex.split(memory)
 
 
 def test_prepare_runs_what_needs_a_network_and_no_more(run):

@@ -6,7 +6,10 @@
 benchmarks=(humaneval mbpp ds1000)
 [ -z "${SCICODE_TARGETS:-}" ] || benchmarks+=(scicode)
 domains=()
-[ -z "${USER_BASE_URL:-}" ] || domains=(airline retail)
+if [ "${USER_BASE_URL:-}" ]; then
+    [ "${USER_MODEL:-}" ] || fail "USER_BASE_URL without USER_MODEL: name the model that plays the user"
+    domains=(airline retail)
+fi
 given=data/limi-benchmarks # the same for all models
 
 # environment NAME PYTHON PACKAGE...: the packages that a benchmark's own checks need
@@ -20,7 +23,8 @@ environment() {
 # clone REPOSITORY COMMIT
 clone() {
     local folder=$given/${1##*/}
-    [ "$plan" ] || [ -f "$results/done/${1##*/}" ] || rm -rf "$folder" # a clone that was cut short
+    # A clone that was cut short goes, and what is known of its commit
+    [ "$plan" ] || [ -f "$results/done/${1##*/}" ] || rm -rf "$folder" "$results/done/${1##*/}-commit"
     step "${1##*/}" "$where" git clone -q "https://github.com/$1" "$folder"
     step "${1##*/}-commit" "$where" git -C "$folder" checkout -q "$2"
 }
@@ -92,7 +96,7 @@ evaluate_generalization() {
         step "$1-no_tools-tau2-$name" "$serving" "${on_gpus[@]}" bash recipes/limi/served.sh "${own[@]}" --model "$2" \
             --port 8000 -- python recipes/benchmarks/tau2.py "$given/tau2-bench" --venv "$given/tau2-venv" \
             --domain "$name" --base_url http://localhost:8000/v1 --model "$2" \
-            --user_base_url "$USER_BASE_URL" --user_model "${USER_MODEL:?the name of the user model}" \
+            --user_base_url "$USER_BASE_URL" --user_model "$USER_MODEL" \
             --output_dir "$results/$1-no_tools-tau2-$name"
     done
 }

@@ -4,7 +4,7 @@
 #
 #   bash recipes/limi/run.sh Qwen/Qwen3-8B --plan        every command, where it runs, memory and time; runs nothing
 #   bash recipes/limi/run.sh Qwen/Qwen3-8B               on one node of 8 GPUs
-#   sbatch recipes/limi/job.sbatch zai-org/GLM-4.5-Air   under SLURM, on several nodes too
+#   sbatch --nodes=4 recipes/limi/job.sbatch zai-org/GLM-4.5-Air    under SLURM
 #   bash recipes/limi/run.sh --miniature                 the same path without a GPU: proves nothing but that it runs
 #
 # MODEL is a Hub id or a folder whose name is one of recipes/*/sft.yaml. --nodes N: other nodes than that recipe has;
@@ -48,41 +48,61 @@ else
 fi
 data=data/limi-$recipe outputs=outputs/limi-$recipe results=results/limi-$recipe
 [ ! -d .venv/bin ] || export PATH="$PWD/.venv/bin:$PATH"
+if [ "${JUDGE_BASE_URL:-}" ]; then
+    [ "${JUDGE_MODEL:-}" ] || fail "JUDGE_BASE_URL without JUDGE_MODEL: name the judge"
+fi
+[ -z "$generalization" ] || . recipes/limi/generalization.sh
 
 quoted() {
     local word line=
     for word in "$@"; do
-        [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word="'$word'"
+        [[ $word =~ ^[A-Za-z0-9_./:=,@%+-]+$ ]] || word=${word@Q}
         line+=" $word"
     done
     echo "${line# }"
 }
 
-# 04 ends with 1 as well where all episodes ran and it has a warning; those stand in table.md
-# Nor does another start help a task that needs what this machine has not
+# 04 ends with 1 as well where all episodes ran and it has a warning; those stand in table.md.
+# Nor does another start help a task that needs what this machine has not.
+# tau2.py ends with 1 for lost episodes alone, and writes no not_run.jsonl: another start repeats them
 only_warned() {
-    [ "$1" = 1 ] && [ -f "$2/summary.json" ] && ! grep -qsv '"reason": "missing_need"' "$2/not_run.jsonl"
+    [ "$1" = 1 ] && [ -f "$2/summary.json" ] && [ -f "$2/not_run.jsonl" ] \
+        && ! grep -qv '"reason": "missing_need"' "$2/not_run.jsonl"
+}
+
+# What a step is made from: its command, and the sha256 of each file that it reads (of a trained model, its
+# recipe.json): where one has changed, the step is not done
+made_from() {
+    local word before=
+    quoted "$@"
+    for word in "$@"; do
+        [ ! -d "$word" ] || word+=/recipe.json
+        if [ -f "$word" ] && [[ $word != *.@(py|sh) && $before != @(--output*|-o) ]]; then
+            sha256sum "$word"
+        fi
+        before=$word
+    done
 }
 
 # step NAME WHERE COMMAND...
 number=0
 step() {
-    local name=$1 where=$2 command
+    local name=$1 where=$2 made
     shift 2
-    command=$(quoted "$@")
     number=$((number + 1))
-    printf '\n=== %s. %s, on %s\n%s\n' $number "$name" "$where" "$command"
+    printf '\n=== %s. %s, on %s\n%s\n' $number "$name" "$where" "$(quoted "$@")"
     if [ "$plan" ]; then
         [ "$miniature" ] || python recipes/limi/cost.py "$recipe" "$nodes" --step "$name"
         return 0
     fi
-    if [ "$(cat "$results/done/$name" 2> /dev/null)" = "$command" ]; then
+    made=$(made_from "$@")
+    if [ "$(cat "$results/done/$name" 2> /dev/null)" = "$made" ]; then
         echo "done before"
         return 0
     fi
     "$@" || only_warned $? "${@: -1}" || exit 1
     mkdir -p "$results/done"
-    echo "$command" > "$results/done/$name"
+    echo "$made" > "$results/done/$name"
 }
 
 print_memory() {
@@ -90,7 +110,7 @@ print_memory() {
     cards=$(sed -En '1s/.*: [0-9]+ GPUs of ([0-9]+) GB.*/\1/p' "recipes/$recipe/sft.yaml") # the card that it is made for
     command=(python recipes/memory.py --config "recipes/$recipe/sft.yaml" --model_name_or_path "$base" --longest 125000)
     command+=(--devices $((8 * nodes)) --cp "$shared" --card "$cards")
-    echo "${command[*]}"
+    quoted "${command[@]}"
     "${command[@]}" | tail -n 1
 }
 
@@ -143,17 +163,16 @@ else
     convert=()
     if [ "${JUDGE_BASE_URL:-}" ]; then
         convert=(--judge --network)
-        evaluate+=(--network --feedback judge --judge_base_url "$JUDGE_BASE_URL")
-        evaluate+=(--judge_model "${JUDGE_MODEL:?the name of the judge}")
+        evaluate+=(--network --feedback judge --judge_base_url "$JUDGE_BASE_URL" --judge_model "$JUDGE_MODEL")
     fi
-    [ "$plan" ] || [ -f "$results/done/benchmark" ] || rm -rf "$data/AgencyBench" # a clone that was cut short
+    # A clone that was cut short goes, and what is known of its commit
+    [ "$plan" ] || [ -f "$results/done/benchmark" ] || rm -rf "$data/AgencyBench" "$results/done/commit"
     step benchmark "$where" git clone -q https://github.com/GAIR-NLP/AgencyBench "$data/AgencyBench"
     step commit "$where" git -C "$data/AgencyBench" checkout -q ec65324
     step tasks "$where" python recipes/benchmarks/agencybench_v1.py "$data/AgencyBench" --output_dir "$data" \
         "${convert[@]}"
 fi
 
-[ -z "$generalization" ] || . recipes/limi/generalization.sh
 [ -z "$generalization" ] || prepare_generalization
 step rows "$where" python 02_format_trajectories.py "${rows[@]}" --output_file "$data/train.jsonl"
 [ -z "$prepare" ] || exit 0

@@ -13,6 +13,10 @@ while [ $# -gt 0 ] && [ "$1" != -- ]; do
 done
 [ $# -gt 1 ] || { echo "served.sh: wants FLAGS -- COMMAND" >&2; exit 2; }
 shift
+if (: < "/dev/tcp/localhost/$port") 2> /dev/null; then
+    echo "served.sh: port $port is taken; name another: --port" >&2 # another model's, perhaps
+    exit 2
+fi
 
 python 04_eval.py --serve "${flags[@]}" &
 server=$!
