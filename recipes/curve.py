@@ -4,12 +4,14 @@
     python recipes/curve.py table RECIPE
 
 plan   writes data/curve-RECIPE/rows-n10-seed1.jsonl ... (nested subsets), and in results/curve-RECIPE
-       runs.tsv (a run a line: name, checkpoint, rows, updates, seed) and curve.json (its curves' points)
+       runs.tsv (a run a line: name, checkpoint, rows, updates, seed), curve.json (its curves' points) and
+       inputs.json (of which files)
 table  reads of every run summary.json and episodes.jsonl (04_eval.py), and recipe.json of its checkpoint
        where that is still there; writes table.md and curve.png
 """
 
 import argparse
+import hashlib
 import importlib
 import json
 import math
@@ -73,11 +75,31 @@ def updates_of(settings, size):
     return updates
 
 
+def lines_of(path):
+    """Lines of a JSONL file, ended by newlines alone: a text in one may hold Unicode's other line ends."""
+    return [line for line in Path(path).read_text(encoding="utf-8").split("\n") if line.strip()]
+
+
 def read_set(path, sizes):
-    lines = Path(path).read_text().splitlines()
+    lines = lines_of(path)
+    if min(sizes) < 1:
+        raise InputError(f"a size is {min(sizes)}; the base, 0 rows, is evaluated anyway")
     if max(sizes) > len(lines):
         raise InputError(f"{path}: {len(lines)} rows, but a size is {max(sizes)}")
     return lines
+
+
+def refuse_other_inputs(results, outputs, inputs):
+    """All runs of a curve are of the same files. inputs: {what it is: its file}. Raises InputError where one
+    has changed since; a second set may be added."""
+    path = results / "inputs.json"
+    known = json.loads(path.read_text()) if path.exists() else {}
+    for name, file in inputs.items():
+        digest = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        if known.setdefault(name, digest) != digest:
+            raise InputError(f"{file}: not the {name} of the runs in {results}: delete it and {outputs}")
+    results.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(known))
 
 
 def plan_set(recipe, name, lines, tokens, sizes, seeds, updates, equal):
@@ -90,7 +112,7 @@ def plan_set(recipe, name, lines, tokens, sizes, seeds, updates, equal):
             rows = ROOT / f"data/curve-{recipe}/{name}-n{size}-seed{seed}.jsonl"
             rows.write_text("".join(lines[place] + "\n" for place in part))
             mean = statistics.mean(tokens[place] for place in part)
-            as_many_tokens = round(updates * equal[seed] / mean)
+            as_many_tokens = max(1, round(updates * equal[seed] / mean))
             if abs(as_many_tokens - updates) <= NEARLY_EQUAL * updates:
                 as_many_tokens = updates
             for arm, steps in (("updates", updates), ("tokens", as_many_tokens)):
@@ -104,8 +126,14 @@ def plan(recipe, rows_file, sizes, seeds, against=None):
     """Write the subsets, runs.tsv and curve.json."""
     settings = read_recipe(recipe)
     model = settings["model_name_or_path"]
+    sizes = sorted(set(sizes))
     lines = read_set(rows_file, sizes)
+    others = read_set(against, [1]) if against else []
     updates = updates_of(settings, max(sizes))
+    results = ROOT / f"results/curve-{recipe}"
+    inputs = {"sft.yaml": ROOT / "recipes" / recipe / "sft.yaml", "rows": rows_file}
+    inputs |= {"second set": against} if against else {}
+    refuse_other_inputs(results, ROOT / f"outputs/curve-{recipe}", inputs)
     tokens = row_tokens(model, map(json.loads, lines))
     (ROOT / f"data/curve-{recipe}").mkdir(parents=True, exist_ok=True)
     equal = {}
@@ -114,7 +142,6 @@ def plan(recipe, rows_file, sizes, seeds, against=None):
         equal[seed] = statistics.mean(tokens[place] for place in order[: max(sizes)])
     points = plan_set(recipe, "rows", lines, tokens, sizes, seeds, updates, equal)
     if against:
-        others = read_set(against, [1])
         counts = row_tokens(model, map(json.loads, others))
         sizes = sorted({size for size in sizes if size < len(others)} | {len(others)})
         points += plan_set(recipe, "other", others, counts, sizes, seeds, updates, equal)
@@ -123,8 +150,6 @@ def plan(recipe, rows_file, sizes, seeds, against=None):
         run, size, seed = point["run"], point["size"], point["seed"]
         rows = f"data/curve-{recipe}/{point['set']}-n{size}-seed{seed}.jsonl"
         runs[run] = f"{run}\toutputs/curve-{recipe}/{run}\t{rows}\t{point['updates']}\t{seed}"
-    results = ROOT / f"results/curve-{recipe}"
-    results.mkdir(parents=True, exist_ok=True)
     batch = settings.get("global_batch_size", 64)
     for point in points:
         point["tokens"] = round(point.pop("mean_tokens") * batch * point["updates"])
@@ -142,6 +167,8 @@ def read_run(folder):
     if not path.exists():
         raise InputError(f"{path}: no such file; bash recipes/curve.sh makes it")
     summary = json.loads(path.read_text())
+    if not summary["by_task"]:
+        raise InputError(f"{path}: no task has a score; not_run.jsonl beside it says why")
     ended = summary["rounds_ended_by"]
     shares = {name: count / sum(ended.values()) for name, count in ended.items()}
     return {task: scores["FTFC"] for task, scores in summary["by_task"].items()}, shares
@@ -150,7 +177,7 @@ def read_run(folder):
 def first_kinds(folder):
     """What the model's first messages of a run are, in the order of its tasks: as in DEGENERATE, or ""."""
     path = folder / "episodes.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    rows = [json.loads(line) for line in lines_of(path)] if path.exists() else []
     kinds = []
     for row in sorted(rows, key=lambda row: (row["query_id"], row["run"])):
         before = None
@@ -218,10 +245,15 @@ def mean_by_task(scores):
     return means
 
 
+def mean_over(tasks, by_task):
+    return statistics.mean(by_task[task] for task in tasks)
+
+
 def point_of(folder, base, points):
-    """One point of a curve. score: mean FTFC over tasks and seeds, gain: over the base, both with intervals
-    over tasks; seeds: of each; tasks_needed: to show a gain of 5 points with a power of 80 %; answered: share
-    of rounds that ended with an answer."""
+    """One point of a curve, over the tasks that the base and every seed have. score: mean FTFC over tasks and
+    seeds, gain: over the base, both with intervals over tasks; seeds: of each; tasks_needed: to show a gain
+    of 5 points with a power of 80 %, 0 where all gains are the same; answered: share of rounds that ended
+    with an answer."""
     stage = importlib.import_module("04_eval")
     scores = []
     answered = []
@@ -230,6 +262,8 @@ def point_of(folder, base, points):
         scores.append(by_task)
         answered.append(shares.get("answer", 0.0))
     means = mean_by_task([base, *scores])
+    if not means:
+        raise InputError(f"{folder}: no task has a score in the base and in {points[0]['run']}")
     gains = [means[task] - base[task] for task in means]
     spread = statistics.stdev(gains) if len(gains) > 1 else 0.0
     return {
@@ -238,7 +272,7 @@ def point_of(folder, base, points):
         "interval": stage.bootstrap(list(means.values())),
         "gain": statistics.mean(gains),
         "gain_interval": stage.bootstrap(gains),
-        "seeds": [statistics.mean(by_task.values()) for by_task in scores],
+        "seeds": [mean_over(means, run) for run in scores],
         "tasks_needed": math.ceil((2.8 * spread / 0.05) ** 2),  # 1.96 + 0.84 standard errors
         "answered": statistics.mean(answered),
         "updates": statistics.mean(point["updates"] for point in points),
@@ -269,7 +303,7 @@ def cells_of(which, arm, size, point):
         percent(point["score"], point["interval"]),
         ", ".join(percent(value) for value in point["seeds"]),
         percent(point["gain"], point["gain_interval"]),
-        f"{point['tasks_needed']:,}",
+        f"{point['tasks_needed']:,}" if point["tasks_needed"] else "–",
         percent(point["answered"]),
         point["first"],
     ]
@@ -292,6 +326,15 @@ def differences(curves):
     return lines
 
 
+def counted_tasks(base, curves):
+    """A line: over how many tasks the figures are."""
+    counts = {len(base), *(len(point["by_task"]) for point in curves.values())}
+    if len(counts) == 1:
+        return f"Over {len(base)} tasks."
+    told = "those with a score in the base and in every seed of a line"
+    return f"Over {min(counts)} to {max(counts)} tasks: {told}."
+
+
 def table(recipe):
     """Write table.md and curve.png, print the table."""
     folder = ROOT / f"results/curve-{recipe}"
@@ -308,7 +351,7 @@ def table(recipe):
         curves[key] = point_of(folder, base, points)
         rows.append(cells_of(*key, curves[key]))
     lines = ["| " + " | ".join(row) + " |" for row in rows]
-    text = "\n".join([*lines, "", *differences(curves)]).rstrip()
+    text = "\n".join([*lines, "", counted_tasks(base, curves), *differences(curves)])
     (folder / "table.md").write_text(text + "\n")
     plot(folder / "curve.png", score, curves)
     print(f"{text}\nplot: {folder / 'curve.png'}")
@@ -327,7 +370,8 @@ def plot(path, base, curves):
         color = LOOKS[which][list(ARMS).index(arm)]
         scores = [100 * curves[which, arm, size]["score"] for size in sizes]
         label = f"{'other rows, ' * (which == 'other')}{ARMS[arm]}"
-        axis.plot([0, *sizes], [100 * base, *scores], marker="o", label=label, color=color)
+        dashes = "--" if arm == "tokens" else "-"  # where both are of the same runs, both are seen
+        axis.plot([0, *sizes], [100 * base, *scores], dashes, marker="o", label=label, color=color)
         for size in sizes:
             seeds = [100 * value for value in curves[which, arm, size]["seeds"]]
             axis.plot([size] * len(seeds), seeds, ".", color=color, alpha=0.4)

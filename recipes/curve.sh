@@ -8,11 +8,13 @@
 # fewer rows at equal passes would be fewer updates, and a curve would count those: every size is trained for
 # as many updates, and for as many tokens, as the largest has with sft.yaml's num_train_epochs. A run that both
 # need is made once, and where the two differ by less than a tenth, they are one. Seeds draw subsets and order.
-# --against trains on a second set as well, at the same sizes and on all of it. What was cut short goes on.
+# --against trains on a second set as well, at the same sizes and on all of it. What was cut short goes on;
+# with other rows or another sft.yaml it is another curve, and refused.
 # curve.py plans, and plots.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 [ $# -ge 3 ] || { echo "usage: bash recipes/curve.sh RECIPE ROWS SIZES... [--seeds 3] [--against ROWS]" >&2; exit 2; }
+[ ! -d .venv/bin ] || export PATH="$PWD/.venv/bin:$PATH"
 recipe=$1
 results=results/curve-$recipe
 launch=(python)

@@ -4,6 +4,7 @@ results."""
 import importlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -124,10 +125,48 @@ def test_a_curve_that_would_only_warm_up_is_refused(planner, tmp_path, settings,
         planner.plan("small", rows, [4], 1)
 
 
-def test_a_size_beyond_the_rows_is_refused(planner, tmp_path):
+@pytest.mark.parametrize(("size", "told"), [(9, "8 rows, but a size is 9"), (0, "a size is 0; the base")])
+def test_a_size_beyond_the_rows_is_refused(planner, tmp_path, size, told):
     rows = small_recipe(tmp_path)
-    with pytest.raises(planner.InputError, match="8 rows, but a size is 9"):
-        planner.plan("small", rows, [9], 1)
+    with pytest.raises(planner.InputError, match=told):
+        planner.plan("small", rows, [2, size], 1)
+
+
+@pytest.mark.parametrize("changed", ["train.jsonl", "other.jsonl", "recipes/small/sft.yaml"])
+def test_runs_of_other_files_are_not_points_of_the_same_curve(planner, tmp_path, changed):
+    """Their checkpoints would be taken for those of the new rows. More sizes and a second set are no change."""
+    rows = small_recipe(tmp_path)
+    others = write_rows(tmp_path / "other.jsonl", 9)
+    planner.plan("small", rows, [2, 8], 1)
+    planner.plan("small", rows, [2, 4, 8], 2, against=others)
+    before = points_of(tmp_path)
+    with (tmp_path / changed).open("a") as file:
+        file.write("\n")
+    told = f"{changed}: not the .+: delete it and .+/outputs/curve-small"
+    with pytest.raises(planner.InputError, match=told):
+        planner.plan("small", rows, [2, 4, 8], 2, against=others)
+    assert points_of(tmp_path) == before
+
+
+def test_a_row_may_hold_any_line_end_of_unicode(planner, tmp_path):
+    small_recipe(tmp_path)
+    row = {"query_id": "1", "text": "a\u2028b\x85c"}
+    text = 2 * (json.dumps(row, ensure_ascii=False) + "\n")
+    rows = tmp_path / "train.jsonl"
+    rows.write_text(text, encoding="utf-8")
+    planner.plan("small", rows, [2], 1)
+    assert (tmp_path / "data/curve-small/rows-n2-seed1.jsonl").read_text() == text
+
+
+def test_sizes_are_in_order_and_a_training_has_an_update_at_least(planner, tmp_path):
+    rows = small_recipe(tmp_path)
+    planner.plan("small", rows, [8, 2, 2, 4], 1)
+    assert [point["size"] for point in points_of(tmp_path)] == [2, 2, 4, 4, 8, 8]
+    long = tmp_path / "long.jsonl"
+    row = {"query_id": "1000000"}  # of ten million tokens
+    long.write_text(json.dumps(row))
+    planner.plan("small", rows, [8], 1, against=long)
+    assert points_of(tmp_path)[-1]["updates"] == 1  # 0 would be no limit at all
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -255,9 +294,37 @@ def test_the_sets_are_compared_task_by_task(curve, results, stage):
     each = [1 - 0, 0.5 - 0, 1 - 0, 0.5 - 1] * (TASKS // 4)
     low, high = stage("04_eval").bootstrap(each)
     expected = f"- 4 rows minus 6 other rows at equal updates: 50% [{low:.0%}, {high:.0%}], p = "
-    *_, first, second = (results / "table.md").read_text().splitlines()
+    *_, tasks, first, second = (results / "table.md").read_text().splitlines()
+    assert tasks == "Over 24 tasks."
     assert first.startswith(expected)
     assert second.startswith("- 4 rows minus 6 other rows at equal tokens: 50%")
+
+
+def test_a_task_that_was_not_run_is_in_no_figure_of_its_line(curve, results):
+    """Seed b without its second half: each seed and the mean are over the first 12 tasks."""
+    shutil.rmtree(results / "b")
+    write_run(results / "b", [1] * (TASKS // 2))
+    curve.table("small")
+    lines = (results / "table.md").read_text().splitlines()
+    assert re.search(r"\| 75% \[.+\] \| 50%, 100% \| 75% \[", lines[3])
+    told = "those with a score in the base and in every seed of a line"
+    assert f"Over 12 to 24 tasks: {told}." in lines
+
+
+def test_gains_without_spread_tell_no_number_of_tasks(curve, results):
+    for run in "ab":
+        shutil.rmtree(results / run)
+        write_run(results / run, [0] * TASKS)
+    curve.table("small")
+    assert " | 0% [0%, 0%] | – | 75% | " in (results / "table.md").read_text().splitlines()[3]
+
+
+def test_a_run_without_any_score_is_told(curve, results):
+    summary = json.dumps({"by_task": {}, "rounds_ended_by": {}})
+    (results / "c/summary.json").write_text(summary)
+    told = "c/summary.json: no task has a score; not_run.jsonl"
+    with pytest.raises(curve.InputError, match=told):
+        curve.table("small")
 
 
 def test_a_run_with_an_update_at_0_is_no_point(curve, results, tmp_path):
