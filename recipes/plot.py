@@ -21,7 +21,9 @@ from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parent))
 evaluation = importlib.import_module("04_eval")  # its intervals are the ones that are shown
+visible = importlib.import_module("pages").visible
 InputError = evaluation.InputError
 read_json = evaluation.read_json
 
@@ -59,13 +61,24 @@ def read_lines(path, *fields, append_only=False):
         yield where, record
 
 
+def is_message(message):
+    """Has it what 02's messages have, and the pages show?"""
+    if not isinstance(message, dict) or not isinstance(message.get("content"), str):
+        return False
+    functions = [call.get("function") or {} for call in message.get("tool_calls") or []]
+    complete = all({"name", "arguments"} <= function.keys() for function in functions)
+    return "role" in message and complete
+
+
 def read_rows(path):
     """The rows of 02's train.jsonl. Raises InputError, naming file, line and message."""
     empty = True
     for where, row in read_lines(path, "query_id", "messages"):
-        for number, message in enumerate(row["messages"]):
-            if not isinstance(message.get("content"), str):
-                told = "content is no text; 02_format_trajectories.py makes rows of logs"
+        messages = row["messages"] if isinstance(row["messages"], list) else [None]
+        for number, message in enumerate(messages):
+            if not is_message(message):
+                told = "wants a role, content that is text, calls with name and arguments"
+                told += "; 02_format_trajectories.py makes rows of logs"
                 raise InputError(f"{where}: messages[{number}]: {told}")
         empty = False
         yield row
@@ -100,7 +113,7 @@ def bars(axis, title, counts, unit):
     rest = sum(counts.values()) - sum(count for _, count in largest)
     if rest:
         largest.append((f"{len(counts) - MOST_BARS} others", rest))
-    names = [name if len(name) <= 26 else name[:25] + "…" for name, _ in largest]
+    names = [visible(name if len(name) <= 26 else name[:25] + "…") for name, _ in largest]
     places = range(len(largest), 0, -1)
     sizes = [count for _, count in largest]
     drawn = axis.barh(places, sizes, 0.7, tick_label=names, color=LIGHT)
@@ -165,7 +178,8 @@ def text_length(message):
 
 def card_of(row):
     """The numbers of a row that pages and pictures show."""
-    messages, meta = row["messages"], row.get("meta", {})
+    messages = row["messages"]
+    meta = row.get("meta") or {}
     calls = []
     for message in messages:
         calls += [call["function"]["name"] for call in message.get("tool_calls") or []]
@@ -178,7 +192,7 @@ def card_of(row):
         "turns": sum(message["role"] == "user" for message in messages),
         "calls": len(calls),
         "tools": calls,
-        "tokens": meta.get("n_tokens"),
+        "tokens": meta["n_tokens"] if isinstance(meta.get("n_tokens"), int) else None,
         "characters": sum(map(text_length, messages)),
     }
 
@@ -311,6 +325,15 @@ def percent(values):
     return values and [100 * value for value in values]
 
 
+def is_like_the_papers(comparison):
+    """The paper's number is the average of its three metrics over all ten tasks, with tools."""
+    theirs = [task for task in comparison["tasks"] if task.startswith("agencybench-v1-")]
+    if len(theirs) != 10 or len(comparison["tasks"]) != 10:
+        return False
+    with_tools = not any(summary["settings"].get("no_tools") for summary in comparison["summaries"])
+    return with_tools and set(comparison["table"]) == {"average", "FTFC", "SR@3", "RC@3"}
+
+
 def comparison_panels(comparison):
     """The first metric of the comparison by run, and by training rows where a run says how many it had."""
     metric, *others = comparison["table"]
@@ -322,9 +345,8 @@ def comparison_panels(comparison):
     edges = [percent(evaluation.bootstrap(run)) for run in per_run]
     panels = [partial(scores, title=title, names=names, values=values, edges=edges)]
     if any(sizes):
-        theirs = [task for task in comparison["tasks"] if task.startswith("agencybench-v1-")]
-        paper = PAPER if len(theirs) == len(comparison["tasks"]) == 10 else {}  # its number is of all ten
-        more = {"names": names, "values": values, "sizes": sizes, "paper": paper}
+        more = {"names": names, "values": values, "sizes": sizes}
+        more["paper"] = PAPER if is_like_the_papers(comparison) else {}
         panels.append(partial(by_samples, title="The same, by training rows", **more))
     return panels
 

@@ -134,7 +134,7 @@ def test_a_size_beyond_the_rows_is_refused(planner, tmp_path, size, told):
 
 @pytest.mark.parametrize("changed", ["train.jsonl", "other.jsonl", "recipes/small/sft.yaml"])
 def test_runs_of_other_files_are_not_points_of_the_same_curve(planner, tmp_path, changed):
-    """Their checkpoints would be taken for those of the new rows. More sizes and a second set are no change."""
+    """Their checkpoints would be taken for those of the new rows. More sizes, a second set are no change."""
     rows = small_recipe(tmp_path)
     others = write_rows(tmp_path / "other.jsonl", 9)
     planner.plan("small", rows, [2, 8], 1)

@@ -264,6 +264,17 @@ def test_a_conversation_reads_as_a_person_writes_it(pages):
     assert places == sorted(places)
 
 
+def test_names_that_cannot_be_drawn_or_seen_are_spelled(view, tmp_path):
+    messages = conversation("a\U000e0041\xadb")
+    messages[2]["tool_calls"] = [call(1, "\ud800")]
+    row = {"query_id": "q", "messages": messages, "tools": None}
+    row["meta"] = {"domain": "\udfff", "n_tokens": "12"}
+    index = view.view([write_lines(tmp_path / "train.jsonl", [row])], tmp_path / "out", 500)
+    text = Page(index).text
+    assert "⟨U+D800⟩" in text and "⟨U+DFFF⟩" in text and "characters in a row" in text
+    assert "a⟨U+E0041⟩⟨U+00AD⟩b" in Page(index.parent / "0001.html").text
+
+
 def test_context_without_loss_is_named(view, tmp_path):
     messages = conversation()
     messages[2]["weight"] = 0
@@ -352,6 +363,15 @@ def test_a_comparison_begins_with_what_differs(pages):
     )
     for end in ("png", "svg"):
         assert pages["comparison"].joinpath(f"compare.{end}").stat().st_size > 5000
+
+
+def test_settings_that_differ_in_capitals_alone_differ(view, tmp_path):
+    base, tuned = make_pair(tmp_path)
+    for folder, model in ((base, "outputs/A"), (tuned, "outputs/a")):
+        summary = json.loads(folder.joinpath("summary.json").read_text()) | {"model": model}
+        folder.joinpath("summary.json").write_text(json.dumps(summary))
+    rows = Page(view.view([base, tuned], tmp_path / "out", 500)).rows
+    assert ["model", "outputs/A", "outputs/a"] in rows
 
 
 def test_intervals_are_those_of_the_evaluation(view, plot, stage):
@@ -519,6 +539,28 @@ def test_scores_by_training_rows_stand_beside_the_papers(plot, tmp_path):
     drawn = re.findall(r"<text[^>]*>([^<]*)</text>", by_rows)
     assert {"tuned: 78", "paper's LIMI", "base"} <= {*drawn}
     assert "currentColor" in score and plot.INK not in score
+
+
+@pytest.mark.parametrize("arm", ["without tools", "one round"])
+def test_other_arms_do_not_stand_beside_the_papers_numbers(plot, tmp_path, arm):
+    comparison = plot.read_comparison(make_pair(tmp_path))
+    comparison["tasks"] = [f"agencybench-v1-{number}" for number in range(1, 11)]
+    if arm == "without tools":
+        comparison["summaries"][0]["settings"]["no_tools"] = True
+    else:
+        table = comparison["table"]
+        comparison["table"] = {"average": table["average"], "FTFC": table["FTFC"], "SR@1": table["SR@3"]}
+    assert "paper's" not in plot.inline(plot.comparison_panels(comparison))[1]
+
+
+CALLING = {"role": "assistant", "content": "", "tool_calls": [{"function": {"name": "f"}}]}
+
+
+@pytest.mark.parametrize("messages", [None, "abc", [{"content": "no role"}], [{"role": "user"}], [CALLING]])
+def test_rows_that_02_did_not_make_are_told(plot, tmp_path, messages):
+    path = write_lines(tmp_path / "bad.jsonl", [{"query_id": "q", "messages": messages}])
+    with pytest.raises(plot.InputError, match=r"bad.jsonl:1: messages\[0\]: wants a role, content"):
+        list(plot.read_rows(path))
 
 
 @pytest.mark.parametrize("program", [VIEW, PLOT])
