@@ -577,6 +577,8 @@ def test_generalization_stands_beside_tables_3_and_4(table, tmp_path):
         "| SciCode, pass@1 | 1.5 | 3.1 | 2.0 | 2.0 | 3.3 | 3.3 | 2.0 | 2.0 |",
         "| SciCode, SR@1 over turns | 25.3 | 25.3 | 25.0 | 25.0 | 27.8 | 28.1 | 25.0 | 25.0 |",
     ]
+    (tmp_path / "base-tools-mbpp").mkdir()  # cut short: no line of its own, and the table is there
+    assert table.runs_table(tmp_path, "glm-4.5").splitlines() == lines
     dense = table.runs_table(tmp_path, "qwen3-8b")
     assert "| HumanEval+, SR@1 |  |  | 90.0 | 90.0 |  |  | 90.0 | 90.0 |" in dense
 

@@ -1,5 +1,6 @@
 """The faults of LIMI's release: each switch changes rows or labels as the released code did, nothing else."""
 
+import argparse
 import copy
 import importlib.util
 import itertools
@@ -165,6 +166,19 @@ def test_without_a_switch_all_faults_are_made_and_counted(row, short, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True)
     told = f"faults.py: {tmp_path}/t.jsonl:1: no row of 02_format_trajectories.py: messages and tools\n"
     assert (done.returncode, done.stderr) == (2, told)
+
+
+@pytest.mark.parametrize("text", ["a\u2028b\x85c", "half a pair: \ud800"])
+def test_any_text_of_a_row_goes_through(faults, row, tmp_path, text):
+    """Such line ends stand in a line of JSON as they are, half a surrogate pair as \\ud800 alone."""
+    row["messages"][-1]["content"] = text
+    path = tmp_path / "t.jsonl"
+    line = json.dumps(row, ensure_ascii="\ud800" in text)
+    path.write_text(line + "\n", encoding="utf-8")
+    switches = dict.fromkeys([*faults.ONE_ROW, "nulls"], False) | {"double_tool_list": True}
+    faults.main(argparse.Namespace(rows=path, output_file=tmp_path / "f.jsonl", **switches))
+    [made] = faults.read_rows(tmp_path / "f.jsonl")
+    assert made["messages"][-1]["content"] == text
 
 
 # ------------------------------------------------------------------------------------------------------------

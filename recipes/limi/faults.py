@@ -138,7 +138,7 @@ def differing(changed: list, rows: list) -> int:
 
 def read_rows(path: Path) -> list[dict]:
     rows = []
-    for number, line in enumerate(path.read_text().splitlines(), 1):
+    for number, line in enumerate(path.read_bytes().splitlines(), 1):
         try:
             row = json.loads(line)
         except ValueError as error:
@@ -156,7 +156,7 @@ def main(options) -> None:
     options.output_file.parent.mkdir(parents=True, exist_ok=True)
     with options.output_file.open("w") as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(json.dumps(row) + "\n")
     told = ", ".join(f"{name} {count}" for name, count in counts.items())
     print(f"{options.output_file}: {len(rows)} rows; changed: {told}")
 

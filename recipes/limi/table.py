@@ -129,8 +129,9 @@ def generalization_table(folder: Path, model: str) -> str:
             row += published(arm, model, benchmark, metric)
             for which in ("base", "tuned"):
                 path = folder / f"{which}-{arm}-{name}"
-                found |= path.exists()
-                row.append(shown(read_run(path), metric) if path.exists() else "")
+                ran = (path / "summary.json").exists()  # what was cut short has none
+                found |= ran
+                row.append(shown(read_run(path), metric) if ran else "")
         if found:
             rows.append(row)
     return "\n" + markdown(columns, rows) if rows else ""
