@@ -95,8 +95,9 @@ def roll_back(pairs, turns):
     """Take the last turns back, each from its prompt on: they were undone."""
     prompts = []
     for number, (_, message) in enumerate(pairs):
-        start = json.dumps(message.get("content"))[:120]
-        if message["role"] == "user" and not any(mark in start for mark in CONTEXT):
+        content = message.get("content")
+        texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content or []]
+        if message["role"] == "user" and not any(text.lstrip().startswith(CONTEXT) for text in texts):
             prompts.append(number)
     del pairs[(prompts[-turns:] if turns else [len(pairs)])[0] :]
 

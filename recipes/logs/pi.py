@@ -44,6 +44,12 @@ def message_of(entry):
     return message if role != "custom" else {"role": "user", "content": message["content"]}
 
 
+def ids_of(message):
+    """The ids of the calls of a message that was never sent."""
+    blocks = message.get("content") or []  # what the user ran has none
+    return {block.get("id") for block in blocks if isinstance(block, dict)}
+
+
 def read(record):
     entries = []
     for entry in branch_of(record[1:]):
@@ -56,8 +62,7 @@ def read(record):
     for entry in entries:
         message = message_of(entry)
         if message is None:  # the user stopped it, or it failed: Pi sends it no more
-            blocks = entry["message"].get("content")
-            stopped |= {block.get("id") for block in blocks if isinstance(block, dict)}
+            stopped |= ids_of(entry.get("message") or entry)
         elif message.get("toolCallId", "") not in stopped:
             messages.append(message)
             checked.append(entry)
