@@ -88,6 +88,12 @@ class Reject(ValueError):
 MALFORMED = (AttributeError, IndexError, KeyError, RecursionError, TypeError, ValueError)
 
 
+def reject_of(error):
+    """The reject that an error stands for: of its own words, if they are a reason."""
+    named = type(error) in (Reject, ValueError) and re.match(r"[a-z_]+(: |$)", str(error))
+    return Reject(str(error) if named else f"malformed: {type(error).__name__}: {error}")
+
+
 def parse_settings(parser):
     """Defaults < --config YAML < flags; an unknown or misspelt one is an error."""
     parser.allow_abbrev = False
@@ -251,22 +257,24 @@ def read_response(answer):
     """Gemini's functionResponse as a result; an object in it was sent as JSON."""
     refuse_media(answer, ("parts",))
     response = answer.get("response") or {}
-    output = response.get("output", response.get("error", response))
+    is_wrapped = response.keys() in ({"output"}, {"error"})
+    output = next(iter(response.values())) if is_wrapped else response
     text = plain_text(output) if output is None or isinstance(output, str | list) else json.dumps(output)
     return {"role": "tool", "id": answer.get("id"), "name": answer.get("name"), "content": text}
 
 
-def flags_of(message):
-    """[(key, flag)] of other trainers on a message, or in an object on it, as metadata."""
-    inside = [value.items() for value in message.values() if isinstance(value, dict)]
-    pairs = itertools.chain(message.items(), *inside)
-    return [(key, flag) for key, flag in pairs if FLAG.search(key) and flag not in (None, [])]
+def flags_of(holder):
+    """[(key, flag)] of other trainers in an object; in a list of such, of parts, they are a reject."""
+    for key, _ in itertools.chain(*map(flags_of, holder if isinstance(holder, list) else [])):
+        raise Reject(f"unsupported_flag: {key} on a part of a message")
+    items = holder.items() if isinstance(holder, dict) else ()
+    return [(key, flag) for key, flag in items if FLAG.search(key) and flag not in (None, [])]
 
 
 def weight_of(message, role):
-    """0, or None for full loss, from the flags on a message; one that we cannot follow is a reject."""
+    """0, or None for full loss, from the flags on a message or its metadata; a strange one is a reject."""
     weights = set()
-    for key, flag in flags_of(message):
+    for key, flag in itertools.chain.from_iterable(map(flags_of, [message, *message.values()])):
         if key not in WEIGHT_FLAGS + MASK_FLAGS or flag not in (0, 1):
             raise Reject(f"unsupported_flag: {key}")
         weights.add(bool(flag) != (key in MASK_FLAGS))
@@ -333,11 +341,11 @@ def read_message(message):
     parts = parts_of(message, role)
     text = parts["text"]
     results = parts["result"]
-    if role == "tool":
-        return results or read_result(message, text)
-    if role not in ("system", "user"):
+    if role not in ("system", "user", "tool"):
         return [*results, read_answer(message, role, parts)]
     neutral = {"role": role, "content": text, "weight": weight_of(message, role)}
+    if role == "tool":
+        return results or read_result(message, text)
     return results if results and not text else [*results, neutral]
 
 
@@ -377,21 +385,21 @@ def calls_of(message, role, parts):
 def read_result(message, text):
     """A tool message; Hermes wraps one or several results in tags."""
     ids = message.get("tool_call_ids") or [None]
-    result = {"role": "tool", "id": first_of(message, RESULT_IDS) or ids[0]}
+    result = {"role": "tool", "id": first_of(message, RESULT_IDS) or ids[0], "own_id": message.get("id")}
     result["name"] = message.get("name") or None
     wrapped = TEXT_RESULT.findall(text)
     if not wrapped or TEXT_RESULT.sub("", text).strip():
         return [result | {"content": text}]
     results = []
     for answer in wrapped:
-        name = None
+        found = result | {"name": None}
         with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(answer)
-            if isinstance(value, dict) and "content" in value:
-                name = value.get("name")
+            value = parse_json(answer)
+            if isinstance(value, dict) and {"content"} <= value.keys() <= {"content", "name", "tool_call_id"}:
+                found |= {"name": value.get("name"), "id": value.get("tool_call_id") or result["id"]}
                 value = value["content"]
                 answer = value if isinstance(value, str) else json.dumps(value)
-        results.append(result | {"name": name, "content": answer})
+        results.append(found | {"content": answer})
     return results
 
 
@@ -454,18 +462,25 @@ def take_result(turns, answer):
     Results end up in the order of the calls: GLM's and Qwen's templates print no ids, so the order is the
     pairing. A user's word may stand between a call and its result.
     """
-    turn = next((turn for turn in reversed(turns) if turn["role"] == "assistant"), None)
+    turn = next((turn for turn in reversed(turns) if turn["role"] == "assistant"), {"calls": []})
+    id = id_of(answer, turn["calls"])
     by_id, by_name = [], []
-    for number, call in enumerate(turn["calls"] if turn else []):
+    for number, call in enumerate(turn["calls"]):
         if turn["results"][number] is not None:
             continue
-        if call["id"] and answer["id"]:
-            by_id += [number] if call["id"] == answer["id"] else []
+        if call["id"] and id:
+            by_id += [number] if call["id"] == id else []
         elif turn is turns[-1] and answer["name"] in (None, call["function"]["name"]):
             by_name.append(number)
     if not by_id + by_name:
         raise Reject("result_without_call")
     turn["results"][(by_id + by_name)[0]] = answer["content"]
+
+
+def id_of(answer, calls):
+    """The id of the call that a result answers; tau2 writes it as the message's own id, others do not."""
+    own = answer.get("own_id")
+    return answer["id"] or (own if own in [call["id"] for call in calls] else None)
 
 
 def drop_pseudo_turns(turns):
@@ -636,7 +651,7 @@ def as_list(value):
     """A list, or the JSON string of one; else None."""
     if isinstance(value, str) and value.lstrip().startswith("["):
         with contextlib.suppress(ValueError, RecursionError):
-            value = json.loads(value)
+            value = parse_json(value)
     return value if isinstance(value, list) else None
 
 
@@ -698,11 +713,19 @@ def read_row(record):
     messages = take_messages(columns)
     first = messages[0] if messages and isinstance(messages[0], dict) else {}
     tools = take_tools(columns) or first.get("tools")
-    system = [columns.pop(key) for key in SYSTEM_COLUMNS if columns.get(key)]
-    checked = {"messages": messages, "system": system, "tools": tools}
-    system = [{"role": "system", "content": text} for text in system if text != first.get("content")]
+    beside = [system_of(columns.pop(key)) for key in SYSTEM_COLUMNS if columns.get(key)]
+    checked = {"messages": messages, "system": beside, "tools": tools}
+    system = not_said(beside, first)
     columns.pop("served", None)  # ids of the tokens that 04's server took and gave; messages have their text
     return {"messages": system + messages, "tools": tools, "meta": row_meta(columns), "checked": checked}
+
+
+def not_said(beside, first):
+    """The system messages of the columns, each once, without the one that the first message is."""
+    texts = [read_message(message)[0]["content"] for message in beside]
+    opening = read_message(first) if beside and first else []
+    said = [message["content"] for message in opening if message["role"] == "system"]
+    return [{"role": "system", "content": text} for text in dict.fromkeys(texts) if text not in said]
 
 
 def row_meta(columns):
@@ -713,7 +736,8 @@ def row_meta(columns):
             columns[name] = columns.pop(key)
     if isinstance(columns.get("task"), dict) and "domain" in columns["task"]:
         columns.setdefault("domain", columns["task"]["domain"])
-    return columns | own
+    twins = {f"meta_{key}": own[key] for key in own.keys() & columns.keys() if own[key] != columns[key]}
+    return own | twins | columns
 
 
 def fits_dump(record):
@@ -765,10 +789,12 @@ def read_dump(dump):
         raise Reject("unfinished: the last request failed")
     meta = row_meta({key: dump[key] for key in dump.keys() - {"request", "response"}})
     meta |= {"model": request.get("model"), "finish_reason": finish}
+    meta["request_metadata"] = request.get("metadata")
     return {"messages": system + messages + answer, "tools": tools, "meta": meta}
 
 
-DUMP_LEFT_OUT = {"headers": "of the HTTP message", "usage": "counts of tokens", "error": "rejects the dump",
+DUMP_LEFT_OUT = {"headers": "of the HTTP message", "request.url": "where it was sent",
+                 "usage": "counts of tokens", "error": "rejects the dump",
                  "request.tools": "read as schemas", "body.tools": "read as schemas",
                  "request.functions": "read as schemas", "body.functions": "read as schemas"}  # fmt: skip
 
@@ -858,7 +884,7 @@ def load_readers(folder):
             spec.loader.exec_module(module)
             more = {"left_out": getattr(module, "LEFT_OUT", {}), "split": getattr(module, "split", None)}
             formats.append(Format(path.stem, module.fits, module.read, module.KINDS, **more))
-        except (AttributeError, ImportError, SyntaxError, *MALFORMED) as error:
+        except (ImportError, SyntaxError, *MALFORMED) as error:
             raise InputError(f"{path}: no reader of logs ({type(error).__name__}: {error})") from None
     return formats
 
@@ -1179,7 +1205,7 @@ def values_of(path, notes):
     """The (number, value or Reject) of what a file lists, or (None, value) of the one that it holds."""
     name = re.sub(r"\.(gz|zst)$", "", path.name.lower())
     if path.is_dir():
-        return enumerate((json.loads(file.read_bytes()) for file in sorted(path.glob("event-*.json"))), 1)
+        return enumerate((parse_json(file.read_bytes()) for file in sorted(path.glob("event-*.json"))), 1)
     if name.endswith((".jsonl", ".ndjson")):
         return json_lines(path, notes)
     if name.endswith(".parquet"):
@@ -1232,19 +1258,24 @@ def members_of(archive):
 
 
 def each(unit, numbered, readers):
-    """Every value as a record of its own."""
+    """Every value as a record of its own; one that no reader can take ends none of the others."""
     for number, value in numbered:
         source = f"{unit.label}:{number}" if number else unit.label
-        reader = None if isinstance(value, Reject) else find_format(value, readers)
-        if reader and reader.split:
-            for part, record in enumerate(reader.split(value), 1):
-                yield f"{source}:{part}", reader, record
-        elif reader or isinstance(value, Reject):
-            yield source, reader, value
-        else:  # say what was met
-            one = value[0] if isinstance(value, list) and value else value
-            what = f"keys {', '.join([*one][:8])}" if isinstance(one, dict) else type(value).__name__
-            yield source, None, Reject(f"not_a_log: no reader fits ({what})")
+        try:
+            if isinstance(value, Reject):
+                raise value
+            reader = find_format(value, readers)
+            if reader and reader.split:
+                parts = enumerate(reader.split(value), 1)
+                yield from [(f"{source}:{part}", reader, record) for part, record in parts]
+            elif reader:
+                yield source, reader, value
+            else:  # say what was met
+                one = value[0] if isinstance(value, list) and value else value
+                what = f"keys {', '.join([*one][:8])}" if isinstance(one, dict) else type(value).__name__
+                raise Reject(f"not_a_log: no reader fits ({what})")
+        except MALFORMED as error:
+            yield source, None, reject_of(error)
 
 
 def read_all(units, readers, notes):
@@ -1284,13 +1315,13 @@ def read_safely(unit, readers, notes):
 AROUND = re.compile(r"^(?:(?:is|was|has|task|issue|instance|all|tests?|trajectory|problem|final|total|mean"
                     r"|eval|exit|end|termination)_)+|_rate$|@\d+$")  # fmt: skip
 OUTCOMES = {
-    "success": "resolved success successful succeeded solved passed pass correct accepted target",
+    "success": "resolved success successful succeeded solved passed pass correct accepted",
     "failure": "failed failure aborted truncated cancelled crashed timeout timed_out is_error has_error",
     "end": "exit_status exit_code finish_reason stop_reason",
     "error": "error exception exception_info error_message error_type failure_mode failure_reason",
     "word": "result status outcome verdict termination reason resolved_status",
     "reward": "reward",
-    "done": "completed label",  # one of False is a failure, any other may be about something else
+    "done": "completed label target",  # one of False is a failure, any other may be about something else
 }
 COLUMN_KINDS = {}
 for kind, names in OUTCOMES.items():
@@ -1376,16 +1407,13 @@ def make_row(source, reader: Format, record, run: Run):
         row["tools"] = given or tools_for(row, reader.name, run.tools)
         named = [loose.get("left_out"), cut, {} if "checked" in loose else row["meta"]]
         kept = Kept(row["messages"], row["tools"], named)
-    except Reject:
-        raise
+        if lost := lost_content(loose.get("checked", record), kept, reader.kinds, reader.left_out):
+            raise Reject(f"lost_content: {lost}")
+        row["query_id"], row["meta"] = describe(row["meta"], repair(source), reader.name)
+        tie_to_task(row, run)
+        return map_strings(row, repair), notes
     except MALFORMED as error:
-        named = type(error) is ValueError and re.match(r"[a-z_]+(: |$)", str(error))
-        raise Reject(str(error) if named else f"malformed: {type(error).__name__}: {error}") from None
-    if lost := lost_content(loose.get("checked", record), kept, reader.kinds, reader.left_out):
-        raise Reject(f"lost_content: {lost}")
-    row["query_id"], row["meta"] = describe(row["meta"], repair(source), reader.name)
-    tie_to_task(row, run)
-    return row if all(map(str.isascii, strings_of(row))) else map_strings(row, repair), notes
+        raise reject_of(error) from None
 
 
 def prompt_of(source, tasks):
@@ -1488,13 +1516,14 @@ def squeeze(text):
 def load_tasks(path):
     """{first turn's query, or query_id: task} of a stage-1 file."""
     tasks = {}
-    for number, line in enumerate(Path(path).read_text().splitlines() if path else [], 1):
+    lines = Path(path).read_bytes().rstrip().split(b"\n") if path else []
+    for number, line in enumerate(lines, 1):
         try:
             task = json.loads(line)
             tasks[squeeze(task["turns"][0]["query"])] = tasks[task["query_id"]] = task
         except MALFORMED as error:
-            why = f"{type(error).__name__}: {error}"
-            raise InputError(f"--queries {path}:{number}: no task ({why})") from None
+            why = f"no task ({type(error).__name__}: {error})"
+            raise InputError(f"--queries {path}:{number}: {why}") from None
     return tasks
 
 
@@ -1503,6 +1532,7 @@ def tie_to_task(row, run):
     users = [squeeze(message["content"]) for message in row["messages"] if message["role"] == "user"]
     said = "\n".join(users)
     held = [query for query in run.tasks if len(query) >= SHORTEST and query in said]
+    held.sort(key=len, reverse=True)  # one task's text may hold another's
     found = [run.tasks[key] for key in (row["query_id"], *users, *held) if key in run.tasks]
     if found:
         row["query_id"] = found[0]["query_id"]
@@ -1523,8 +1553,6 @@ def map_strings(value, change):
 
 def repair(text):
     """JavaScript cuts strings between the halves of an emoji; tokenizers refuse the half that is left."""
-    if text.isascii():
-        return text
     return text.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace")
 
 
@@ -1563,7 +1591,8 @@ def steps_of(messages, tools):
     required = {}
     for tool in tools:
         parameters = tool["function"].get("parameters", {})
-        required[tool["function"]["name"]] = parameters.get("required", [])
+        # Go writes null for none
+        required[tool["function"]["name"]] = strings_of(parameters.get("required"))[::-1]
     answers = {message.get("tool_call_id"): message["content"] for message in messages}
     steps = []
     for message in messages:
@@ -1650,10 +1679,10 @@ def benchmark_texts(name):
     for file in sorted(files):
         task = file.name if file == path else str(file.relative_to(path))
         text = file.read_text(errors="replace")
-        documents = text.splitlines() if file.suffix == ".jsonl" else [text]
-        with contextlib.suppress(ValueError, RecursionError):
-            documents = strings_of(list(map(json.loads, documents)))
-        yield from ((task, text) for text in documents)
+        for document in text.split("\n") if file.suffix == ".jsonl" else [text]:
+            with contextlib.suppress(ValueError, RecursionError):
+                document = json.loads(document)
+            yield from ((task, text) for text in strings_of(document))
 
 
 def load_benchmark(paths):
@@ -1671,7 +1700,7 @@ def overlap(messages, benchmark):
     """The tasks of which 13 words in a row (a shorter task: all of it) stand in a row, whoever says them."""
     tasks = set()
     for message in messages if benchmark else []:
-        words = words_of(message["content"])
+        words = words_of("\n".join(strings_of(message)))
         for start in range(len(words) - 4):
             for gram, task in benchmark.get(tuple(words[start : start + 5]), ()):
                 if tuple(words[start : start + len(gram)]) == gram:
@@ -1679,7 +1708,7 @@ def overlap(messages, benchmark):
     return [f"benchmark_overlap: {task}" for task in sorted(tasks)]
 
 
-CONDITION = re.compile(r"([^=!<>]+)(!=|=|<|>)(.*)", re.DOTALL)
+CONDITION = re.compile(r"([^=!<>]+)(!=|=|<|>)(?!=)(.*)", re.DOTALL)
 
 
 def conditions_of(settings):
@@ -1738,8 +1767,10 @@ OWN_SECRETS = {
                               r"|e2b_[0-9a-f]{40}|fc-[0-9a-f]{32})[\w-]*"),
     "telegram-bot-token": re.compile(r":AA(?<=\d{8}:AA)[\w-]{33}\b"),
     "azure-sas": re.compile(r"[?&]sig=[\w%+/]{40,}"),
-    "private-key-cut": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----\s+(?:[\w-]+: .*\s+)*"
-                                  r"(?:[A-Za-z0-9+/=]{30,}\s*)+(?:-----END [A-Z ]*-----)?"),
+    # its lines end as such, or as in a JSON text
+    "private-key-cut": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(?:\s|\\+[nr])+"
+                                  r"(?:[\w-]+: .*(?:\s|\\+[nr])+)*"
+                                  r"(?:[A-Za-z0-9+/=]{30,}(?:\s|\\+[nr])*)+(?:-----END [A-Z ]*-----)?"),
     "password-in-url": re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@<>{}$*]{0,64}:[^\s/:@]{3,128}@"
                                   r"(?!localhost|127\.|10\.|192\.168\.|\[::1\]|0\.0\.0\.0)[\w.-]+"),
 }  # fmt: skip
@@ -1748,7 +1779,8 @@ NO_SECRETS = re.compile(  # AWS's documentation, jwt.io, passwords that everybod
     r"|secret|test|xxx+|\*+|[<{$].*|your[_-]?\w*|my[_-]?\w*)@)")
 PRIVATE = (  # replaced by --redact; git@host is nobody's address, name@2x.png and lodash@4.17.js no mail
     (re.compile(r"((?:/home|/Users|\\Users)[/\\]+)[\w.-]+"), r"\1user"),
-    (re.compile(r"\b(?!git@)[\w.+-]{1,64}@(?!\d)(?:[\w-]{1,64}\.){1,8}"
+    (re.compile(r"([/\\](?:[A-Z]-)?-(?:home|Users)-)\w+"), r"\1user"),  # a folder of Claude Code
+    (re.compile(r"\b(?!git@)[\w.+-]{1,64}@(?!\d+(?:x|\.\d))(?:[\w-]{1,64}\.){1,8}"
                 r"(?!(?:png|jpe?g|gif|svg|webp|[cm]?[jt]sx?|py|md|json|css|html?)\b)[A-Za-z]{2,}\b"),
      "user@example.com"),
 )  # fmt: skip
@@ -2097,8 +2129,10 @@ def check_kinds(settings):
 def make_run(settings):
     tools = {}
     for spec in settings.tools or []:
-        named = re.fullmatch(r"(\w+)=(.+)", spec)
-        tools[named[1] if named else ""] = load_tools(named[2] if named else spec)
+        name, path = re.fullmatch(r"(?:(\w+)=)?(.*)", spec).groups("")
+        if name in tools:
+            raise InputError(f"--tools {spec}: a second list for {name or 'all formats'}; write FORMAT=FILE")
+        tools[name] = load_tools(path)
     tokenizer = load_tokenizer(settings.tokenizer) if settings.tokenizer else None
     tasks, benchmark = load_tasks(settings.queries), load_benchmark(settings.benchmark)
     return Run(settings, tools, tasks, benchmark, conditions_of(settings), tokenizer)
@@ -2158,7 +2192,12 @@ def main(settings, positional):
     paths = (output, rejected, output.with_name(f"{output.stem}.settings.json"))
     units = find_units(inputs, {path.resolve() for path in paths})
     run = make_run(settings)
-    records = read_all(units, load_readers(settings.readers), run.notes)
+    readers = load_readers(settings.readers)
+    formats = {reader.name for reader in readers + BUILT_IN}
+    if unknown := run.tools.keys() - formats - {""}:
+        told = f"no such format; there are {', '.join(sorted(formats))}"
+        raise InputError(f"--tools {unknown.pop()}=...: {told}")
+    records = read_all(units, readers, run.notes)
     if settings.tools_seen:
         print(json.dumps(tools_seen(records), indent=1))
         return

@@ -326,6 +326,10 @@ def test_a_system_prompt_beside_the_messages_comes_first_and_once():
     for column in ("system", "system_prompt", "system_message", "system_instruction"):
         assert messages_of(USER, DONE, **{column: "Be brief."}) == [told, USER, DONE]
         assert messages_of(told, USER, DONE, **{column: "Be brief."}) == [told, USER, DONE]
+    blocks = {"role": "system", "content": [{"type": "text", "text": "Be brief."}]}
+    for spelled in (blocks, {"from": "system", "value": "Be brief."}):
+        assert messages_of(spelled, USER, DONE, system="Be brief.", system_prompt="Be brief.") == [told, USER, DONE]
+    assert messages_of(USER, DONE, system="Go.") == [{"role": "system", "content": "Go."}, USER, DONE]
 
 
 def test_a_message_of_the_system_in_the_middle_stays_at_its_place():
@@ -359,6 +363,9 @@ FLAGS = {
     "unsupported_flag: no_loss": [USER, DONE | {"no_loss": True}],
     "unsupported_flag: assistant_mask": [USER, DONE | {"assistant_mask": [0, 1]}],
     "unsupported_flag: train on a user message": [USER | {"train": True}, DONE],
+    "unsupported_flag: train on a part of a message": [USER, {"role": "assistant", "content": [
+        {"type": "text", "text": "Hm.", "train": False}, {"type": "text", "text": "Done."}]}],
+    "unsupported_flag: loss on a tool message": [*row()["messages"][1:3], row()["messages"][3] | {"loss": True}, DONE],
     "two_weights": [USER, DONE | {"weight": 0}, DONE],
 }
 
@@ -390,6 +397,14 @@ def test_schemas_are_never_altered_but_for_geminis_words_for_types():
         "properties": {"type": {"type": "string", "enum": ["OBJECT"], "default": "STRING"},
                        "list": {"type": "array", "items": {"type": "number"}}},
     }  # fmt: skip
+
+
+def test_a_schema_may_require_nothing_in_any_spelling():
+    for required in (None, [], True, ["path"]):
+        parameters = READ_FILE["function"]["parameters"] | {"required": required}
+        tool = {"type": "function", "function": READ_FILE["function"] | {"parameters": parameters}}
+        made, reasons = format_one(row(tools=[tool]))
+        assert reasons == [] and made["tools"] == [tool]
 
 
 @pytest.mark.parametrize("column", ["tools", "tools_json", "functions", "metadata", "on the first message"])
@@ -504,6 +519,44 @@ FAULTS = {
     "unsupported_call: to functions.f": row(messages=[USER, DONE | {"recipient": "functions.f", "channel": "commentary"}]),
     "malformed": row(messages=[{"role": "assistant", "content": "x", "tool_calls": [7]}]),
 }  # fmt: skip
+
+
+def result_of(*messages):
+    """The text of the only result of a call that messages answer."""
+    [told] = [message for message in messages_of(*row()["messages"][1:3], *messages, DONE) if message["role"] == "tool"]
+    return told["content"]
+
+
+def test_a_result_that_says_more_than_its_content_stays_as_it_is():
+    answers = ['{"name": "read_file", "content": "42", "warning": "cut"}', '{"content": "42", "content": "43"}']
+    for answer in answers:
+        assert result_of({"role": "tool", "content": f"<tool_response>\n{answer}\n</tool_response>"}) == answer
+    response = {"output": "42", "status": "cancelled", "code": 3}
+    parts = [{"functionResponse": {"name": "read_file", "response": response}}]
+    assert json.loads(result_of({"role": "user", "parts": parts})) == response
+
+
+def test_a_result_finds_its_call_by_the_id_that_it_has():
+    calls = {"role": "assistant", "content": "", "tool_calls": [call("a", id="c1"), call("b", id="c2")]}
+    for first, second in (("c2", "c1"), ("m8", "m9")):  # tau2's; a message's own, which is no call's
+        answers = [{"role": "tool", "id": first, "content": "1"}, {"role": "tool", "id": second, "content": "2"}]
+        made = [message["content"] for message in messages_of(USER, calls, *answers, DONE) if message["role"] == "tool"]
+        assert made == (["2", "1"] if first == "c2" else ["1", "2"])
+
+
+def test_a_column_and_a_key_of_meta_of_one_name_are_both_kept():
+    made, reasons = format_one({"messages": [USER, DONE], "resolved": False, "meta": {"resolved": True, "lang": "en"}})
+    assert reasons == ["not_solved: resolved=False"]
+    assert (made["meta"]["resolved"], made["meta"]["meta_resolved"], made["meta"]["lang"]) == (False, True, "en")
+
+
+@pytest.mark.parametrize("redact", [False, True])
+def test_what_is_nested_too_deep_is_a_reject(redact):
+    deep = "bottom"
+    for _ in range(600):
+        deep = {"path": deep}
+    made, [reason] = format_one(edited(2, tool_calls=[call(deep)]), redact=redact)
+    assert made is None and reason.startswith("malformed: RecursionError")
 
 
 SAID = {  # short texts where a reader of the content alone would miss them: index of the message, what it also has
@@ -661,7 +714,7 @@ def test_loops(case):
 @pytest.mark.parametrize(
     ("columns", "reason"),
     [({"resolved": False}, "resolved=False"), ({"resolved": 0}, "resolved=0"), ({"resolved": -1}, "resolved=-1"),
-     ({"resolved": 1}, None), ({"target": False}, "target=False"), ({"target": "the answer"}, None), ({"reward": 0.0}, "reward=0.0"),
+     ({"resolved": 1}, None), ({"target": False}, "target=False"), ({"target": "the answer"}, None), ({"target": "No"}, None), ({"reward": 0.0}, "reward=0.0"),
      ({"reward": 0.3}, None), ({"exit_status": "exit_cost"}, "exit_status=exit_cost"), ({"exit_status": "submitted"}, None),
      ({"finish_reason": "length"}, "finish_reason=length"), ({"result": "AgentTimeoutError"}, "result=AgentTimeoutError"),
      ({"result": "The tests passed."}, None), ({"success": "false"}, "success=false"), ({"passed": None}, None),
@@ -744,6 +797,11 @@ def test_queries_tie_a_row_to_its_task(tmp_path):
     rows = format_rows(tmp_path, row(), wrapped, row(query_id="gomoku", messages=[USER, DONE]), queries=str(queries))[0]
     found = [(made["query_id"], made["meta"].get("domain"), made["meta"].get("query_source")) for made in rows]
     assert found == [("gomoku", "vibe_coding", "real"), ("long", "research", None), ("gomoku", "vibe_coding", "real")]
+    asked = ["Find every paper about rowing.", "Find every paper about rowing. Then sort\u2028them by year."]
+    tasks = [{"query_id": query_id, "turns": [{"query": query}]} for query_id, query in zip("ab", asked)]
+    queries.write_text("".join(json.dumps(task, ensure_ascii=False) + "\n" for task in tasks))
+    made = format_one(edited(1, content=f"<task>{asked[1]}</task>"), queries=str(queries))[0]
+    assert made["query_id"] == "b"  # one task's text may begin as another's
 
 
 # Secrets
@@ -771,6 +829,14 @@ def test_a_key_of_each_shape_is_found_and_redacted(place):
     assert format_each([made for made, _ in redacted.values()]) == [(made, []) for made, _ in redacted.values()]
 
 
+def test_a_key_in_a_json_text_that_was_cut_is_replaced_to_its_end():
+    body = r"\n".join(["MIIEvQIBADANBgkqhkiG9w0BAQEFAASCBKcwggSjAgEAAoIBAQDGq3kT1"] * 3)
+    told = '{"private_key": "-----BEGIN PRIVATE ' + r"KEY-----\n" + body
+    assert format_one(edited(3, content=told))[1] == ["secret: private-key-cut"]
+    made, reasons = format_one(edited(3, content=told), redact=True)
+    assert reasons == [] and made["messages"][3]["content"] == '{"private_key": "<private-key-cut>'
+
+
 def test_ordinary_text_is_no_secret():
     texts = ["".join(pieces) for pieces in SHAPES["innocent"]]
     found = zip(texts, format_each([edited(1, content=text) for text in texts]))
@@ -789,6 +855,14 @@ def test_private_names_go_everywhere_and_file_names_stay():
     assert made["messages"][2]["tool_calls"][0]["function"]["arguments"] == {"path": "/home/user/a.txt"}
     assert made["messages"][3]["content"] == r"C:\Users\user\a.txt C:\\Users\\user\\a.txt /Users/user/b"
     assert "ann" not in json.dumps(made)
+
+
+def test_names_in_the_mail_of_a_numbered_host_and_in_claude_code_s_folders_go_too():
+    told = "mail zhang@163.com, li@21cn.com; @vue/cli@5.0.8, icon@3x.tiff; /home/ann/.claude/projects/-home-ann-site/1.jsonl"
+    made = format_one(edited(2, content=told), redact=True)[0]
+    assert made["messages"][2]["content"] == (
+        "mail user@example.com, user@example.com; @vue/cli@5.0.8, icon@3x.tiff; "
+        "/home/user/.claude/projects/-home-user-site/1.jsonl")  # fmt: skip
 
 
 # Rows against rows
@@ -854,6 +928,13 @@ def test_a_benchmarks_task_is_found_whoever_says_it(case, role, tmp_path):
     text, found = OVERLAPS[case]
     settings = {"benchmark": [str(write(tmp_path / "tasks.jsonl", *tasks))]}
     assert format_one(edited(role, content=text), **settings)[1] == ["benchmark_overlap: tasks.jsonl"] * found
+
+
+def test_a_benchmarks_task_is_found_in_a_call_and_a_reasoning_and_an_empty_line_hides_none(tmp_path):
+    tasks = write(tmp_path / "tasks.jsonl", {"query": "请写一个程序计算湖上所有红色小船的数量"}, {"query": PROMPT})
+    tasks.write_text(tasks.read_text() + "\n")
+    faults = [edited(2, reasoning_content=PROMPT), edited(2, tool_calls=[call(PROMPT)]), edited(1, content="请写一个程序计算湖上所有红色小船的数量")]
+    assert [reasons for _, reasons in format_each(faults, benchmark=[str(tasks)])] == [["benchmark_overlap: tasks.jsonl"]] * 3
 
 
 def selected(folder, **settings):
@@ -953,7 +1034,8 @@ def test_dumps_of_two_sessions_with_the_same_query(tmp_path):
 
 def test_dumps_of_anthropic_and_of_responses():
     body = {"system": "Be brief.", "tools": [{"name": "read_file", "input_schema": {}}], "messages": [USER]}
-    wire = {"request": {"url": "x", "body": body}, "response": {"body": json.dumps({"content": [
+    body["metadata"] = {"user_id": json.dumps({"device_id": "0123456789abcdef" * 4, "account": ""})}  # Claude Code's
+    wire = {"request": {"url": "https://api.anthropic.com/v1/messages?beta=true", "body": body}, "response": {"body": json.dumps({"content": [
         {"type": "text", "text": "Done."}], "stop_reason": "end_turn"})}}  # fmt: skip
     items = [{"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "Done."}]}]
     responses = {"request": {"instructions": "Be brief.", "tools": [READ_FILE["function"] | {"type": "function"}],
@@ -961,6 +1043,7 @@ def test_dumps_of_anthropic_and_of_responses():
     for record in (wire, responses):
         made, reasons = format_one(record)
         assert reasons == [] and made["messages"] == [{"role": "system", "content": "Be brief."}, USER, DONE]
+    assert format_one(wire)[0]["meta"]["request_metadata"] == body["metadata"]
     wire["response"] = {"body": {"content": [{"type": "text", "text": "Do"}], "stop_reason": "max_tokens"}}
     assert format_one(wire)[1] == ["not_solved: finish_reason=max_tokens"]
     told = {"contents": [{"role": "user", "parts": [{"text": "Go."}]}], "systemInstruction": {"parts": [{"text": "Be brief."}]},
@@ -1058,10 +1141,22 @@ def test_a_key_that_stands_twice_is_no_json(tmp_path):
     called = edited(2, tool_calls=[call() | {"function": {"name": "f", "arguments": '{"path": "a", "path": "b"}'}}])
     write(tmp_path / "logs/c.jsonl", called)
     assert len(run_here(tmp_path, tmp_path / "logs")) == 1
+    column = json.dumps(json.loads(twice.replace(', "content": "Stop."', ""))["messages"]).replace('"Go."', '"Go.", "content": "No."')
+    assert format_one(row(conversation=column))[1] == [] and stage.find_format({"messages": column}, []) is None
     a, b, c = [reject["reasons"][0] for reject in read(tmp_path / "data/train.rejected.jsonl")]
     assert a == "unreadable: line 1 is not valid JSON (the key content twice in one object)"
     assert b == "unreadable: not valid JSON (the key content twice in one object)"
     assert c == "arguments_not_json: f"
+
+
+def test_a_line_that_no_reader_can_take_ends_none_of_the_others(tmp_path):
+    two = {"messages": [USER, DONE], "schema_version": "ATIF-v1.7", "steps": [], "history": [USER]}
+    errored = {"eval": {}, "samples": None}  # an Inspect log that stopped before its first sample
+    path = write(tmp_path / "in.jsonl", row(), two, errored, edited(1, content="What does b.txt say?"))
+    assert len(run_here(tmp_path, path)) == 2
+    told = [(reject["source"], reject["reasons"]) for reject in read(tmp_path / "data/train.rejected.jsonl")]
+    assert told[0] == (f"{path}:2", ["two_readers: atif, swe_agent"])
+    assert told[1][0] == f"{path}:3" and told[1][1][0].startswith("malformed: TypeError")
 
 
 def test_an_archive_is_read_like_a_folder(tmp_path):
@@ -1269,6 +1364,8 @@ def test_a_file_that_is_no_log(tmp_path, name):
 def test_bad_arguments(tmp_path, monkeypatch):
     good = write(tmp_path / "in.jsonl", row())
     write(tmp_path / "bad.json", {"tools": 7})
+    write(tmp_path / "tools.json", {"tools": [READ_FILE]})
+    (tmp_path / "latin.jsonl").write_bytes('{"query_id": "café"}'.encode("latin-1"))
     wrong = {
         ("absent.jsonl",): ["absent.jsonl", "no such file"],
         (): ["no inputs"],
@@ -1281,6 +1378,10 @@ def test_bad_arguments(tmp_path, monkeypatch):
         (good, "--readers", "absent"): ["--readers absent"],
         (good, "--weight_bad_calls", "2"): ["0 or 1"],
         (good, "--queries", "bad.json"): ["--queries bad.json:1"],
+        (good, "--queries", "latin.jsonl"): ["--queries latin.jsonl:1", "utf-8"],
+        (good, "--where", "reward>=1"): ["--where reward>=1", "KEY>NUMBER"],
+        (good, "--tools", "tools.json", "tools.json"): ["--tools tools.json: a second list for all formats", "FORMAT=FILE"],
+        (good, "--tools", "claude=tools.json"): ["--tools claude=...: no such format", "claude_code"],
     }
     monkeypatch.chdir(tmp_path)
     for arguments, parts in wrong.items():
