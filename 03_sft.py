@@ -53,13 +53,12 @@ from datasets import Dataset
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from torch.distributed.checkpoint import CheckpointException
-from torch.distributed.tensor import DTensor
 from torch.nn.attention import SDPBackend
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, TrainerCallback
 from transformers import PrinterCallback, get_scheduler
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.trainer_utils import SaveStrategy
-from transformers.utils import cached_file
+from transformers.utils import cached_file, extract_commit_hash
 from transformers.utils.chat_template_utils import _get_template_variables
 from trl import SFTConfig, SFTTrainer, TrlParser
 from trl.chat_template_utils import add_response_schema
@@ -302,6 +301,8 @@ def check_machine(args: SFTConfig) -> None:
             raise InputError(f"--report_to {name}: pip install {name}, or leave it out{offline}")
     if args.activation_offloading and args.use_cpu:
         raise InputError("--activation_offloading needs a GPU")
+    if args.mixed_precision != ("bf16" if args.bf16 else "no"):  # accelerate's would win
+        raise InputError(f"accelerate's mixed_precision {args.mixed_precision}: no or bf16, as --bf16 says")
 
 
 def check_torch(args: SFTConfig) -> None:
@@ -442,7 +443,7 @@ def check_tools(row: dict) -> None:
         if not isinstance(function, dict) or not isinstance(function.get("name"), str):
             raise Refused(f'tools[{j}]: must be {{"type": "function", "function": {{"name": ...}}}}')
         names.append(function["name"])
-    refuse_half_characters(tools, "tools")
+    refuse_no_text(tools, "tools")
     if len(set(names)) < len(names):
         raise Refused(f"tools: two of them are named {Counter(names).most_common(1)[0][0]}")
 
@@ -464,11 +465,15 @@ def check_message(message: dict, name: str) -> None:
         raise Refused(f"{name}.tool_calls: must be a list of objects")
     for j, call in enumerate(message.get("tool_calls") or []):
         check_call(call, f"{name}.tool_calls[{j}]")
-    refuse_half_characters(message, name)
+    refuse_no_text(message, name)
 
 
-def refuse_half_characters(value, name: str) -> None:
-    if re.search("[\ud800-\udfff]", json.dumps(value, ensure_ascii=False)):
+def refuse_no_text(value, name: str) -> None:
+    try:
+        text = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    except ValueError:
+        raise Refused(f"{name}: NaN or Infinity in it, which are no numbers of JSON") from None
+    if re.search("[\ud800-\udfff]", text):
         raise Refused(f"{name}: half a character in it (a lone surrogate); repair the text")
 
 
@@ -629,12 +634,10 @@ def encode(tok, messages, tools, first=0) -> tuple[list[int], list[int]]:
     template or tokenizer leave out a part of the row; the same is tried with a mark in every text, so that no
     part is found where another stands, and none stands elsewhere.
     """
-    text, starts = turn_starts(tok, messages, tools, first)
-    ids, labels, spans = label_tokens(tok, text, starts)
+    ids, labels, spans = label_tokens(tok, *turn_starts(tok, messages, tools, first))
     marked, marked_tools, marks = mark_row(messages, tools)
     check_kept(tok, messages, [pair for pair in marks.values() if pair[0][0] == "tools"], ids, spans)
-    text, starts = turn_starts(tok, marked, marked_tools, first)
-    ids_of_marks, _, spans = label_tokens(tok, text, starts)
+    ids_of_marks, _, spans = label_tokens(tok, *turn_starts(tok, marked, marked_tools, first))
     tool_marks = [(path, mark) for mark, (path, _) in marks.items() if path[0] == "tools"]
     check_kept(tok, marked, tool_marks, ids_of_marks, spans)
     check_order(messages, marks, decode(tok, ids_of_marks))
@@ -651,8 +654,9 @@ def mark_row(messages: list[dict], tools: list[dict] | None) -> tuple[list[dict]
     marked = []
     ids = {}
     for i, message in enumerate(messages):
-        copied = mark_value(message, (i,), marks)
         text = message["content"]
+        silent = text == "" and "tool_calls" not in message  # a mark shows where it stands, too
+        copied = mark_value(message | {"content": " "} if silent else message, (i,), marks)
         if message["role"] != "assistant":  # templates look at how these begin and end
             half = len(text) // 2
             copied["content"] = text[:half] + copied["content"] + text[half:]
@@ -675,7 +679,7 @@ def mark_value(value, path: tuple, marks: dict):
         return [mark_value(part, (*path, i), marks) for i, part in enumerate(value)]
     if isinstance(value, dict):
         names = argument or path[-1] == "properties" != path[-2]
-        pairs = [(new_mark(key, (*path, key), marks) if names else key, key) for key in value]
+        pairs = [(new_mark(key, (*path, key, "key"), marks) if names else key, key) for key in value]
         return {mark: mark_value(value[key], (*path, key), marks) for mark, key in pairs}
     is_text = argument or path[-1] in ("content", "reasoning_content", "name", "description")
     return new_mark(value, path, marks) if is_text or path[-2] == "enum" else value
@@ -712,8 +716,8 @@ def check_turn(i: int, marks: dict, text: str) -> None:
     if others:
         raise Refused(f"messages[{i}]: the chat template does not end it before messages[{others[0]}]")
     calls = [path[2] for path in places if path[1] == "tool_calls"]
-    texts = [path for path in places if path[1] != "tool_calls"]
-    if calls != sorted(calls) or len(texts) > len(set(texts)):
+    once = [path for path in places if path[-1] not in ("name", "key")]  # those of a closing tag too
+    if calls != sorted(calls) or len(once) > len(set(once)):
         raise Refused(f"messages[{i}]: the chat template writes calls in another order, or a text twice")
 
 
@@ -731,9 +735,9 @@ def parts_of(message: dict, thoughts: bool) -> list[tuple[str, object]]:
     """[(field, value)] of all that a message says; thoughts: with its reasoning, which no template keeps for
     ever."""
     content = re.split("</?think>", message["content"])
-    parts = [("content", piece) for piece in (content if thoughts else content[-1:])]
+    parts = [("content", piece.strip()) for piece in (content if thoughts else content[-1:])]
     if thoughts:
-        parts.append(("reasoning_content", message.get("reasoning_content", "")))
+        parts.append(("reasoning_content", message.get("reasoning_content", "").strip()))
     for j, call in enumerate(message.get("tool_calls", [])):
         field_name = f"tool_calls[{j}].function"
         parts.append((f"{field_name}.name", call["function"]["name"]))
@@ -753,8 +757,8 @@ def leaves(value, name: str) -> list[tuple[str, object]]:
 
 
 def stands_in(value, text: str) -> bool:
-    """Is it in the text, as it is, without the white space around it, in JSON, or in Python's notation?"""
-    value = unicodedata.normalize("NFC", value).strip() if isinstance(value, str) else value
+    """Is it in the text, as it is, in JSON, or in Python's notation?"""
+    value = unicodedata.normalize("NFC", value) if isinstance(value, str) else value
     if str(value) in text:
         return True
     return any(json.dumps(value, ensure_ascii=ascii_only).strip('"') in text for ascii_only in (False, True))
@@ -772,7 +776,7 @@ def check_kept(tok, messages, tool_texts, ids: list[int], spans: dict[int, slice
                 remedy = "--no_reasoning trains without it" if thought else "try another template"
                 raise Refused(f"messages[{i}].{name}: chat template or tokenizer leave it out; {remedy}")
     for path, text in tool_texts:
-        if not stands_in(text, whole):
+        if not stands_in(text.strip() if isinstance(text, str) else text, whole):
             raise Refused(f"tools[{path[1]}]: the chat template leaves {str(text)[:60]!r} out")
 
 
@@ -847,8 +851,8 @@ def load_samples(settings: Settings, args: SFTConfig, tok) -> tuple[list[dict], 
     started = time.monotonic()
     rows, refused = read_rows(settings.train_file)
     total = len(rows) + len(refused)
-    ablations = dict(no_stop_token=settings.no_stop_token, no_reasoning=settings.no_reasoning)
-    samples, left_out, more = tokenize(tok, rows, args.max_length, **ablations)
+    ablations = (settings.no_stop_token, settings.no_reasoning)
+    samples, left_out, more = tokenize(tok, rows, args.max_length, *ablations)
     refused += more
     kinds = Counter(re.sub(r"\[\d+\]", "[]", line.split(": ", 1)[1]) for line in refused)
     if len(refused) > settings.max_refused:
@@ -917,8 +921,7 @@ def global_batches(lengths: list[int], num_samples: int, batch_size: int, seed: 
         passes += rng.sample(range(len(lengths)), len(lengths))
     order = []
     for start in range(0, num_samples, batch_size):
-        batch = passes[start : min(start + batch_size, num_samples)]
-        order += sorted(batch, key=lambda i: -lengths[i])
+        order += sorted(passes[start : start + batch_size], key=lambda i: -lengths[i])
     return order
 
 
@@ -942,10 +945,9 @@ def plan_updates(samples, settings: Settings, args: SFTConfig, layout: Layout) -
     tokens = []
     for start in range(0, len(order), size):
         tokens.append(sum(lengths[i] for i in order[start : start + size]))
+    if settings.eval_command and (args.eval_steps or 1) > steps:
+        raise InputError(f"--eval_steps {args.eval_steps:g}: there are {steps} updates")
     rates = learning_rates(args, steps, settings.zero_first_update)
-    if not all(0 <= rate < 1.001 * args.learning_rate for rate in rates):
-        raise InputError(f"--lr_scheduler_kwargs {args.lr_scheduler_kwargs}: learning rates from "
-                         f"{min(rates):g} to {max(rates):g}, where 0 to {args.learning_rate:g} are meant")
     return Plan(order, steps, size // per_step, rates, tokens)
 
 
@@ -990,14 +992,18 @@ def learning_rates(args: SFTConfig, steps: int, zero_first_update: bool) -> list
         rates.append(optimizer.param_groups[0]["lr"])
         optimizer.step()
         schedule.step()
+    if not all(0 <= rate < 1.001 * args.learning_rate for rate in rates):
+        raise InputError(f"--lr_scheduler_kwargs {args.lr_scheduler_kwargs}: learning rates from "
+                         f"{min(rates):g} to {max(rates):g}, where 0 to {args.learning_rate:g} are meant")
+    if rates[0] >= args.learning_rate and (zero_first_update or args.get_warmup_steps(steps) > 1):
+        raise InputError("no warm-up with these settings: --warmup_steps 0, without --zero_first_update")
     return rates
 
 
 def show_plan(plan: Plan, settings: Settings, args: SFTConfig, layout: Layout) -> None:
     seen = Counter(plan.order).values()
-    parallel = args.world_size // layout.cp
-    say(f"{plan.steps} updates of {settings.global_batch_size} samples = {parallel} data-parallel x "
-        f"{args.per_device_train_batch_size} x {plan.accumulated} accumulated")
+    say(f"{plan.steps} updates of {settings.global_batch_size} samples = {args.world_size // layout.cp} "
+        f"data-parallel x {args.per_device_train_batch_size} x {plan.accumulated} accumulated")
     say(f"{len(seen)} samples are seen, each {min(seen)} to {max(seen)} times")
     shown = [f"{rate:.3g}" for rate in plan.rates]
     say("learning rates: " + ", ".join(shown if plan.steps <= 12 else [*shown[:5], "...", *shown[-3:]]))
@@ -1036,11 +1042,6 @@ def load_config(model: str, longest: int):
     config.max_position_embeddings = factor * 32_768
     say(f"YaRN factor {factor} for a sample of {longest:,} tokens: window {window:,} -> {factor * 32_768:,}")
     return config
-
-
-def check_router_loss(args: SFTConfig, config) -> None:
-    if args.router_aux_loss_coef and not hasattr(config.get_text_config(), "router_aux_loss_coef"):
-        raise InputError(f"--router_aux_loss_coef: a {config.model_type} has no such loss; leave it out")
 
 
 def load_model(settings: Settings, args: SFTConfig, config, layout: Layout, resume: Path | None):
@@ -1150,7 +1151,7 @@ class RoundingAdamW(torch.optim.AdamW):
         seed = random.Random(f"{number} {step}").getrandbits(32)
         generator = torch.Generator(weight.device).manual_seed(seed)
         tensors = [weight, weight.grad.contiguous(), state["exp_avg"], state["exp_avg_sq"]]
-        tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        tensors = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
         pieces = [tensor.view(-1).split(2**22) for tensor in tensors]  # in pieces: fp32 takes memory
         for kept in zip(*pieces):
             new = adamw(*(piece.float() for piece in kept), step, group)
@@ -1223,7 +1224,7 @@ class Trainer(SFTTrainer):
         self.num_samples = num_samples
         self.names = names
         self.kernels = set()  # of attention
-        self.watch = Watch()
+        self.watch = Watch(settings.eval_command)
         self.add_callback(self.watch)
         add_fused_lm_head(without_adapters(self.model))  # TRL's own computes the entropy as well
 
@@ -1260,9 +1261,8 @@ class Trainer(SFTTrainer):
         return context, inputs
 
     def create_scheduler(self, num_training_steps, optimizer=None):
-        optimizer = optimizer or self.optimizer
         zero = self.settings.zero_first_update
-        self.lr_scheduler = make_schedule(self.args, optimizer, num_training_steps, zero)
+        self.lr_scheduler = make_schedule(self.args, optimizer or self.optimizer, num_training_steps, zero)
         return self.lr_scheduler
 
     def _save_checkpoint(self, model, trial):
@@ -1283,15 +1283,14 @@ class Trainer(SFTTrainer):
             write_whole(folder / "complete.json", json.dumps(file_sizes(folder)))
 
     def log(self, logs, start_time=None):
+        step = self.state.global_step  # the trainer's one pass is over an order of all the user's
+        self.state.epoch = step * self.settings.global_batch_size / self.num_samples
         if "loss" in logs:
-            step = self.state.global_step
             loss = logs["loss"]
             norm = logs.get("grad_norm", 0.0)
             if not math.isfinite(loss) or not math.isfinite(norm):
                 raise InputError(f"update {step}: loss {loss}, grad_norm {norm}; the last checkpoint and "
                                  "export are as they were; lower --learning_rate")
-            # The trainer makes one pass over an order that holds all of the user's
-            self.state.epoch = step * self.settings.global_batch_size / self.num_samples
             seconds = time.monotonic() - self.watch.step_started
             logs["seconds"] = round(seconds, 4)
             logs["tokens_per_second"] = round(self.plan.tokens[step - 1] / seconds)
@@ -1299,20 +1298,18 @@ class Trainer(SFTTrainer):
                 logs["memory_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 1)
         super().log(logs, start_time)
 
-    def _maybe_log_save_evaluate(self, *arguments, **options):
-        super()._maybe_log_save_evaluate(*arguments, **options)
-        if self.settings.eval_command and self.state.global_step % (self.args.eval_steps or 1) == 0:
-            self.log(self.measure())
-
-    def measure(self) -> dict:
-        """{"eval_...": number} of --eval_command on the model so far; {} where it failed, which is said."""
+    def _evaluate(self, *_, **__) -> dict:
+        """{"eval_...": number} of --eval_command on the model so far; {} where it failed, which is said.
+        Logged before the update's checkpoint is written: a run that goes on from there has it."""
         folder = Path(self.args.output_dir, "model_to_evaluate")
         export(self.accelerator.unwrap_model(self.model), self.processing_class, folder, self.names)
         metrics = {}
         if self.args.process_index == 0:
             metrics = run_eval_command(self.settings.eval_command, folder, self.state.global_step)
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, ignore_errors=True)
         self.accelerator.wait_for_everyone()
+        self.log(metrics)
+        self.control.should_evaluate = False
         return metrics
 
 
@@ -1321,7 +1318,7 @@ def run_eval_command(command: str, folder: Path, step: int) -> dict:
     ours = tuple(launcher.split())  # of these processes; the command may start its own
     environment = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
     environment["CHECKPOINT"] = str(folder)
-    result = subprocess.run(command, shell=True, env=environment, stdout=subprocess.PIPE, text=True)
+    result = subprocess.run(command, shell=True, env=environment, stdout=subprocess.PIPE)
     try:
         measured = json.loads(result.stdout.strip().splitlines()[-1])
         numbers = {f"eval_{name}": float(value) for name, value in measured.items()}
@@ -1377,7 +1374,8 @@ class Watch(TrainerCallback):
     """Times the updates and says how far a long one is; on SIGTERM (SLURM takes the machine away) saves after
     the running update and stops."""
 
-    def __init__(self):
+    def __init__(self, eval_command: str | None):
+        self.eval_command = eval_command
         self.stop = False
         signal.signal(signal.SIGTERM, lambda *_: setattr(self, "stop", True))
         if "TORCHELASTIC_RUN_ID" in os.environ and "TORCH_ELASTIC_SHUTDOWN_TIMEOUT" not in os.environ:
@@ -1397,6 +1395,8 @@ class Watch(TrainerCallback):
 
     def on_step_end(self, args, state, control, **kwargs):
         self.stop = on_any_process(self.stop, args)  # the signal reaches them at different updates
+        wanted = self.eval_command and not self.stop  # else saving comes first
+        control.should_evaluate = bool(wanted) and state.global_step % (args.eval_steps or 1) == 0
         if self.stop:
             control.should_save = control.should_training_stop = True
 
@@ -1444,11 +1444,9 @@ def try_export(model, tok, settings: Settings, args: SFTConfig) -> set[str]:
     check_names(model, set(revert_weight_conversion(model, state)), names)
     with tempfile.TemporaryDirectory() as folder:
         save_tokenizer(tok, folder)
-    parent = Path(args.output_dir)
-    while not parent.exists():
-        parent = parent.parent
+    there = next(folder for folder in Path(args.output_dir, "x").parents if folder.exists())
     needed = 2 * model.num_parameters()
-    free = shutil.disk_usage(parent).free
+    free = shutil.disk_usage(there).free
     if free < needed:
         raise InputError(f"--output_dir {args.output_dir}: the export takes {needed / 1e9:.1f} GB, "
                          f"{free / 1e9:.1f} are free")
@@ -1474,13 +1472,11 @@ def save_tokenizer(tok, folder) -> None:
     tok = copy.copy(tok)
     with contextlib.suppress(ValueError):  # no description of this template
         described = add_response_schema(copy.copy(tok)).response_template
-        fields = described["fields"]
         names = {"reasoning_content": "thinking"}  # vLLM's word
-        fields = {names.get(name, name): rule for name, rule in fields.items()}
+        fields = {names.get(name, name): rule for name, rule in described["fields"].items()}
         tok.response_template = described | {"fields": fields}
     for name, value in switches.items():
-        literal = json.dumps(value).replace("null", "none")
-        switch = f"{{%- if {name} is not defined %}}{{%- set {name} = {literal} %}}{{%- endif %}}"
+        switch = f"{{%- if {name} is not defined %}}{{%- set {name} = {value!r} %}}{{%- endif %}}"
         tok.chat_template = switch + tok.chat_template
     tok.save_pretrained(folder)
 
@@ -1525,8 +1521,7 @@ def export(model, tok, output_dir, names=None) -> None:
         for old in Path(output_dir).glob("*.safetensors*"):
             if not (partial / old.name).exists():
                 old.unlink()
-        last = "config.json"  # what makes the folder load
-        for file in sorted(partial.iterdir(), key=lambda file: file.name == last):
+        for file in sorted(partial.iterdir(), key=lambda file: file.name == "config.json"):  # it comes last
             file.replace(Path(output_dir, file.name))
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -1565,9 +1560,12 @@ def sha256(path: Path) -> str:
 
 
 def base_sha256(model: str) -> str:
-    """Of the base's small files and the names and sizes of its weights."""
-    folder = Path(cached_file(model, "config.json")).parent
-    files = sorted(file for file in folder.iterdir() if file.suffix in (".json", ".jinja", ".safetensors"))
+    """The Hub's commit, as its files come one by one; else of small files and weights' names and sizes."""
+    config = cached_file(model, "config.json")
+    if commit := extract_commit_hash(config, None):
+        return commit
+    files = Path(config).parent.iterdir()
+    files = sorted(file for file in files if file.suffix in (".json", ".jinja", ".safetensors"))
     known = []
     for file in files:
         size = file.stat().st_size
@@ -1608,14 +1606,14 @@ def refuse_another_run(output_dir: Path, run: dict) -> None:
     """What a run of other settings, data, script or base left in the folder is not overwritten, nor gone on
     with."""
     file = output_dir / "run.json"
-    there = list(output_dir.glob("checkpoint-*/complete.json")) + list(output_dir.glob("recipe.json"))
-    if not there:
+    kept = ("checkpoint-*/complete.json", "recipe.json", "*.safetensors")
+    if not any(any(output_dir.glob(pattern)) for pattern in kept):
         return
     before = json.loads(file.read_text()) if file.exists() else {}
     changed = [name for name in run.keys() | before.keys() if before.get(name) != run.get(name)]
     if changed:
         name = min(changed)
-        change = f"{name} was {before.get(name)!r}, is {run.get(name)!r}"
+        change = f"{name} was {before.get(name)!r}, is {run.get(name)!r}" if before else "it has no run.json"
         raise InputError(f"{output_dir} is of another run ({change}); "
                          "delete it or choose another --output_dir")
 
@@ -1692,10 +1690,7 @@ def build_trainer(settings, args, model, layout, plan, samples, tok, lora, names
     if settings.bf16_master and not settings.lora:  # adapters are fp32
         betas = (args.adam_beta1, args.adam_beta2)
         optimizer = RoundingAdamW, dict(lr=args.learning_rate, betas=betas, eps=args.adam_epsilon)
-    columns = []
-    for sample in samples:
-        kept = {name: sample[name] for name in ("input_ids", "labels")}
-        columns.append(kept | {"weights": token_weights(sample)})
+    columns = [sample | {"weights": token_weights(sample)} for sample in samples]
     trainer = Trainer(
         model,
         args,
@@ -1750,16 +1745,20 @@ def main(settings: Settings, args: SFTConfig) -> None:
     layout = read_layout(args)
     tok = load_tokenizer(settings.model_name_or_path, settings.chat_template_kwargs)
     samples, facts = load_samples(settings, args, tok)
-    config = load_config(settings.model_name_or_path, facts["longest"])
-    plan = plan_updates(samples, settings, args, layout)
-    show_plan(plan, settings, args, layout)
-    check_router_loss(args, config)
-    names = try_export(model_without_weights(config), tok, settings, args)
-    lora = lora_config(settings, config) if settings.lora else None
     record = record_of_run(settings, args, facts)
     output_dir = Path(args.output_dir)
     refuse_another_run(output_dir, record["run"])
     resume = last_checkpoint(args)
+    if resume:  # with the tokens of the day on which it began: templates write the date
+        refuse_another_run(resume.parent, record["run"])
+        samples = [sample for _, sample in read_jsonl(resume.parent / "tokenized.jsonl")]
+    config = load_config(settings.model_name_or_path, facts["longest"])
+    plan = plan_updates(samples, settings, args, layout)
+    show_plan(plan, settings, args, layout)
+    if args.router_aux_loss_coef and not hasattr(config.get_text_config(), "router_aux_loss_coef"):
+        raise InputError(f"--router_aux_loss_coef: a {config.model_type} has no such loss; leave it out")
+    names = try_export(model_without_weights(config), tok, settings, args)
+    lora = lora_config(settings, config) if settings.lora else None
     if settings.dry_run:
         rehearse(settings, args, config, layout, samples, tok, lora)
         return write_samples(output_dir, samples, tok)
@@ -1772,8 +1771,7 @@ def main(settings: Settings, args: SFTConfig) -> None:
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=resume and str(resume))
     if trainer.watch.stop:
-        step = trainer.state.global_step
-        say(f"stopped by SIGTERM after update {step}; the same command goes on from there")
+        say(f"stopped by SIGTERM after update {trainer.state.global_step}; the same command goes on there")
         sys.exit(143)
     first_step = int(resume.name.split("-")[1]) if resume else 0
     finish(trainer, record, first_step, time.monotonic() - started)

@@ -301,6 +301,8 @@ ODD = {
                                 result("b", 1, "look"), assistant("A")],
     "two users": [user("U"), user("V"), assistant("A")],
     "then weight 0": [user("U"), assistant("A"), assistant("WRONG", weight=0), user("V"), assistant("B")],
+    "then an empty weight 0": [user("U"), assistant("A"), assistant("", weight=0), user("V"), assistant("B")],
+    "then an empty system": [user("U"), assistant("A"), system("")],
     "weight 0 then": [user("U"), assistant("WRONG", weight=0), assistant("A"), user("V"), assistant("B")],
     "the last has weight 0": [user("U"), assistant("A"), user("V"), assistant("WRONG", weight=0)],
     "a thought of weight 0": [user("U"), assistant("", LS, weight=0, why="R0"), result("a"), assistant("A", why="R1")],
@@ -325,9 +327,9 @@ ODD = {
     "a result of the user": [user("U"), assistant("A"), user("<tool_response>\na\n</tool_response>"),
                              assistant("B", why="R")],
 }
-# What the oracle, which looks at one turn at a time, takes for exact: a text of weight 0 that would be trained because
-# no stop token comes before it; a call without its result whose end is that of an answer
-REFUSED_MORE = {"then weight 0", "a call, then the user"}
+# What the oracle, which looks at one turn at a time, takes for exact: a message without loss that would be trained
+# because no stop token comes before it; a call without its result whose end is that of an answer
+REFUSED_MORE = {"then weight 0", "then an empty weight 0", "then an empty system", "a call, then the user"}
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -341,12 +343,15 @@ def test_an_odd_row_is_trained_exactly_or_refused(stage, family):
 
 # GLM-4.5's own template changed at one place: (text of it, what stands there instead, conversation, what is told)
 NUMBER = [user("Do it."), assistant("", ("run_it", {"command": "sleep seconds 5", "seconds": 5})), result("a"), assistant("D")]
+PADDED = [user("Do it."), assistant("", ("run_it", {"command": "  x = 1\n"})), result("a"), assistant("D")]
 SAME = [user("Done."), assistant("Done."), user("Done."), assistant("Done.")]
 TWICE = [user("Go."), assistant("", LS), result("A & B"), assistant("", LS), result("A & B"), assistant("End.")]
 CONTENT = "{{ '\\n' + content.strip() }}"
 BREAKS = [
     ("for tc in m.tool_calls", "for tc in m.tool_calls[:1]", "two calls", "tool_calls[1].function.name"),
     ("for tc in m.tool_calls", "for tc in m.tool_calls[::-1]", "two calls", "writes calls in another order"),
+    ("for tc in m.tool_calls", "for tc in m.tool_calls * 2", "a call", "writes calls in another order, or a text twice"),
+    ("if v is not string else v }}", "if v is not string else v | trim }}", PADDED, "function.arguments.command"),
     ("for k, v in _args.items()", "for k, v in {}.items()", "a call", "tool_calls[0].function.arguments"),
     ("for k, v in _args.items()", "for k, v in _args.items() if v is string", NUMBER, "tool_calls[0].function.arg"),
     ("reasoning_content.strip() +", "'' +", "thoughts", "messages[1].reasoning_content"),

@@ -821,6 +821,42 @@ def test_a_checkpoint_of_another_run_is_refused(stage, glm_run, glm_base, train_
         train(sft, glm_base, train_file, glm_run[1], "--learning_rate", 1e-4)
 
 
+def test_a_named_checkpoint_of_another_run_is_refused(stage, glm_run, glm_base, train_file, tmp_path):
+    sft = stage("03_sft")
+    flags = ["--learning_rate", 1e-4, "--resume_from_checkpoint", glm_run[1] / "checkpoint-2"]
+    with pytest.raises(sft.InputError, match=f"{glm_run[1]} is of another run .learning_rate was 0.001"):
+        train(sft, glm_base, train_file, tmp_path / "out", *flags)
+
+
+def test_a_model_that_no_run_wrote_is_not_overwritten(stage, glm_base, train_file, tmp_path):
+    """Such as the base itself."""
+    import shutil
+
+    sft = stage("03_sft")
+    shutil.copytree(glm_base, tmp_path / "base")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()}
+    with pytest.raises(sft.InputError, match="base is of another run .it has no run.json"):
+        train(sft, tmp_path / "base", train_file, tmp_path / "base", "--max_steps", 2)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "base").iterdir()} == before
+
+
+def test_a_run_goes_on_with_the_tokens_it_began_with(stage, monkeypatch, glm_run, glm_base, train_file, tmp_path):
+    """A template may write the date, and another day another one."""
+    import shutil
+
+    sft, (recipe, folder) = stage("03_sft"), glm_run
+    shutil.copytree(folder, tmp_path / "out", ignore=lambda *_: ["checkpoint-3", "recipe.json"])
+    tokenize = sft.tokenize
+
+    def another_day(*arguments, **options):
+        samples, *others = tokenize(*arguments, **options)
+        return [sample | {"input_ids": [0, *sample["input_ids"][1:]]} for sample in samples], *others
+
+    monkeypatch.setattr(sft, "tokenize", another_day)
+    assert train(sft, glm_base, train_file, tmp_path / "out")["loss"] == recipe["loss"]
+    assert (tmp_path / "out/tokenized.jsonl").read_bytes() == (folder / "tokenized.jsonl").read_bytes()
+
+
 def test_a_finished_run_is_not_overwritten_by_another(stage, glm_base, train_file, tmp_path):
     """Without checkpoints too, and not by a dry run; the page in its folder shows what it was trained on."""
     sft = stage("03_sft")
@@ -988,6 +1024,7 @@ def test_what_else_a_row_says_is_read_or_refused(stage, tmp_path, keys, told):
     [
         ([user("U"), assistant("", ("f", {"a": None}))], "messages[1].tool_calls[0].function.arguments"),
         ([user("U"), assistant("", ("f", '{"a": 1}'))], "messages[1].tool_calls[0].function.arguments"),
+        ([user("U"), assistant("", ("f", {"a": float("inf")})), tool("T"), assistant("D")], "messages[1]: NaN or Infinity"),
         ([{"role": "human", "content": "U"}, assistant("D")], "messages[0].role: 'human', not one of"),
         ([{"role": "user", "content": None}, assistant("D")], "messages[0].content"),
         ([user("U"), assistant("", ("f", {}))], "messages[1]: the row ends with a tool call without its result"),
@@ -1071,6 +1108,14 @@ def test_full_disk_writes_no_half_file(stage, glm_base, train_file, tmp_path):
 
 # --------------------------------------------------------------------------------------------------------------------
 # Settings that follow from the model, the data and the layout
+
+
+@pytest.mark.parametrize("precision, flags", [("fp16", []), ("bf16", ["--bf16", "false"])])
+def test_a_precision_of_the_launcher_that_03_does_not_train_in_is_refused(stage, monkeypatch, precision, flags):
+    sft = stage("03_sft")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", precision)
+    with pytest.raises(sft.InputError, match=f"accelerate's mixed_precision {precision}: no or bf16, as --bf16 says"):
+        sft.check_flags(*sft.read_settings(sft.make_parser(), flags))
 
 
 def test_layout_comes_from_the_launcher_and_must_fit(stage, monkeypatch):
@@ -1319,6 +1364,19 @@ def test_switches_of_the_template_are_trained_and_exported(stage, qwen_base, tmp
     assert exported.apply_chat_template(BARE[:1], **thinking) == head.removesuffix("<think>\n\n</think>\n\n")
 
 
+def test_a_switch_of_any_value_is_exported_as_it_was_trained(stage, glm_base, tmp_path):
+    from transformers import AutoTokenizer
+
+    sft = stage("03_sft")
+    tok = sft.load_tokenizer(str(glm_base))
+    tok.chat_template = "{{ [a, b, c, d] }}"
+    tok.template_kwargs = {"a": "not null: ü🙂 'x' \"y\" %}", "b": None, "c": [1e-7, True], "d": {"e": "\n"}}
+    expected = sft.render(tok, [user("U")], None)
+    sft.save_tokenizer(tok, tmp_path)
+    exported = AutoTokenizer.from_pretrained(tmp_path)
+    assert exported.apply_chat_template([user("U")], tokenize=False) == expected == str([*tok.template_kwargs.values()])
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # A run is what it says
 
@@ -1447,6 +1505,9 @@ def test_every_setting_works_or_is_refused(stage):
         (["--dataloader_persistent_workers", "true"], "--dataloader_persistent_workers needs --dataloader_num_workers"),
         (["--gradient_checkpointing_kwargs", '{"a": 1}'], "--gradient_checkpointing_kwargs {'a': 1}: must be a JSON object"),
         (["--gradient_checkpointing_kwargs", "[]"], "--gradient_checkpointing_kwargs []: must be a JSON object with use_reentrant"),
+        (["--zero_first_update", "--warmup_steps", "0"], "no warm-up with these settings: --warmup_steps 0, without"),
+        (["--lr_scheduler_type", "constant"], "no warm-up with these settings"),
+        (["--eval_command", "true", "--eval_steps", "4"], "--eval_steps 4: there are 3 updates"),
         (["--torch_compile_mode", "fastest"], "--torch_compile: Unrecognized mode=fastest, should be one of: default"),
         (["--torch_compile_backend", "x"], "--torch_compile: Invalid backend"),
         (["--router_aux_loss_coef", "0.1"], "--router_aux_loss_coef: a glm4_moe has no such loss; leave it out"),
@@ -1592,6 +1653,18 @@ def test_other_data_script_or_base_is_another_run(stage, monkeypatch, glm_base, 
         (tmp_path / file).write_text(before)
 
 
+def test_a_base_of_the_hub_is_the_same_when_its_weights_have_come(stage, glm_base, tmp_path):
+    """A run begins before they are downloaded, and goes on when they are there."""
+    import shutil
+
+    sft, folder = stage("03_sft"), tmp_path / "models--a--b/snapshots" / ("0123abcd" * 5)
+    folder.mkdir(parents=True)
+    shutil.copy(glm_base / "config.json", folder)
+    before = sft.base_sha256(str(folder))
+    shutil.copy(glm_base / "model.safetensors", folder)
+    assert sft.base_sha256(str(folder)) == before == "0123abcd" * 5
+
+
 def test_a_finished_run_is_left_alone(stage, glm_run, glm_base, train_file, capsys):
     before = {path: path.stat().st_mtime_ns for path in glm_run[1].rglob("*")}
     train(stage("03_sft"), glm_base, train_file, glm_run[1])
@@ -1624,6 +1697,18 @@ def test_evaluation_while_training(stage, glm_base, train_file, tmp_path):
     assert [(row["step"], row["eval_score"]) for row in recipe["log"] if "eval_score" in row] == [(2, 0.5)]
     assert {"config.json", "model.safetensors", "tokenizer.json"} <= set((tmp_path / "seen").read_text().split())
     assert not (tmp_path / "out/model_to_evaluate").exists()
+
+
+def test_every_update_is_evaluated_once_and_its_checkpoint_knows(stage, glm_base, train_file, tmp_path):
+    """Whatever the command prints before its numbers, and whatever it does with the model."""
+    command = f'echo >> {tmp_path}/runs; rm -r $CHECKPOINT; printf "\\377\\n"; echo "{{\\"score\\": 0.5}}"'
+    flags = ["--eval_command", command, "--save_steps", 2]
+    recipe = train(stage("03_sft"), glm_base, train_file, tmp_path / "out", *flags)
+    assert (tmp_path / "runs").read_text() == "\n" * 3
+    evaluated = [(row["step"], row["epoch"]) for row in recipe["log"] if "eval_score" in row]
+    assert evaluated == [(1, 4 / 5), (2, 8 / 5), (3, 12 / 5)]
+    saved = json.loads((tmp_path / "out/checkpoint-2/trainer_state.json").read_text())["log_history"]
+    assert saved == [row for row in recipe["log"] if row["step"] < 3]
 
 
 def test_the_export_is_tried_before_the_first_update(stage, monkeypatch, glm_base, train_file, tmp_path, capsys):
