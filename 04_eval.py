@@ -20,8 +20,8 @@ Writes --output_dir
 A turn's check is a shell command. It runs after each round in a fresh sandbox, on a copy of the agent's
 folder, with the task's private folder at /private and the round's final answer at /answer.md (of every turn:
 /answers/1.md ...). Exit code 0 is done; its lines "ok - text" and "not ok - text" (TAP) are the
-requirements; a line "Bail out! why" says that it cannot be decided. A fault of the machinery is never a
-score: that episode is *not run*, and named.
+requirements; a line "Bail out! why", a plan "1..0" or a requirement with "# SKIP" says that it cannot be
+decided. A fault of the machinery is never a score: that episode is *not run*, and named.
 """
 
 import asyncio
@@ -46,7 +46,7 @@ import time
 import uuid
 from argparse import RawDescriptionHelpFormatter
 from collections import Counter
-from contextlib import asynccontextmanager, contextmanager, nullcontext, suppress
+from contextlib import AbstractAsyncContextManager, asynccontextmanager, contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass, field, replace as with_changes
 from pathlib import Path
 from statistics import fmean
@@ -197,13 +197,17 @@ def open_append(path):
 
 
 def read_json(path):
-    """The object of a JSON file."""
+    return json_object(Path(path).read_bytes(), path)
+
+
+def json_object(text, where):
+    """The JSON object that a text is; raises InputError for any other."""
     try:
-        value = json.loads(Path(path).read_bytes())
+        value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
+        raise InputError(f"{where}: not valid JSON ({error})") from None
     if not isinstance(value, dict):
-        raise InputError(f"{path}: expected a JSON object, found {type(value).__name__}")
+        raise InputError(f"{where}: expected a JSON object, found {type(value).__name__}")
     return value
 
 
@@ -254,7 +258,8 @@ TASK = {
         "tools": {"type": "array", "items": TOOL},
         "needs": {"type": "array", "items": TEXT},
         **dict.fromkeys(("workspace", "private", "venv", "image"), {"type": ["string", "null"]}),
-        **dict.fromkeys(("domain", "subdomain", "source", "meta"), {}),
+        **dict.fromkeys(("domain", "subdomain", "source"), {"type": ["string", "null"]}),
+        "meta": {},
     },
 }
 
@@ -272,6 +277,8 @@ def read_tasks(settings, tools):
         for where, task in read_jsonl(path):
             if error := jsonschema.exceptions.best_match(validator.iter_errors(task)):
                 raise InputError(f"{where}: {error.json_path.removeprefix('$.')}: {error.message[:200]}")
+            if len(task["query_id"].encode()) > 200:
+                raise InputError(f"{where}: query_id: more than 200 bytes; it names a folder")
             if task["query_id"] in tasks:
                 raise InputError(f"{where}: query_id {task['query_id']!r} stands there twice")
             task = json.loads(valid_text(json.dumps(task, ensure_ascii=False)))
@@ -355,7 +362,7 @@ def task_sha256(task):
     """Of everything that makes a task what it is: its text, and the content of its folders."""
     elsewhere = ("workspace", "private", "venv", "meta")
     content = {key: value for key, value in task.items() if key not in elsewhere}
-    folders = [tree_sha256(task.get(key)) for key in ("workspace", "private")]
+    folders = [tree_sha256(task.get(key) or None) for key in ("workspace", "private")]
     return sha256([content, folders, str(task.get("venv"))])
 
 
@@ -390,7 +397,7 @@ ROOT = "/workspace"
 LONGEST = 16_000  # characters of an output that the model sees
 # The call under way; why our own guard killed something of it; the room on the disk when it began
 CALL = {"id": None, "seconds": 0, "deadline": 0.0, "killed": None, "room": (0, 0)}
-DECIDES = re.compile(rb"^(?:ok|not ok|Bail out!).{0,400}", re.MULTILINE)
+DECIDES = re.compile(rb"^(?:ok|not ok|[Bb]ail out!|1\.\.0\b).{0,400}", re.MULTILINE)
 CALL_ERRORS = (OSError, ValueError, LookupError, ArithmeticError, RecursionError, MemoryError, re.error)
 PROCESSES = "a command started too many processes; everything was ended, files are kept"
 
@@ -443,7 +450,7 @@ def without_middle(text, most):
         return text
     first = text.rfind(b"\n", 0, LONGEST) + 1 or LONGEST
     last = len(text) - LONGEST
-    kept = [found[0] for found in DECIDES.finditer(text, first) if found.start() < last]
+    kept = [found[0] for found in DECIDES.finditer(text, first) if found.start() <= last]
     return b"\n".join([text[:first], *kept[:20_000], b"[... characters left out ...] " + text[last:]])
 
 
@@ -960,7 +967,7 @@ def memory_group(name):
     return None
 
 
-class Sandbox:
+class Sandbox(AbstractAsyncContextManager):
     """A folder, and the tool server in it: started at the first call, again after a hang or a crash."""
 
     def __init__(self, settings, program, workspace, slot, task, mounts=None):
@@ -985,10 +992,9 @@ class Sandbox:
         """Start with a copy of the task's workspace (a folder or a .tar), or with an empty folder."""
         remove(self.workspace)  # of an episode that was cut short
         self.workspace.mkdir(parents=True)
-        if source and source.is_dir():
-            shutil.copytree(source, self.workspace, symlinks=True, dirs_exist_ok=True)
-        elif source:
+        if source:
             command = ["tar", "-xf", source, "-C", self.workspace, "--no-same-owner"]
+            command = ["cp", "-a", f"{source}/.", self.workspace] if source.is_dir() else command
             result = subprocess.run(command, capture_output=True, text=True)
             if result.returncode:
                 raise InputError(f"{source}: {result.stderr.splitlines()[0]}")
@@ -1069,9 +1075,6 @@ class Sandbox:
             raise NotRun(reason, reply.get("gone") or reply["error"])
         code, _, output = reply["output"].partition("\n")
         return int(code), output
-
-    async def __aenter__(self):
-        return self
 
     async def __aexit__(self, *_):
         await self.stop()
@@ -1199,7 +1202,7 @@ BESIDE = (*REASONING, "reasoning_details", "thinking_blocks", "extra_content")  
 class Reply:
     """A model call. message: as a row has it, None where there was none; wire: as it is sent back with the
     next call; stop: why the round ends, None when there are calls; errors: of each call, None where its
-    arguments are good."""
+    arguments are good; waited: seconds before the request that was answered."""
 
     stop: str | None
     message: dict | None = None
@@ -1208,6 +1211,7 @@ class Reply:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     served: dict | None = None
+    waited: float = 0.0
 
 
 def why_refused(status, text):
@@ -1374,14 +1378,18 @@ class Endpoint:
 
     def __init__(self, settings, url, key_names, alive=None):
         parts = httpx.URL(url)
+        headers = headers_of(settings, key_names)
         ours = parts.host in ("127.0.0.1", "localhost", "::1")  # never through a proxy
-        self.client = httpx.AsyncClient(
-            base_url=parts.copy_with(query=None),
-            params=parts.params,
-            headers=headers_of(settings, key_names),
-            timeout=httpx.Timeout(settings.request_seconds, connect=10),
-            trust_env=not ours,
-        )
+        try:
+            self.client = httpx.AsyncClient(
+                base_url=parts.copy_with(query=None),
+                params=parts.params,
+                headers=headers,
+                timeout=httpx.Timeout(None, connect=10),  # post() has its own
+                trust_env=not ours,
+            )
+        except (ImportError, ValueError, httpx.InvalidURL) as error:
+            raise InputError(f"{url}: {error} (a proxy that the environment names)") from None
         self.settings = settings
         self.alive = alive  # raises InputError where our own server has died
         self.is_vllm = False
@@ -1412,7 +1420,7 @@ class Endpoint:
                 raise Refusal(response.status_code, text, response.headers.get("retry-after"))
             data = json.loads(valid_text(json.dumps(response.json(), ensure_ascii=False)))
             reply = read_reply(data, taken, "tools" in body)
-        except (TimeoutError, httpx.TimeoutException):
+        except TimeoutError:
             if allowed == seconds:
                 return Reply("max_seconds")
             raise Refusal(0, f"no answer within {allowed} s (--request_seconds)", kind="timeout") from None
@@ -1439,12 +1447,15 @@ class Endpoint:
         """One model call. What may pass is asked again for so many seconds, a badly written call or an
         unknown refusal a few times; raises NotRun("endpoint_error") in the end."""
         tries = Counter()
-        give_up = time.monotonic() + (self.settings.patience if patience is None else patience)
+        started = time.monotonic()
+        give_up = started + (self.settings.patience if patience is None else patience)
         pause = 0.25
         while True:
             body = self.body(wire, tools, seed + 1000 * tries["unparsed_call"])
+            asked = time.monotonic()
             try:
-                return await self.post(body, seconds, set() if taken is None else taken)
+                reply = await self.post(body, seconds, set() if taken is None else taken)
+                return with_changes(reply, waited=asked - started)
             except Refusal as no:
                 refusal = no
             if self.alive:
@@ -1543,9 +1554,6 @@ class Talk:
         self.messages.append({"role": role, "content": content} | more)
         self.wire.append({"role": role, "content": content} | more)
 
-    def size(self):
-        return sum(len(str(message["content"])) for message in self.wire)
-
     def answer(self):
         """What the agent said last; "" when that was no answer."""
         last = self.messages[-1]
@@ -1595,9 +1603,10 @@ async def run_agent(endpoint, sandbox, settings, talk, schemas, seed, stats, ser
         left = give_up - time.monotonic()
         if left <= 0:
             return "max_seconds"
-        size = talk.size()
+        size = sum(len(str(message["content"])) for message in talk.wire)
         seconds = None if left == math.inf else left
         reply = await endpoint.complete(talk.wire, schemas, seed, seconds, talk.taken)
+        give_up += reply.waited  # an endpoint that was away is no fault of the model
         stats["steps"] += reply.message is not None
         stats["prompt_tokens"] += reply.prompt_tokens
         stats["completion_tokens"] += reply.completion_tokens
@@ -1633,21 +1642,28 @@ def add_served(served, step):
 # ------------------------------------------------------------------------------------------------------------
 # Grading
 
+UNDECIDED = r"^(?:[Bb]ail out!|1\.\.0\b|(?:not )?ok\b.*# ?(?i:skip))(.*)$"
+COMPLAINTS = r"^.*(?:not found|No such file|denied|cannot execute|Can't open| a directory|symbolic link).*$"
+# Of a shell that was told to run a script, or a folder
+NO_SCRIPT = r"(?:ba|da)?sh: (?:0: Can't open )?[\w.+-]+(?:: No such file|$)|([\w.+-]+): \1: Is a directory"
+
 
 def is_of_the_work(line, folder):
     """Does a shell's complaint speak of a program that the agent was to make ("bash: line 1: ./run: No such
     file"), or stand in one of its scripts ("run.sh: line 2: node: command not found")?"""
     paths = re.findall(r"(?:(?<=[\s:'‘\"])|^)(?:/workspace/|[^\s/:'‘\"]+/)", line)
     script = re.match(r"([\w.+-]{1,200}): (?:line )?\d+: ", line)
-    return bool(paths) or script and script[1] not in ("bash", "sh") and (folder / script[1]).is_file()
+    if paths or re.match(NO_SCRIPT, line):
+        return True
+    return script and script[1] not in ("bash", "sh") and (folder / script[1]).is_file()
 
 
 def refuse_to_decide(code, output, folder):
-    """Raises NotRun for "Bail out!", and for a program that is not there (bash's 126 and 127), unless that is
-    the agent's own fault. folder: its work."""
-    if bail := re.search(r"^Bail out!(.*)$", output, re.MULTILINE):
-        raise NotRun("bailed_out", bail[1] or "Bail out!")
-    complaints = re.findall(r"^.*(?:not found|No such file|denied|cannot execute).*$", output, re.MULTILINE)
+    """Raises NotRun for what TAP has for it, and for a program that is not there (bash's 126 and 127), unless
+    that is the agent's own fault. folder: its work."""
+    if bail := re.search(UNDECIDED, output, re.MULTILINE):
+        raise NotRun("bailed_out", bail[1] or bail[0])
+    complaints = re.findall(COMPLAINTS, output, re.MULTILINE)
     if code in (126, 127) and not any(is_of_the_work(line, folder) for line in complaints):
         raise NotRun("check_not_started", f"exit code {code}: {output[-300:]}")
 
@@ -1883,11 +1899,14 @@ class Episode:
                 return await self.restore(asked if self.stop else self.rounds[-1])
             except (LookupError, TypeError) as error:
                 raise InputError(f"{self.progress}: damaged ({error!r}); delete it to begin anew") from None
+        self.clear_states()
+        await asyncio.to_thread(self.sandbox.fill, self.task.get("workspace"))
+        await self.keep(SNAPSHOT)
+
+    def clear_states(self):
         remove(self.states)
         self.states.joinpath("answers").mkdir(parents=True)
         self.states.joinpath("answer.md").write_text("")
-        await asyncio.to_thread(self.sandbox.fill, self.task.get("workspace"))
-        await self.keep(SNAPSHOT)
 
     async def restore(self, record):
         """The workspace as that round left it; raises NotRun where its state was not kept."""
@@ -1944,7 +1963,9 @@ class Episode:
         async with self.open(self.folder.with_name(self.name + suffix), mounts, program) as sandbox:
             await asyncio.to_thread(sandbox.fill, None)
             try:
-                await self.keep(COPY, sandbox.workspace)
+                code, output = await self.keep(COPY, sandbox.workspace)
+                if code == 124 or re.search("No space left|quota exceeded", output):
+                    raise NotRun("killed", f"no copy of the work: exit code {code}: {output[-300:]}")
                 yield sandbox
             finally:
                 await sandbox.stop()
@@ -2049,20 +2070,30 @@ STATS = ("steps", "tool_calls", "parse_errors", "prompt_tokens", "completion_tok
 class Regrade(Episode):
     """An episode of another run: its answers and states stand, its checks run once more."""
 
-    def __init__(self, bench, task, old):
-        super().__init__(bench, task, old["run"])
+    def __init__(self, bench, task, run, old):
+        super().__init__(bench, task, run)
         self.old = old
-        self.states = Path(self.settings.regrade, "states", self.name)
 
     async def run(self):
-        answers = answers_of(self.old["messages"])
-        for record, answer in zip(self.old["rounds"], answers):
+        if "rounds" not in self.old:
+            detail = self.old.get("detail", "the run has no episode of it")
+            raise NotRun(self.old.get("reason", "missing_need"), detail)
+        asked = [message["content"] for message in self.old["messages"] if message["role"] == "user"]
+        firsts = [text for text, record in zip(asked, self.old["rounds"]) if record["round"] == 1]
+        if firsts != [turn["query"] for turn in self.task["turns"]]:
+            raise NotRun("missing_need", "the agent was asked something else, or not all of it")
+        self.clear_states()
+        for record, answer in zip(self.old["rounds"], answers_of(self.old["messages"])):
             self.turn, self.attempt, self.stop = (record[key] for key in ("turn", "round", "stop"))
             self.talk.messages.append({"role": "assistant", "content": answer})
+            with suppress(FileNotFoundError):
+                kept = Path(self.settings.regrade, "states", self.name, self.state_name(record))
+                shutil.copyfile(kept, self.states / kept.name)
             await self.restore(record)
             self.close_round(*await self.grade())
-        self.stats.update({key: self.old["meta"].get(key, 0) for key in STATS})
-        return self.row(self.old["meta"]["seconds"]) | {"messages": self.old["messages"]}
+        row = self.row(0)
+        meta = {key: row["meta"][key] for key in ("source", "solved")}
+        return self.old | {"rounds": self.rounds, "meta": self.old["meta"] | meta}
 
 
 def answers_of(messages):
@@ -2393,19 +2424,12 @@ def read_model_file(model, name):
         raise InputError(f"{model}: neither a folder nor a reachable Hub id ({why})") from None
 
 
-def tokenizer_config(model):
+def parsers_of(model):
+    """(tool call parser, reasoning parser) for the model's chat template, None for none."""
     text = read_model_file(model, "tokenizer_config.json")
     if text is None or read_model_file(model, "config.json") is None:
         raise InputError(f"{model}: no config.json or tokenizer_config.json, so no checkpoint")
-    try:
-        return json.loads(text)
-    except ValueError as error:
-        raise InputError(f"{model}: tokenizer_config.json: not valid JSON ({error})") from None
-
-
-def parsers_of(model):
-    """(tool call parser, reasoning parser) for the model's chat template, None for none."""
-    config = tokenizer_config(model)
+    config = json_object(text, f"{model}: tokenizer_config.json")
     if described := config.get("response_template"):  # how its answers are written, by 03_sft.py: exact
         return "hf", "hf" if "thinking" in described.get("fields", {}) else None
     template = read_model_file(model, "chat_template.jinja") or config.get("chat_template") or ""
@@ -2553,7 +2577,8 @@ class Ledger:
     def failed(self, key, fault):
         entry = {"query_id": key[0], "run": key[1], "reason": fault.reason, "detail": fault.detail}
         self.not_run[key] = entry
-        self.streak += fault.reason == "endpoint_error"
+        if fault.reason != "missing_need":  # nobody was asked
+            self.streak = self.streak + 1 if fault.reason == "endpoint_error" else 0
 
     def stop_in_time(self):
         """Raises Stopped where one more episode would cost too much, or fail as all the last ones have."""
@@ -2573,8 +2598,8 @@ def judge_settings(settings):
 
 
 async def evaluate(settings, urls, alive, todo, ledger, tools):
-    """Run the episodes of todo, {(query_id, run): (task, run, None or the row to grade again)}, `concurrency`
-    at a time. tools: as load_tools gives them."""
+    """Run the episodes of todo (as wanted_episodes gives them), `concurrency` at a time. tools: as load_tools
+    gives them."""
     schemas, program = tools
     waiting = iter(todo.items())
     keys = [settings.api_key_env]
@@ -2596,7 +2621,7 @@ async def evaluate(settings, urls, alive, todo, ledger, tools):
             bench.endpoint, bench.judge = connect(urls[slot % len(urls)])
         for key, (task, run, old) in waiting:
             ledger.stop_in_time()
-            episode = Regrade(bench, task, old) if old else Episode(bench, task, run)
+            episode = Regrade(bench, task, run, old) if settings.regrade else Episode(bench, task, run)
             try:
                 if lacks := missing_needs(task, settings):
                     raise NotRun("missing_need", ", ".join(lacks))
@@ -2663,17 +2688,29 @@ def episodes_in(path):
     return rows
 
 
+def rounds_of(settings):
+    """How many rounds the run had that is graded again; raises InputError where there is no run."""
+    folder = Path(settings.regrade)
+    same = folder.resolve() == Path(settings.output_dir).resolve()
+    if same or not folder.joinpath("episodes.jsonl").exists():
+        raise InputError(f"--regrade {folder}: no episodes.jsonl there, or the same as --output_dir")
+    return read_json(folder / "settings.json")["rounds"]
+
+
 def wanted_episodes(settings, tasks):
-    """{(query_id, run): (task, run, with --regrade the row that is graded again)} of the whole run."""
-    if not settings.regrade:
-        pairs = itertools.product(range(settings.n_runs), tasks)
-        return {(task["query_id"], run): (task, run, None) for run, task in pairs}
-    path = Path(settings.regrade, "episodes.jsonl")
-    if not path.exists() or path.parent.resolve() == Path(settings.output_dir).resolve():
-        raise InputError(f"--regrade {path.parent}: no episodes.jsonl there, or the same as --output_dir")
-    known = {task["query_id"]: task for task in tasks}
-    old = episodes_in(path).items()
-    return {key: (known[key[0]], key[1], row) for key, row in old if key[0] in known}
+    """{(query_id, run): (task, run, with --regrade the row that is graded again, an entry of not_run.jsonl,
+    or {})} of the whole run."""
+    runs = range(settings.n_runs)
+    old = {}
+    if settings.regrade:
+        missing = Path(settings.regrade, "not_run.jsonl")
+        for _, entry in read_jsonl(missing) if missing.exists() else ():
+            old[entry["query_id"], entry["run"]] = entry
+        old |= episodes_in(missing.with_name("episodes.jsonl"))
+        runs = sorted({run for _, run in old} or {0})
+    pairs = itertools.product(runs, tasks)
+    keys = {(task["query_id"], run): (task, run) for run, task in pairs}
+    return {key: (*pair, old.get(key, {})) for key, pair in keys.items()}
 
 
 def run_with_server(settings, todo, ledger, tools):
@@ -2754,7 +2791,7 @@ def write_summary(settings, tasks, rows, not_run, fingerprints):
         stops.update(record["stop"] for record in row["rounds"])
     works = settings.agent == "model"
     summary = {
-        "model": settings.model if works else settings.agent,
+        "model": rows[0]["meta"]["model"] if rows else settings.model,
         "trained_on": trained_with(settings.model).get("data", {}).get("rows"),
         "settings": asdict(settings),
         "versions": versions_of(settings),
@@ -2889,6 +2926,8 @@ def main(settings):
         settings.concurrency = 1
     if settings.agent != "model":
         settings.rounds = 1  # a second attempt would be the same
+    if settings.regrade:
+        settings.rounds = min(settings.rounds, rounds_of(settings))
     output_dir = Path(settings.output_dir)
     output_dir.mkdir(parents=True, exist_ok=True)
     with locked(output_dir):

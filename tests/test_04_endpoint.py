@@ -645,8 +645,60 @@ def test_a_server_on_this_machine_is_never_asked_through_a_proxy(ask, monkeypatc
     assert ask(say("done")).stop == "answer"
 
 
+PROXIES = {"ALL_PROXY": "socks5://127.0.0.1:1080", "HTTPS_PROXY": "ftp://proxy:1", "HTTP_PROXY": "http://[::1"}
+
+
+@pytest.mark.parametrize("name", PROXIES)
+def test_a_proxy_that_cannot_be_used_is_told(m, monkeypatch, name):
+    monkeypatch.setenv(name, PROXIES[name])
+    with pytest.raises(m.InputError, match="https://me.example/v1: .* proxy that the environment names"):
+        m.Endpoint(m.Settings(model="x"), "https://me.example/v1", ["NONE"])
+
+
+def test_an_endpoint_that_cannot_be_reached_is_not_out_of_the_rounds_time(m, monkeypatch):
+    async def away(*_, **__):
+        raise m.httpx.ConnectTimeout("away")
+
+    monkeypatch.setattr(m.httpx.AsyncClient, "post", away)
+    endpoint = m.Endpoint(m.Settings(model="x", patience=0), "http://x/v1", ["NONE"])
+    with pytest.raises(m.NotRun, match="HTTP 503: ConnectTimeout away") as fault:
+        asyncio.run(endpoint.complete([], [], 0, seconds=100))
+    assert fault.value.reason == "endpoint_error"
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # Whole runs
+
+
+@needs_bwrap
+def test_an_endpoint_that_is_away_for_a_while_costs_a_round_no_time(endpoint, evaluate, m, monkeypatch):
+    """A minute of which the round has thirty seconds; the clock is ours."""
+    ahead = []
+    sleep, now = asyncio.sleep, time.monotonic
+
+    async def skip(seconds):
+        ahead.append(seconds if seconds == 60 else 0)
+        await sleep(0 if seconds == 60 else seconds)
+
+    monkeypatch.setattr(m.asyncio, "sleep", skip)
+    monkeypatch.setattr(m.time, "monotonic", lambda: now() + sum(ahead))
+    answers = [say("x"), (503, {"retry-after": "60"}, ""), call("glob", pattern="*"), say("done")]
+    endpoint.script["q"] = endpoint.otherwise = lambda body: answers.pop(0)
+    episodes, _ = evaluate(("t", [("q", "true")]), max_seconds=30, patience=90)
+    assert sum(ahead) == 60 and episodes["t", 0]["rounds"][0]["stop"] == "answer"
+
+
+def test_only_failures_at_the_endpoint_in_a_row_end_a_run(m):
+    ledger = m.Ledger(m.Settings(), None, {})
+    for n in range(30):
+        ledger.failed(("asked", n), m.NotRun("endpoint_error", "boom"))
+        ledger.failed(("answered", n), m.NotRun("bailed_out", "no compiler"))
+        ledger.stop_in_time()
+    for n in range(20):
+        ledger.failed(("asked", n), m.NotRun("endpoint_error", "boom"))
+        ledger.failed(("never asked", n), m.NotRun("missing_need", "g++"))
+    with pytest.raises(m.Stopped, match="the last 20 episodes all failed"):
+        ledger.stop_in_time()
 
 
 @needs_bwrap

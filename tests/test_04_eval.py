@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -307,6 +308,19 @@ def test_workspaces_are_copied(m, endpoint, evaluate, tmp_path, one_line_error, 
     one_line_error(last_line(result), "broken.tar", "tar")
 
 
+def test_a_workspace_may_hold_more_than_files(evaluate, tmp_path, monkeypatch):
+    """As git's fsmonitor leaves one."""
+    folder = tmp_path / "given"
+    folder.mkdir()
+    os.mkfifo(folder / "pipe")
+    monkeypatch.chdir(folder)  # the path of a socket has 107 characters
+    with socket.socket(socket.AF_UNIX) as door:
+        door.bind("socket")
+    turn = {"query": "q", "check": "test -p pipe && test -S socket", "solution": "true"}
+    _, summary = evaluate({"query_id": "t", "workspace": "given", "turns": [turn]}, agent="solution")
+    assert summary["by_task"]["t"]["SR@1"] == 1
+
+
 def test_episodes_are_rows_that_02_reads(stage, endpoint, evaluate, tmp_path, run_stage):
     endpoint.script["write hello to x"] = [call("run_shell_command", command="echo hello > x"), say("done")]
     evaluate(("t", [("write hello to x", "grep hello x")]))
@@ -561,6 +575,28 @@ def test_grading_again_asks_nobody(endpoint, evaluate, proof, tmp_path):
     assert damaged["not_run"] == {"missing_need": 1} and damaged["by_task"] == {}
 
 
+def test_grading_again_is_over_the_same_episodes(endpoint, evaluate, tmp_path, m):
+    """With whoever was not run, what was asked, the rounds and the tools that there were; the run stays as it is."""
+    endpoint.script |= {"a": [call("bash", command="touch x"), say("done")], "b": lambda body: (400, {}, "no")}
+    tasks = [(name, [(name, "test -e x; grep done /answer.md")]) for name in "abc"]
+    given = {"tools": str(ROOT / "recipes/tools/bash.py"), "model": "first", "rounds": 1}
+    episodes, summary = evaluate(*tasks[:2], **given, patience=3)
+    assert summary["not_run"] == {"endpoint_error": 1}
+    run = {"regrade": str(tmp_path / "out"), "model": None}
+    tmp_path.joinpath("out/states/a-0/answer.md").write_text("another regrade is at work here")
+    again, same = evaluate(*tasks, **run, output_dir=tmp_path / "again")
+    assert same["not_run"] == {"endpoint_error": 1, "missing_need": 1} and same["model"] == "first"
+    assert same["by_task"] == summary["by_task"] == {"a": {"FTFC": 1, "SR@1": 1, "RC@1": 1}}
+    assert again["a", 0]["meta"].pop("source") == f"{tmp_path}/again/a-0" and episodes["a", 0]["meta"].pop("source")
+    assert again == episodes
+    assert tmp_path.joinpath("out/states/a-0/answer.md").read_text() == "another regrade is at work here"
+    _, twice = evaluate(*tasks, **run | {"regrade": str(tmp_path / "again")}, output_dir=tmp_path / "twice")
+    assert twice["by_task"] == summary["by_task"]
+    for n, turns in enumerate(([("a!", "true")], [("a", "true"), ("more", "true")])):
+        _, other = evaluate(("a", turns), **run, output_dir=tmp_path / f"other{n}")
+        assert other["not_run"] == {"missing_need": 1}
+
+
 def test_modes_are_work_too(endpoint, evaluate, tmp_path):
     """What may not be read or changed any more is in the check's copy and in the states as the agent left it."""
     lock = "echo key > a; mkdir -p d/e; echo x > d/x; chmod 000 a d/e; chmod 555 d; truncate -s 900M hole"
@@ -635,6 +671,69 @@ def test_a_check_that_cannot_decide_is_no_score(endpoint, evaluate, check, reaso
     endpoint.script["q"] = [say("done")] * 3
     _, summary = evaluate(("t", [("q", check)]))
     assert summary["not_run"] == {reason: 1} and summary["by_task"] == {}
+
+
+@pytest.mark.parametrize("line, told", {
+    "ok 1 - it compiles # SKIP no compiler": "no compiler",
+    "ok - it compiles # skipped: no compiler": "no compiler",
+    "not ok 1 # skip": "not ok 1 # skip",
+    "1..0 # SKIP no compiler": "# SKIP no compiler",
+    "1..0": "1..0",
+    "bail out! no compiler": "no compiler",
+}.items())  # fmt: skip
+def test_what_a_check_leaves_out_is_no_pass(m, tmp_path, line, told):
+    """Wherever it stands in the output: a plan at its end, too."""
+    for output in (line, f"ok - one\n{line}", f"{line}\nok - two"):
+        with pytest.raises(m.NotRun, match=told) as fault:
+            m.refuse_to_decide(0, output, tmp_path)
+        assert fault.value.reason == "bailed_out"
+    flood = m.without_middle("\n".join(["x" * 30_000, line, "y" * 30_000]).encode(), 40_000).decode()
+    with pytest.raises(m.NotRun):
+        m.refuse_to_decide(0, flood, tmp_path)
+    m.refuse_to_decide(0, "1..4\nok - a\nok - we skip nothing\n# SKIP\nok - 2 # 1", tmp_path)
+
+
+@pytest.mark.parametrize("size", range(15_998, 16_003))
+def test_a_line_that_decides_is_found_where_the_end_of_an_output_begins(m, size):
+    """The last 16,000 characters are kept as they are."""
+    line = "not ok - two\n"
+    text = m.without_middle(("x" * 30_000 + "\n" + line).encode() + b"y" * (size - len(line)), 40_000).decode()
+    assert [check["passed"] for check in m.read_check(0, text)] == [False]
+
+
+OUTPUTS = ("printf 'no line end'", "printf 'ok - all\\n'", "printf '\\r'", "printf 'Bail out!'", "true")
+
+
+@pytest.mark.parametrize("program", OUTPUTS)
+def test_a_program_that_is_run_apart_as_the_readme_says_decides_nothing(m, tmp_path, program):
+    line = next(line for line in (ROOT / "recipes/sandbox/README.md").read_text().splitlines() if "sed" in line)
+    tmp_path.joinpath("program").write_text(f"#!/bin/bash\n{program}")
+    tmp_path.joinpath("program").chmod(0o755)
+    tmp_path.joinpath("input").touch()
+    command = f"{line.partition('#')[0]}\necho 'not ok - two'"
+    output = subprocess.run(["bash", "-c", command], cwd=tmp_path, capture_output=True, text=True).stdout
+    m.refuse_to_decide(0, output, tmp_path)
+    assert m.read_check(0, output) == [{"requirement": "two", "passed": False}]
+
+
+@pytest.mark.parametrize("copy", ["echo 'cp: error writing a: Disk quota exceeded'; exit 1", "sleep 9"])
+def test_half_a_copy_is_not_graded(m, evaluate, monkeypatch, copy):
+    monkeypatch.setattr(m, "COPY", copy)
+    turn = {"query": "q", "check": "false", "solution": "true"}
+    _, summary = evaluate({"query_id": "t", "turns": [turn]}, agent="solution", check_seconds=2)
+    assert summary["not_run"] == {"killed": 1}
+
+
+@pytest.mark.parametrize("check", ["./folder", "./loop", "./file/run", "bash none.sh", "sh none.sh", "bash folder",
+                                   "env ./folder", "timeout 5 ./loop", "exec ./folder"])  # fmt: skip
+def test_what_an_agent_puts_in_the_place_of_a_program_is_its_failure(m, tmp_path, check):
+    """Nor may it get away with having made none."""
+    tmp_path.joinpath("folder").mkdir()
+    tmp_path.joinpath("loop").symlink_to("loop")
+    tmp_path.joinpath("file").touch()
+    result = subprocess.run(["bash", "-c", f"exec 2>&1; {check}"], cwd=tmp_path, capture_output=True, text=True)
+    m.refuse_to_decide(result.returncode, result.stdout.replace(str(tmp_path), "/workspace"), tmp_path)
+    assert m.read_check(result.returncode, result.stdout) == [{"requirement": "the check exits with 0", "passed": False}]
 
 
 @pytest.mark.parametrize(
@@ -1034,6 +1133,10 @@ BAD_TASKS = [
     (json.dumps(GOOD | {"tools": [{"function": GLOB | {"parameters": {"type": "strng"}}}]}), ["'strng'"]),
     (json.dumps(GOOD | {"turns": [TURN, TURN | {"check": "bash /private/a.sh; echo"}]}),
      ["queries.jsonl:1: turns[1].check: /private/a.sh is not in", "it has none"]),
+    (json.dumps(GOOD | {"query_id": "\u9df9" * 70}), ["queries.jsonl:1: query_id: more than 200 bytes"]),
+    (json.dumps(GOOD | {"query_id": "t\ud83d"}), ["queries.jsonl:1: query_id"]),
+    (json.dumps(GOOD | {"source": {"url": "x"}}), ["queries.jsonl:1: source", "is not of type 'string', 'null'"]),
+    (json.dumps(GOOD | {"domain": ["research"]}), ["queries.jsonl:1: domain"]),
     (json.dumps([GOOD]), ["queries.jsonl:1", "expected a JSON object, found list"]),
     (json.dumps(GOOD, indent=1), ["queries.jsonl:1", "one JSON object a line"]),
     ("[" * 100_000, ["queries.jsonl:1", "not valid JSON"]),
@@ -1047,6 +1150,12 @@ def test_bad_tasks(m, tmp_path, text, parts):
     with pytest.raises(m.InputError) as error:
         m.read_tasks(m.Settings(tasks=[str(path)]), m.load_tools(None)[0])
     assert all(part in str(error.value) for part in parts) and "\n" not in str(error.value), str(error.value)
+
+
+def test_a_folder_without_a_name_is_none(m, tmp_path):
+    path = write_tasks(tmp_path, GOOD | {"workspace": "", "private": "", "venv": ""}, {"query_id": "u", "turns": [TURN]})
+    first, second = m.read_tasks(m.Settings(tasks=[str(path)]), {})
+    assert m.task_sha256(first)[:8] != m.task_sha256(second)[:8] and not first["workspace"]
 
 
 @pytest.mark.parametrize("check, there", [
