@@ -66,10 +66,8 @@ KINDS = {
     "code": r"\.(py|[cm]?jsx?|[cm]?tsx?|go|rs|java|kt|c|h|cc|cpp|rb|php|jl)$",
 }
 LANGUAGES = {"python": r"\.py$", "node": r"\.[cm]?[jt]sx?$", "go": r"\.go$", "rust": r"\.rs$"}
-NOT_RUN = (
-    r"(^|/)(conftest|__init__)\.py$|\.d\.ts$"
-    r"|(^|/)(fixtures?|support|helpers?|(test)?data|snapshots?|common)/"
-)
+NOT_RUN = r"(^|/)(conftest|__init__)\.py$|\.d\.ts$"
+NOT_RUN += r"|(^|/)(fixtures?|support|helpers?|(test)?data|snapshots?|common)/"
 RUNNERS = {"python": "pytest", "node": "node", "go": "go", "rust": "cargo"}  # unless the set-up names another
 IN_FILE_TEST = r"(?m)^[+@ -].*(#\[(\w+::)?test\]|#\[cfg\(test\)\]|\bmod tests?\b)"  # Rust's
 TOOLCHAINS = {"python": "python3", "node": "npm", "go": "go", "rust": "cargo"}
@@ -199,9 +197,8 @@ def read_jsonl(path, append_only=False):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise InputError(
-                    f"{path}:{number}: not valid JSON ({error}); one JSON object a line"
-                ) from None
+                told = f"{path}:{number}: not valid JSON ({error}); one JSON object a line"
+                raise InputError(told) from None
             if not isinstance(row, dict):
                 raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
             yield f"{path}:{number}", row
@@ -361,16 +358,20 @@ def read_markdown(path):
         task["turns"] = [{"query": (parts[2] or "").strip()} | graded]
     if "licence" in task and isinstance(task.setdefault("meta", {}), dict):
         task["meta"]["licence"] = task.pop("licence")
-    return {"query_id": re.sub(r"[^\w.@#-]", "-", path.stem)} | task
+    return {"query_id": folder_name(path.stem)} | task
+
+
+def folder_name(text):
+    """Of a text what a query_id may have."""
+    return re.sub(r"[^\w.@#-]", "-", text).lstrip(".@#-")[:150]
 
 
 def source_row(query_id, domain, subdomain, source, text, **meta):
     """A query is to be written from a text; its solution is nobody's secret, a rubric judges the answer."""
     text = text[:40_000].encode(errors="replace").decode()  # half a character
     material = {"text": text, "secret": "", "tests": "", "asked": []}
-    query_id = re.sub(r"[^\w.@#-]", "-", query_id).lstrip(".@#-")[:150] or source
-    return {"query_id": query_id, "domain": domain, "subdomain": subdomain, "source": source, "turns": [],
-            "meta": meta, "reasons": [], "material": material}
+    row = {"query_id": folder_name(query_id) or source, "domain": domain, "subdomain": subdomain}
+    return row | {"source": source, "turns": [], "meta": meta, "reasons": [], "material": material}
 
 
 def papers(folder):
@@ -603,9 +604,8 @@ def kinds_of(files):
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, path)), "other")
         kinds[kind].append(path)
     for path in kinds["test"]:
-        can_run = (
-            language_of(path) and not re.search(NOT_RUN, path) and "\ndeleted file mode" not in files[path]
-        )
+        is_gone = "\ndeleted file mode" in files[path]
+        can_run = language_of(path) and not is_gone and not re.search(NOT_RUN, path)
         if can_run and (not kinds["code"] or language_of(path) == language_of(kinds["code"][0])):
             kinds["run"].append(path)
     return kinds
@@ -743,10 +743,10 @@ def mine_clone(settings, clone):
 
 def row_of(name, pull, times):
     """times: how often the number has been met: it starts anew where a repository moves."""
-    meta = {key: pull[key] for key in ("number", "title", "date", "base", "commit", "shape")}
+    meta = {"repo": name} | {key: pull[key] for key in ("number", "title", "date", "base", "commit", "shape")}
     query_id = f"{name.replace('/', '__')}-{pull['number']}" + (f".{times}" if times > 1 else "")
-    return {"query_id": query_id, "domain": None, "subdomain": "", "source": "pull_request", "turns": [],
-            "meta": {"repo": name} | meta, "reasons": []}
+    row = {"query_id": folder_name(query_id), "domain": None, "subdomain": "", "source": "pull_request"}
+    return row | {"turns": [], "meta": meta, "reasons": []}
 
 
 def mine(settings, work, rows):
@@ -902,7 +902,7 @@ def place_task(settings, row, environment, work, tests):
             "seconds": settings.timeout, "packages": [name for name in packages if name.isidentifier()],
             "fail_to_pass": None, "pass_to_pass": None} | tests
     (private / "plan.json").write_text(json.dumps(plan, indent=1))
-    workspace = folder / f"workspace-{environment['id']}.tar"
+    workspace = folder / f"workspace-{environment['id']}-{base[:16]}.tar"
     if not workspace.exists():
         with tempfile.TemporaryDirectory() as tree:
             checkout(clone, base, tree)
@@ -919,14 +919,10 @@ def place_task(settings, row, environment, work, tests):
 
 def write_tar(folder, path):
     """The files of folder, with the same bytes whenever and by whomever: 04 knows a workspace by its hash."""
-    def plain(member):
-        member.uid = member.gid = member.mtime = 0
-        member.uname = member.gname = ""
-        return member
-
     partial = path.with_suffix(".partial")
+    nobody = {"uid": 0, "gid": 0, "uname": "", "gname": "", "mtime": 0}
     with tarfile.open(partial, "w") as tar:
-        tar.add(folder, ".", filter=plain)
+        tar.add(folder, ".", filter=lambda member: member.replace(**nobody, deep=False))
     partial.replace(path)
 
 
@@ -953,7 +949,7 @@ def run_agent(output, agent, tasks, runs):
     argv = [sys.executable, str(EVALUATE), *argv, "--tasks", str(path), "--output_dir", str(output)]
     with open(log, "w") as file:
         status = subprocess.run(argv, stdout=file, stderr=file).returncode
-    if status and not (output / "summary.json").exists():
+    if status not in (0, 1) or not (output / "summary.json").exists():
         said = log.read_text(errors="replace").strip().splitlines() or ["nothing"]
         raise InputError(f"{EVALUATE.name} --agent {agent} says: {said[-1]} (all of it: {log})")
 
@@ -989,10 +985,11 @@ def environment_fault(messages):
 
 def survey_of(episode):
     """{"passed": [test], "failed": {test: message}, "end"} of a run that finds out, packed by check.py."""
-    [line] = [check["requirement"] for check in episode["rounds"][-1]["checks"][:1]]
-    if not line.startswith("survey "):
-        return {"passed": [], "failed": {line: line}, "end": ""}
-    return json.loads(zlib.decompress(base64.b64decode(line.removeprefix("survey "))))
+    lines = [check["requirement"] for check in episode["rounds"][-1]["checks"]]
+    if not lines[0].startswith("survey "):
+        return {"passed": [], "failed": {lines[0]: lines[0]}, "end": ""}
+    packed = "".join(line.removeprefix("survey ") for line in lines)
+    return json.loads(zlib.decompress(base64.b64decode(packed)))
 
 
 def judge_survey(nothing, solution, timeout):
@@ -1036,11 +1033,10 @@ def stands_in(known_lines, diff):
     return sum(hash(line) in known_lines for line in added) > len(added) / 2
 
 
-def verify_repository(settings, work, rows, environment):
+def verify_repository(settings, work, rows, environment, keys):
     """{query_id: verdict} on the candidates of a repository, after two rounds of 04's two agents."""
-    facts = [settings.timeout, settings.verify_runs, environment["id"], environment["program"]]
-    names = sorted(row["query_id"] for row in rows)
-    folder = work / "verify" / digest(names, facts)[:16]  # a killed run of 04 goes on there
+    # A killed run of 04 goes on there
+    folder = work / "verify" / digest(sorted(keys), EVALUATE.read_text())[:16]
     tasks = []
     lost = {}
     for row in rows:
@@ -1134,7 +1130,8 @@ def verify_group(settings, work, name, group, environment):
     missing = [row for row in group if keys[row["query_id"]] not in known]
     if missing:
         print(f"verify: {len(missing)} candidates of {name} ...", flush=True)
-        for query_id, verdict in verify_repository(settings, work, missing, environment).items():
+        names = [keys[row["query_id"]] for row in missing]
+        for query_id, verdict in verify_repository(settings, work, missing, environment, names).items():
             known[keys[query_id]] = verdict
             if not str(verdict["reason"]).startswith(UNDECIDED):  # it is tried again
                 append_jsonl(path, {"key": keys[query_id], "query_id": query_id} | verdict)
@@ -1207,16 +1204,17 @@ def join(chain, work):
     meta = first["meta"] | {"numbers": [row["meta"]["number"] for row in chain]}
     task = first["task"] | {"query_id": name, "turns": turns, "private": str(private)}
     parts = [row["query_id"] for row in chain]
-    return without(first, "tree", "material") | {
-        "query_id": name, "source": "pull_requests", "turns": [], "meta": meta, "reasons": [], "task": task,
-        "parts": parts}
+    row = without(first, "tree", "material") | {"query_id": name, "meta": meta, "task": task, "parts": parts}
+    return row | {"source": "pull_requests", "turns": [], "reasons": []}
 
 
 def add_chains(settings, work, rows):
     """Dependent pull requests as the turns of one task, if the whole proves itself too."""
     proven = [row for row in open_rows(rows) if "task" in row]
     joined_rows = [join(chain, work) for chain in chains(proven, settings.chain)]
-    refutations = refuted(settings, work / "verify" / "chains", [row["task"] for row in joined_rows])
+    folder = work / "verify" / "chains"
+    shutil.rmtree(folder, ignore_errors=True)
+    refutations = refuted(settings, folder, [row["task"] for row in joined_rows])
     for row in joined_rows:
         if row["query_id"] in refutations:
             row["reasons"].append(refutations[row["query_id"]]["reason"])
@@ -1274,16 +1272,12 @@ demand? Answer with one JSON object: {"leaks": true or false, "why": one sentenc
 Text = pydantic.constr(pattern=r"^[^\x00-\x08\x0e-\x1f]*$")  # no control character, no half of a character
 
 
-class Verdict(pydantic.BaseModel, extra="ignore"):
-    """The judge's answer."""
-
+class Verdict(pydantic.BaseModel, extra="ignore"):  # the judge's answer
     leaks: bool
     why: str
 
 
-class Draft(pydantic.BaseModel, extra="ignore"):
-    """The model's answer; strict servers want every field required."""
-
+class Draft(pydantic.BaseModel, extra="ignore"):  # strict servers want every field required
     reason: str
     answerable: bool
     query: Text
@@ -1327,7 +1321,7 @@ def answers_to(settings, work, rows, prompts, model, form):
     path = work / "answers.jsonl"
     known = by_key(path)
     if settings.retry_bad:
-        known = {key: answer for key, answer in known.items() if find_object(answer.get("content"))}
+        known = {key: answer for key, answer in known.items() if draft_of(answer, form)[0]}
     missing = {key: request for key, request in requests.items() if key not in known}
     if settings.dry_run:
         dry_run(missing)
@@ -1371,10 +1365,11 @@ class Endpoint:
     def __init__(self, settings, path):
         import openai
 
+        self.openai = openai  # slow to import
         self.settings = settings
         self.path = path
         self.forms = ["json_schema", "json_object", None]
-        self.dollars = dollars_for(settings, by_key(path).values())
+        self.dollars = dollars_for(settings, rows_if_there(path))
         self.under_way = 0.0
         self.failures = []
         self.gate = asyncio.Semaphore(settings.concurrency)
@@ -1384,8 +1379,6 @@ class Endpoint:
 
     async def store(self, key, request):
         """Append an answer to path: 1, or 0. After a failure no call starts; those under way are awaited."""
-        import openai
-
         usage = {"prompt_tokens": len(str(request["messages"])) // 4, "completion_tokens": 4000}
         expected = dollars_for(self.settings, [{"usage": usage}])
         async with self.gate:
@@ -1397,7 +1390,7 @@ class Endpoint:
             self.under_way += expected
             try:
                 answer = await self.ask(request)
-            except (openai.OpenAIError, InputError) as error:
+            except (self.openai.OpenAIError, InputError) as error:
                 text = " ".join(str(error).split())[:300]
                 self.failures.append(f"{request['query_id']}: {type(error).__name__}: {text}")
                 return 0
@@ -1409,8 +1402,6 @@ class Endpoint:
 
     async def ask(self, request):
         """A completion as {"content", "finish_reason", "usage"}; {"refused"} where repeating cannot help."""
-        import openai
-
         while True:
             form = self.forms[0]
             extra = {"extra_body": self.settings.request}
@@ -1423,7 +1414,7 @@ class Endpoint:
             try:
                 reply = await create(model=request["model"], messages=request["messages"], **extra)
                 return read_completion(reply.text)
-            except openai.APIStatusError as error:
+            except self.openai.APIStatusError as error:
                 text = " ".join(str(error).split())[:300]
                 of_form = form and re.search(r"response_format|json|schema|grammar", text, re.I)
                 if error.status_code not in ((400, 413, 422, 500, 501) if of_form else (400, 413, 422)):
@@ -1454,9 +1445,8 @@ def read_completion(text):
 
 async def ask_all(settings, missing, path):
     if not (settings.base_url or os.environ.get("OPENAI_API_KEY")):
-        raise InputError(
-            f"{len(missing)} answers are missing and no endpoint is known: set OPENAI_API_KEY, or --base_url "
-            "of a local server")
+        told = "answers are missing and no endpoint is known: set OPENAI_API_KEY, or --base_url of a server"
+        raise InputError(f"{len(missing)} {told}")
     endpoint = Endpoint(settings, path)
     progress = tqdm(desc="write", total=len(missing), unit=" answers")
     for call in asyncio.as_completed([endpoint.store(*item) for item in missing.items()]):
@@ -1464,16 +1454,15 @@ async def ask_all(settings, missing, path):
         progress.set_postfix_str(f"${endpoint.dollars:.2f}")
     progress.close()
     if endpoint.failures:
-        raise InputError(
-            f"{endpoint.client.base_url}: {endpoint.failures[0]}; {progress.n} of {len(missing)} answers are "
-            "stored, run again to ask only for the others")
+        told = f"{progress.n} of {len(missing)} answers are stored, run again to ask only for the others"
+        raise InputError(f"{endpoint.client.base_url}: {endpoint.failures[0]}; {told}")
 
 
 # ---- what a query must say because the tests ask for it, and what it gives away of the solution ----
 
 
 def added_lines(diff):
-    return [line[1:].strip() for line in diff.splitlines() if re.match(r"\+(?!\+\+ )", line)]
+    return [line[1:].strip() for line in diff.split("\n") if re.match(r"\+(?!\+\+ )", line)]
 
 
 def words_of(text):
@@ -1536,7 +1525,7 @@ def asked_in(source):
     try:
         tree = syntax_tree(source)
     except SyntaxError:  # another language: what a comparison on one line has in quotes
-        for number, line in enumerate(source.splitlines(), 1):
+        for number, line in enumerate(source.split("\n"), 1):
             yield from ((number, number, match[2]) for match in ASSERTION.finditer(line))
         return
     for node in ast.walk(tree):
@@ -1548,7 +1537,7 @@ def asked_in(source):
 def asked_texts(source, test_diff):
     """Texts of three words or more that the lines added by the diff demand. source: the whole test file."""
     added = set(added_lines(test_diff))
-    lines = source.splitlines()
+    lines = source.split("\n")  # as Python counts them
     asked = {}
     for first, last, text in asked_in(source):
         is_new = any(line.strip() in added for line in lines[first - 1 : last])
@@ -1706,17 +1695,19 @@ def find_object(text):
     return best or None
 
 
-def draft_of(answer):
-    """(the Draft in an answer, None) or (None, the reason why there is none)."""
+def draft_of(answer, form=Draft):
+    """(the Draft or Verdict in an answer, None) or (None, the reason why there is none)."""
     if "refused" in answer:
         return None, f"the endpoint refused it: {answer['refused']}"
     found = find_object(answer["content"])
     if found is None:
-        return None, f"the answer ({answer['finish_reason']}) holds no draft: {answer['content'][:60]!r}"
+        told = f"holds no {form.__name__.lower()}: {answer['content'][:60]!r}"
+        return None, f"the answer ({answer['finish_reason']}) {told}"
     for key in ("subdomain", "difficulty"):
         found[key] = re.sub(r"\W+", "_", str(found.get(key)).lower()).strip("_")
+    optional = {"interfaces": [], "rubric": [], "reason": "", "answerable": True, "why": ""}
     try:
-        return Draft(**{"interfaces": [], "rubric": [], "reason": "", "answerable": True} | found), None
+        return form(**optional | found), None
     except pydantic.ValidationError as error:
         first = error.errors()[0]
         return None, f"the answer's {'.'.join(map(str, first['loc']))} is not usable: {first['msg']}"
@@ -1741,7 +1732,8 @@ def read_draft(row):
 def query_of(draft):
     """The text of a draft, with the names that it left out."""
     query = draft.query.strip()
-    names = [f"`{name.strip()}`" for name in draft.interfaces if name.strip() and name not in query]
+    names = filter(None, map(str.strip, draft.interfaces))
+    names = [f"`{name}`" for name in names if not uses(query, name)]
     return f"{query}\n\nNames to keep to: {', '.join(names)}" if names and query else query
 
 
@@ -1765,11 +1757,11 @@ def bounds(turn):
         yield "a rubric of more than ten requirements, or of more than 500 characters each"
 
 
-def stands_in_tree(clone, commit, text):
-    """Does the longest run of plain characters of a text stand in the tree?"""
+def stands_in_tree(clone, commit, text, rule="-i"):
+    """Does the longest run of plain characters of a text stand in the tree? rule: -w for a whole name."""
     longest = max(re.findall(r"[^\"'`\\\n{}%]+", text) or [text], key=len).strip()
     try:
-        return bool(git(clone, "grep", "-i", "-q", "-F", "-e", longest, commit) or True)
+        return bool(git(clone, "grep", rule, "-q", "-F", "-e", longest, commit) or True)
     except InputError:  # its exit status for no match
         return False
 
@@ -1781,7 +1773,7 @@ def unstated(text, row):
         if not says(text, asked) and not stands_in_tree(*row["tree"], asked):
             yield f"the tests ask for a text it does not give: {asked}"
     for name in demanded_names(material["secret"], material["tests"]):
-        if not uses(text, name) and not stands_in_tree(*row["tree"], name):
+        if not uses(text, name) and not stands_in_tree(*row["tree"], name, "-w"):
             yield f"the tests ask for a name it does not give: {name}"
 
 
@@ -1801,6 +1793,7 @@ def text_reasons(row):
 def secret_reasons(row):
     """What a task gives away of its pull request, and what it keeps back although the tests ask for it."""
     paths = re.findall(r"(?m)^--- a/(.+?)\t?$", row["material"]["secret"])
+    paths = sorted(set(paths) & set(paths_of(*row["tree"])))  # a submodule is no file
     old = "\n".join(show(*row["tree"], path) for path in paths)
     solution = Solution(row["material"], old, row["meta"]["title"])
     yield from solution.leaks(text_of(row))
@@ -1837,10 +1830,10 @@ def ask_judge(settings, work, rows):
         prompts.append([{"role": "system", "content": JUDGE}, {"role": "user", "content": user}])
     answers = answers_to(settings, work, rows, prompts, settings.judge_model, Verdict)
     for row, answer in zip(rows, answers):
-        verdict = find_object(answer.get("content")) or {}
-        row["meta"]["judge"] = {"model": settings.judge_model} | verdict
-        if verdict.get("leaks") is True:
-            row["reasons"].append(f"leaks, says the judge: {verdict.get('why')}")
+        verdict, reason = draft_of(answer, Verdict)
+        row["meta"]["judge"] = {"model": settings.judge_model} | (verdict.model_dump() if verdict else {})
+        if reason or verdict.leaks:
+            row["reasons"].append(reason or f"leaks, says the judge: {verdict.why}")
 
 
 def check(settings, work, rows):
@@ -1892,9 +1885,7 @@ def text_of(row):
     return "\n".join(turn["query"] for turn in row["turns"])
 
 
-class Edit(pydantic.BaseModel):
-    """What a reviewer changed."""
-
+class Edit(pydantic.BaseModel):  # what a reviewer changed
     queries: list[pydantic.constr(pattern=r"\w")] | None = None
     rubric: list[pydantic.constr(pattern=r"\w")] | None = None
     domain: Literal["vibe_coding", "research"] | None = None
@@ -1922,25 +1913,27 @@ def decisions(path):
     return found, edits
 
 
-def apply_edits(row, edits):
-    """The rules judge an edited task again."""
+def apply_edits(row, edits, by_id):
+    """The rules judge an edited task again; of a chain every turn, as the pull request that it was."""
     for edit in edits:
         row |= without(edit, "queries", "rubric")
         for turn, query in zip(row["turns"], edit.get("queries", [])):
             turn["query"] = query
         if "rubric" in edit:
             row["turns"][0]["rubric"] = edit["rubric"]
-    for turn in row["turns"]:
-        if not turn.get("rubric", True):
-            del turn["rubric"]
+    if not row["turns"][0].get("rubric", True):
+        del row["turns"][0]["rubric"]
     row["reasons"] += text_reasons(row) if edits else []
+    for name, turn in zip(row.get("parts", ()) if edits else (), row["turns"]):
+        row["reasons"] += secret_reasons(by_id[name] | {"turns": [turn]})
 
 
 def apply_reviews(rows, path, reject):
     """Use the reviewers' edits, which go through the rules again, and rejections; print their agreement."""
     found, edits = decisions(path)
-    for row in rows:
-        apply_edits(row, edits[row["query_id"]])
+    by_id = {row["query_id"]: row for row in reversed(rows)}
+    for row in open_rows(rows):
+        apply_edits(row, edits[row["query_id"]], by_id)
         given = found[row["query_id"]].values()
         against = [one.get("reason") or "no reason" for one in given if one["decision"] == "reject"]
         if len(against) > (0 if reject == "any" else len(given) / 2):
@@ -2001,7 +1994,7 @@ def diverse(rows, n, max_per_repo):
     return [rows[i] for i in chosen]
 
 
-def place_folders(row, output):
+def place_folders(row, output, given):
     """Put workspace and private beside the output: the folder can be moved as a whole."""
     if "task" in row:
         proven = ("workspace", "private", "venv", "needs")
@@ -2014,18 +2007,21 @@ def place_folders(row, output):
         if name in row:
             source = Path(row[name])
             target = output.parent / folder / (row["query_id"] + (source.suffix if source.is_file() else ""))
-            place_folder(source, target)
+            place_folder(source, target, given)
             row[name] = str(target.relative_to(output.parent))
     if "venv" in row:
         row["venv"] = os.path.relpath(row["venv"], output.parent)
 
 
-def place_folder(source, target):
-    """Copy a folder or a .tar to where it is not yet."""
-    if source.resolve() == target.resolve():
+def place_folder(source, target, given):
+    """Copy a folder or a .tar to where it is not yet, and nothing that is given lies."""
+    place = target.resolve()
+    if source.resolve() == place:
         return
-    if source.resolve() in target.resolve().parents:
+    if source.resolve() in place.parents:
         raise InputError(f"{source}: this workspace holds the output: choose another --output_file")
+    if any(place in (path, *path.parents) for path in given):
+        raise InputError(f"{target}: would take the place of a given folder: choose another --output_file")
     target.parent.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(target, ignore_errors=True)
     if source.is_dir():
@@ -2044,7 +2040,7 @@ def interleave(groups):
 
 def select(settings, work, rows):
     """Choose, and write both files."""
-    apply_reviews(open_rows(rows), work / "reviews.jsonl", settings.reject)
+    apply_reviews(rows, work / "reviews.jsonl", settings.reject)
     good = open_rows(rows)
     mined = list(filter(is_mined, good))
     own = diverse([row for row in good if row not in mined], settings.n_real, len(good))
@@ -2061,8 +2057,11 @@ def select(settings, work, rows):
 
 def write_both(output, chosen, rejected):
     """The tasks with their folders, and the rejected ones with their reasons."""
+    given = set()
+    for row in chosen + rejected:
+        given.update(Path(row[name]).resolve() for name in ("workspace", "private") if name in row)
     for row in chosen:
-        place_folders(row, output)
+        place_folders(row, output, given)
     path = output.with_name("rejected_" + output.name)
     write_jsonl(path, map(finished, rejected))
     if not chosen:
@@ -2143,7 +2142,7 @@ def check_settings(settings):
 
 def main(settings):
     check_settings(settings)
-    work = Path(settings.output_file).with_name("work")
+    work = Path(settings.output_file).absolute().with_name("work")  # 04 reads task files that lie elsewhere
     work.mkdir(parents=True, exist_ok=True)
     rows, before = None, None
     for number, step in enumerate((mine, verify, write, check, select), 1):

@@ -385,6 +385,16 @@ def test_a_history_named_by_sha256_is_mined_as_any_other(tmp_path):
     assert row["reasons"] == [] and len(row["meta"]["base"]) == 64 and len(row["pr"]["blobs"][0]) == 64
 
 
+@pytest.mark.parametrize("name, query_id", [("~my repo", "my-repo-7"), (".dots", "dots-7"), ("é", "é-7")])
+def test_a_folder_of_any_name_gives_ids_that_04_takes(small_repo, name, query_id):
+    repo, commit = small_repo
+    commit({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)")
+    [row] = mined(repo.rename(repo.with_name(name)))
+    assert row["query_id"] == query_id
+    pattern = importlib.import_module("04_eval").TASK["properties"]["query_id"]["pattern"]
+    assert re.match(pattern, query_id)
+
+
 def test_what_was_reverted_later_is_left_out(small_repo):
     repo, commit = small_repo
     for number in (1, 2, 3):
@@ -766,6 +776,43 @@ def test_a_candidate_that_cannot_be_laid_out_stops_no_other_and_is_tried_again(
     assert ran == [["small-3"], ["small-3"]]
 
 
+def test_a_task_is_found_from_a_relative_output_and_proven_anew_where_its_history_was_rewritten(
+    small_repo, tmp_path, monkeypatch
+):
+    repo, commit = small_repo
+    ran = []
+
+    def agents(folder, tasks, runs):
+        [task] = tasks
+        assert all(Path(task[key]).is_absolute() for key in ("workspace", "private", "venv"))
+        with tarfile.open(task["workspace"]) as tar:
+            ran.append((folder.parent.name, tar.extractfile("./a.py").read()))
+        return {"nothing": stage.defaultdict(list), "solution": stage.defaultdict(list)}, {}
+
+    monkeypatch.setattr(stage, "run_agents", agents)
+    monkeypatch.chdir(tmp_path)
+    for start in ("x = 5\n", "x = 7\n"):
+        git(repo, "reset", "-q", "--hard", git(repo, "rev-list", "--max-parents=0", "HEAD").strip())
+        commit({"a.py": start}, "another start")
+        commit({"a.py": "x = 6\n", "test_a.py": "# 2\n"}, "Two (#7)")
+        for step in ("mine", "verify"):
+            run("--repos", repo, "--setup_command", "true", "--output_file", "out/q.jsonl", "--step", step)
+    assert [text for _, text in ran] == [b"x = 5\n", b"x = 7\n"] and ran[0][0] != ran[1][0]
+
+
+def test_what_04_found_before_proves_nothing_where_it_refuses_now(tmp_path, monkeypatch):
+    (tmp_path / "refuses.py").write_text("import sys; print('other settings'); sys.exit(2)\n")
+    monkeypatch.setattr(stage, "EVALUATE", tmp_path / "refuses.py")
+    (tmp_path / "find" / "nothing").mkdir(parents=True)
+    (tmp_path / "find" / "nothing" / "summary.json").write_text("{}")
+    with pytest.raises(stage.InputError, match="--agent nothing says: other settings"):
+        stage.run_agents(tmp_path / "find", [task("a", "do a")], 3)
+    chains = tmp_path / "verify" / "chains"
+    chains.mkdir(parents=True)
+    stage.add_chains(stage.Settings(chain=2), tmp_path, [])
+    assert not chains.exists()
+
+
 @needs_bwrap
 def test_tests_that_do_not_end_are_ended(small_repo, tmp_path):
     repo, commit = small_repo
@@ -1106,6 +1153,35 @@ def test_an_answer_without_a_text_rejects_its_row_alone(message, reason):
     assert stage.draft_of(answer)[1].startswith(reason) and answer["usage"]["prompt_tokens"] == 0
 
 
+def test_a_draft_that_cannot_be_used_is_asked_for_again(endpoint, tmp_path):
+    subdomains = ["magic", "backend"]
+
+    def script(call, request):
+        return 200, completion(json.dumps(DRAFT | {"subdomain": subdomains[call - 1]})), 1
+
+    endpoint.script = script
+    flags = *candidates(tmp_path, 1), "--base_url", endpoint.url
+    run(*flags)
+    for calls in (2, 2):
+        run(*flags, "--retry_bad")
+        assert endpoint.calls == calls
+    [row] = rows_of(tmp_path / "work" / "3_write.jsonl")
+    assert stage.draft_of(row["answer"])[0].subdomain == "backend"
+
+
+@pytest.mark.parametrize(
+    "interface, ending",
+    [
+        ("limit", "\n\nNames to keep to: `limit`"),
+        ("load(limit=3)", "\n\nNames to keep to: `load(limit=3)`"),
+        (" rows ", ""),
+    ],
+)
+def test_a_name_that_stands_only_inside_another_word_is_given(interface, ending):
+    draft = stage.Draft(**DRAFT | {"query": "Unlimited rows.", "interfaces": [interface]})
+    assert stage.query_of(draft) == "Unlimited rows." + ending
+
+
 def test_what_a_request_has_besides_stands_in_yaml(endpoint, tmp_path):
     asked = []
 
@@ -1150,6 +1226,15 @@ def test_max_usd_counts_what_is_under_way_and_what_was_spent_before(endpoint, tm
     assert "another call may pass --max_usd 1.7; 4 of 9 answers are stored" in line
     assert endpoint.calls == 4
     assert "$1.60 spent" in refused(*flags) and endpoint.calls == 4
+
+
+def test_max_usd_counts_every_answer_that_was_paid_for_one_prompt(endpoint, tmp_path):
+    flags = candidates(tmp_path, 1)
+    for key in ("asked", "asked", "other"):
+        usage = {"prompt_tokens": 0, "completion_tokens": 4000}
+        stage.append_jsonl(tmp_path / "work" / "answers.jsonl", {"key": key, "content": "", "usage": usage})
+    prices = "--base_url", endpoint.url, "--price_out", 100, "--max_usd", 1.3
+    assert "$1.20 spent, another call may pass --max_usd 1.3" in refused(*flags, *prices)
 
 
 def test_no_endpoint_and_no_key(tmp_path):
@@ -1301,6 +1386,26 @@ def test_what_the_tests_ask_for_must_be_given_and_giving_it_is_no_leak(small_rep
     assert row["reasons"] == ["its rubric names the file to change: a.py"]
 
 
+def test_a_name_that_the_tree_has_only_inside_another_word_must_be_given(small_repo):
+    repo, commit = small_repo
+    commit({"a.py": "drawn = 'Raw'\n\ndef load(path):\n    return 1\n"}, "text")
+    change = "drawn = 'Raw'\n\ndef load(path, *, raw=False):\n    return raw\n"
+    commit({"a.py": change, "test_a.py": "def test_it():\n    assert load(1, raw=True)\n"}, "As it is (#1)")
+    assert written(repo, GOOD)["reasons"] == ["the tests ask for a name it does not give: raw"]
+    assert written(repo, GOOD + " load takes raw=True for that.")["reasons"] == []
+
+
+def test_a_submodule_that_a_pull_request_moved_stops_no_other(small_repo):
+    repo, commit = small_repo
+    for commit_of_it, message in (("2" * 40, "a module"), ("1" * 40, "Bump (#7)")):
+        git(repo, "update-index", "--add", "--cacheinfo", f"160000,{commit_of_it},lib")
+        git(repo, "commit", "-q", "-m", message)
+    [row] = mined(repo, rule="paper")
+    row["answer"] = {"content": json.dumps(DRAFT | {"query": GOOD}), "finish_reason": "stop", "model": "m"}
+    stage.check(stage.Settings(), Path(), [row])
+    assert row["reasons"] == []
+
+
 def test_text_rules(small_repo):
     repo, commit = small_repo
     commit({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)")
@@ -1337,6 +1442,28 @@ def test_a_judges_verdict_stands_beside_the_rules_own(endpoint, small_repo, tmp_
     stage.check(settings, tmp_path, [row])
     assert row["reasons"] == ["leaks, says the judge: names the trick"]
     assert row["meta"]["judge"] == {"model": "j", "leaks": True, "why": "names the trick"}
+
+
+@pytest.mark.parametrize(
+    "verdict, reason",
+    [
+        ('{"leaks": "true", "why": "a trick"}', "leaks, says the judge: a trick"),
+        ('{"Leaks": true}', "leaks, says the judge: "),
+        ('{"leaks": "no", "why": ""}', None),
+        ("It is fine.", "the answer (stop) holds no verdict: 'It is fine.'"),
+        ('{"leaks": "perhaps"}', "the answer's leaks is not usable: Input should be a valid boolean"),
+    ],
+)
+def test_a_judges_verdict_in_any_form_counts_and_none_is_no_pass(
+    endpoint, small_repo, tmp_path, verdict, reason
+):
+    repo, commit = small_repo
+    commit({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)")
+    endpoint.script = lambda call, request: (200, completion(verdict), 1)
+    [row] = mined(repo)
+    row["answer"] = {"content": json.dumps(DRAFT | {"query": GOOD}), "finish_reason": "stop", "model": "m"}
+    stage.check(stage.Settings(judge_model="j", base_url=endpoint.url), tmp_path, [row])
+    assert [told[: len(reason or "")] for told in row["reasons"]] == ([reason] if reason else [])
 
 
 def test_benchmark_overlap_and_near_duplicates(tmp_path):
@@ -1565,6 +1692,21 @@ def test_a_workspace_that_holds_the_output_is_refused(tmp_path):
     assert "this workspace holds the output" in line
 
 
+@pytest.mark.parametrize("place", ["workspaces/one/tree", "workspaces/two"])
+def test_a_given_folder_is_never_replaced_by_another(tmp_path, place):
+    """In the way of a task's own folder lies another task's, or its own below it."""
+    (tmp_path / place).mkdir(parents=True)
+    (tmp_path / place / "data.csv").write_text("1,2")
+    (tmp_path / "elsewhere").mkdir()
+    turns = [{"query": "q", "rubric": ["r"]}]
+    rows = [{"query_id": "one", "domain": "research", "workspace": place, "turns": turns}]
+    rows.append(rows[0] | {"query_id": "two", "workspace": "elsewhere", "turns": [turns[0] | {"query": "z"}]})
+    stage.write_jsonl(tmp_path / "real.jsonl", rows)
+    line = refused("--real", tmp_path / "real.jsonl", "--output_file", tmp_path / "queries.jsonl")
+    assert "would take the place of a given folder" in line
+    assert (tmp_path / place / "data.csv").read_text() == "1,2"
+
+
 def test_bad_jsonl_and_folders(tmp_path):
     flags = "--output_file", tmp_path / "queries.jsonl", "--real"
     good = {"query_id": "a", "domain": "research", "turns": [{"query": "q", "check": "x"}]}
@@ -1665,6 +1807,22 @@ def test_a_reviewers_edit_goes_through_the_rules(small_repo, tmp_path):
     )
     stage.apply_reviews([row], tmp_path / "r.jsonl", "any")
     assert row["reasons"] == ["shorter than 40 words", "names the file to change: a.py"]
+
+
+def test_a_reviewers_edit_of_a_chain_may_not_give_away_any_of_its_turns(small_repo, tmp_path):
+    repo, commit = small_repo
+    commit({"a.py": "x = 2\n", "test_a.py": "# 1\n"}, "Two (#1)")
+    commit({"a.py": "x = 3\n", "test_a.py": "# 2\n"}, "Three (#2)")
+    parts = mined(repo)[::-1]
+    turns = [{"query": GOOD, "check": "c"}, {"query": GOOD, "check": "c"}]
+    chain = stage.without(parts[0], "tree", "material") | {"query_id": "c", "parts": ["small-1", "small-2"]}
+    chain |= {"turns": turns, "reasons": []}
+    for part in parts:
+        part["reasons"] = ["a turn of c"]
+    edit = {"queries": [GOOD, GOOD + " Look at a.py."]}
+    stage.write_jsonl(tmp_path / "r.jsonl", [review("c", "ada", "accept", "1", edit=edit)])
+    stage.apply_reviews([*parts, chain], tmp_path / "r.jsonl", "any")
+    assert chain["reasons"] == ["names the file to change: a.py"]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,9 @@
 """The check of mined tasks on the reports of real test runners; what is not installed is skipped by name."""
 
+import hashlib
 import importlib.util
 import json
+import os
 import shutil
 from pathlib import Path
 
@@ -132,6 +134,27 @@ def test_a_conftest_of_the_agents_is_taken_away_and_the_tests_own_is_laid(tmp_pa
     check.lay_tests()
     assert not (tmp_path / "workspace" / "conftest.py").exists()
     assert (tmp_path / "workspace" / "tests" / "conftest.py").read_text() == "good"
+
+
+def test_a_go_test_that_the_pull_request_renamed_or_the_agent_wrote_is_not_compiled(tmp_path, monkeypatch):
+    """Go compiles all tests of a package: the same function in two of its files is an error."""
+    monkeypatch.setattr(check, "WORKSPACE", str(tmp_path / "workspace"))
+    monkeypatch.setattr(check, "PRIVATE", str(tmp_path / "private"))
+    for name in ("workspace/p/old_test.go", "workspace/p/a.go", "private/tests/p/new_test.go"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("package p\n")
+    check.lay_tests()
+    assert sorted(os.listdir(tmp_path / "workspace" / "p")) == ["a.go", "new_test.go"]
+
+
+def test_thousands_of_tests_are_told_through_what_04_keeps_of_an_output(capsys):
+    stage, evaluation = (importlib.import_module(name) for name in ("01_build_queries", "04_eval"))
+    names = [hashlib.sha256(bytes([n // 256, n % 256])).hexdigest() for n in range(4000)]
+    check.report_all({name: (True, "") for name in names}, "end")
+    output = evaluation.without_middle(capsys.readouterr().out.encode(), 4 * evaluation.LONGEST).decode()
+    checks = evaluation.read_check(1, output)
+    told = {"passed": sorted(names), "failed": {}, "end": "end"}
+    assert stage.survey_of({"rounds": [{"checks": checks}]}) == told
 
 
 def test_links_and_folders_in_the_way_of_the_tests_are_taken_away(tmp_path, monkeypatch):

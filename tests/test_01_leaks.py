@@ -567,6 +567,12 @@ def test_texts_that_tests_ask_for_are_read_as_a_person_would(name, asked):
     assert [" ".join(text.split()) for text in PULLS[name].asked] == asked
 
 
+def test_form_feeds_between_the_tests_move_no_line():
+    old = "import call\n\x0c\ndef test_a():\n    pass\n\x0c\ndef test_b():\n"
+    new = old + "    assert call.f() == 'no such thing here'\n"
+    assert rules.asked_texts(new, diff("test_call.py", old, new)) == ["no such thing here"]
+
+
 def test_a_text_full_of_signs_and_an_inner_function_may_be_given_where_the_tests_use_them():
     line = '    return fetch("https://[::ffff:192.168.0.1]/") or _split_parts(url)\n'
     old = "def get(url):\n    return None\n\n\ndef _split_parts(url):\n    return url\n"
