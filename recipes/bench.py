@@ -329,6 +329,9 @@ BENCHES = {"data": bench_data, "agent": bench_agent, "share": bench_share, "kill
 
 
 def main(options):
+    if wrong := [part for part in options.parts if part not in BENCHES]:
+        print(f"bench.py: {wrong[0]}: no such part; there are {', '.join(BENCHES)}", file=sys.stderr)
+        sys.exit(2)
     for part in options.parts or ["data", "agent"]:
         if part in ("data", "agent"):
             os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})

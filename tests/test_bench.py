@@ -45,3 +45,10 @@ def test_the_made_logs_are_logs_of_sii_cli(bench, run_stage, tmp_path):
     assert done.returncode == 0, done.stderr
     row = json.loads((tmp_path / "t.jsonl").read_text())
     assert [message["content"] for message in row["messages"]] == [one["content"] for one in messages]
+
+
+def test_a_part_that_does_not_exist_is_told(bench, capsys):
+    with pytest.raises(SystemExit) as ended:
+        bench.main(types.SimpleNamespace(parts=["agent", "date"]))
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "bench.py: date: no such part; there are data, agent, share, kill\n"
