@@ -126,6 +126,8 @@ def flatten(summary):
     for key, value in summary.items():
         if key in ("by_task", "metrics", "task_sha256", "warnings"):
             continue
+        if key == "sources":  # of every task, and mostly the same
+            value = ", ".join(sorted({source for source in value.values() if source}))
         entries = value.items() if isinstance(value, dict) else [("", value)]
         for name, one in entries:
             text = json.dumps(one) if isinstance(one, (dict, list)) else one

@@ -270,6 +270,13 @@ def test_the_benchmarks_of_tables_3_and_4_run_with_tools_and_without(run):
     assert sum("--max_tokens 1024" in call for call in calls) == 2
 
 
+def test_benchmarks_are_prepared_once_for_all_models(run):
+    _, first = run("Qwen/Qwen3-8B", "--generalization", "--prepare")
+    _, second = run("Qwen/Qwen3-4B", "--generalization", "--prepare")
+    assert sum("limi-benchmarks" in call for call in first) == 12
+    assert not [call for call in second if "limi-benchmarks" in call]
+
+
 def test_the_packages_of_a_benchmark_are_those_of_its_converter():
     script = (LIMI / "generalization.sh").read_text().replace("\\\n", " ")
     for packages in re.findall(r"environment (\S+) python\S+ (.+)", script):
@@ -499,7 +506,7 @@ def test_prepare_runs_what_needs_a_network_and_no_more(run):
 def test_the_job_leaves_time_to_save_and_asks_nobody():
     job = (LIMI / "job.sbatch").read_text()
     assert subprocess.run(["bash", "-n", LIMI / "job.sbatch"]).returncode == 0
-    for line in ("#SBATCH --signal=TERM@900", "#SBATCH --requeue", "HF_HUB_OFFLINE=1"):
+    for line in ("#SBATCH --signal=TERM@900", "#SBATCH --requeue", "#SBATCH --mem=0", "HF_HUB_OFFLINE=1"):
         assert line in job
     assert re.search(r"export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=900\b", job)
 

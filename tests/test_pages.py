@@ -398,6 +398,11 @@ def test_scores_that_are_the_same_stand_in_one_line(view):
     assert words == "Requirements met in round 1 (FTFC); the same: average"
 
 
+def test_the_sources_of_a_thousand_tasks_are_one_fact(view):
+    sources = {"a": "HumanEval+", "b": "HumanEval+", "c": "DS-1000", "d": None}
+    assert view.flatten({"sources": sources, "tasks": 4}) == {"sources": "DS-1000, HumanEval+", "tasks": 4}
+
+
 def test_a_small_p_is_not_zero(view):
     assert [view.p_value(p) for p in (0.0004, 0.0005, 0.5)] == ["p < 0.001", "p = 0.001", "p = 0.500"]
 

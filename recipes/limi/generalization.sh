@@ -42,6 +42,7 @@ convert() {
 
 prepare_generalization() {
     local release=https://github.com/evalplus
+    local results=$given # its done/STEP too: another model's run must not clone and install anew below this one's
     [ "$plan" ] || mkdir -p "$given"
     environment evalplus python3.11 evalplus==0.3.1 numpy==2.4.6 tree-sitter==0.26.1 tree-sitter-python==0.25.0
     step humaneval-data "$where" curl -sfL -o "$given/HumanEvalPlus.jsonl.gz" \
