@@ -52,7 +52,9 @@ class Patient:
 
 def expected_turns(sft, tok, row):
     """A Turn for each message of the row that the model wrote; raises sft.Refused."""
-    messages = row["messages"]
+    sft.check_row({name: row.get(name) for name in ("messages", "tools")})
+    messages = [sft.without_empty_keys(message) for message in row["messages"]]
+    sft.check_stops(tok, messages)
     numbers = [number for number, message in enumerate(messages) if sft.is_trained(message)]
     spans = []
     for ids, labels in sft.encode_conversation(tok, messages, row.get("tools")):
@@ -66,9 +68,8 @@ def expected_turns(sft, tok, row):
 
 
 def places_of(part, ids, start):
-    length = len(part)
-    places = range(start, len(ids))
-    return [place for place in places if ids[place : place + length] == part]
+    end = len(part)
+    return [place for place in range(start, len(ids)) if ids[place : place + end] == part]
 
 
 def first_difference(ours, theirs):
@@ -84,8 +85,7 @@ def next_place(flag, flags, start):
 def find_turn(turn, patient):
     """Where a turn begins that is not in its own context: with loss, or at all; else the next loss."""
     whole = places_of(turn.target, patient.ids, patient.end)
-    part = turn.target[:-1] or turn.target
-    places = whole + places_of(part, patient.ids, patient.end)
+    places = whole + places_of(turn.target[:-1] or turn.target, patient.ids, patient.end)
     length = len(turn.target)
     for place in places:
         if any(patient.trained[place : place + length]):
@@ -103,17 +103,21 @@ def difference(tok, verb, ours, theirs):
 
 
 def compare_labels(tok, turn, trained):
-    """[Finding] if tokens of a turn carry no loss. trained: of its target, or the beginning of it."""
-    if all(trained):
-        return []
-    if not any(trained):
+    """[Finding] of tokens of a turn without loss. trained: of its target, or the beginning of it."""
+    if trained and not any(trained):
         return [Finding("not trained", turn.number)]
-    first = trained.index(False)
-    told = f"{shown(tok, turn.target[first : next_place(True, trained, first)])} carries no loss"
-    kind = "hole" if first else "beginning"
-    if first == len(turn.target) - 1:
-        kind = "stop token"
-    return [Finding(kind, turn.number, told)]
+    last = len(turn.target) - 1
+    ends = {"beginning": next_place(True, trained, 0), "hole": last, "stop token": last + 1}
+    found = []
+    start = 0
+    for kind, end in ends.items():
+        part = trained[:end]
+        silent = next_place(False, part, start)
+        if silent < len(part):
+            told = shown(tok, turn.target[silent : next_place(True, part, silent)])
+            found.append(Finding(kind, turn.number, f"{told} carries no loss"))
+        start = end
+    return found
 
 
 def compare_end(tok, turn, patient, end):
@@ -150,6 +154,8 @@ def examine_turn(sft, tok, turn, patient):
     ids = patient.ids
     place = len(turn.context)
     found = []
+    if len(ids) <= place and ids == turn.context[: len(ids)]:
+        return [Finding("truncated", turn.number, "before it")], range(0), 0
     if ids[:place] != turn.context:
         place = find_turn(turn, patient)
         told = difference(tok, "served", turn.context, ids[:place])
@@ -193,24 +199,29 @@ def examine_row(sft, tok, row, samples):
     for patient in patients:
         extra = [place for place, on in enumerate(patient.trained) if on and place not in patient.taken]
         if extra:
-            first = shown(tok, patient.ids[extra[0] :])
-            told = f"{len(extra)} tokens, first {first}"
+            told = f"{len(extra)} tokens, first {shown(tok, patient.ids[extra[0] :])}"
             findings.append(Finding("extra", None, told))
     return findings
 
 
-def read_dump(path, rows, sft):
-    """[the samples of each row]; raises InputError for a line that is none."""
-    by_id = {row.get("query_id"): number for number, row in enumerate(rows)}
-    samples = [[] for _ in rows]
+def read_dump(path, names, sft):
+    """[the samples of each row]; names of rows. Raises InputError for a line that is none."""
+    numbers = {}
+    for number, name in enumerate(names):
+        numbers[name] = None if name in numbers else number
+    samples = [[] for _ in names]
     for number, (where, line) in enumerate(sft.read_jsonl(path)):
-        ids = line.get("input_ids")
-        labels = line.get("labels")
-        if not ids or not labels or len(ids) != len(labels):
-            raise sft.InputError(f"{where}: input_ids and labels must be lists of one length")
-        at = by_id.get(line["query_id"]) if "query_id" in line else number
-        if at is None or at >= len(rows):
-            raise sft.InputError(f"{where}: belongs to no row of --rows")
+        try:
+            pairs = zip(line["input_ids"], line["labels"], strict=True)
+            right = all(label in (-100, token) for token, label in pairs)
+        except (KeyError, TypeError, ValueError):
+            right = False
+        if not right:
+            told = "lists of one length, each label -100 or the token of its place"
+            raise sft.InputError(f"{where}: input_ids and labels must be {told}")
+        at = numbers.get(str(line["query_id"])) if "query_id" in line else number
+        if at is None or at >= len(names):
+            raise sft.InputError(f"{where}: belongs to no row of --rows, or to several of one query_id")
         samples[at].append(line)
     return samples
 
@@ -220,26 +231,27 @@ def main(arguments=None):
     parser.add_argument("--tokenizer", required=True, help="Folder or Hub id, with a chat template.")
     parser.add_argument("--rows", required=True, help="Conversations, JSONL.")
     parser.add_argument("--labels", required=True, help="The trainer's input_ids and labels, JSONL.")
-    parser.add_argument("--chat_template_kwargs", type=json.loads, help="Switches of the template, JSON.")
+    parser.add_argument("--chat_template_kwargs", help="Switches of the template, JSON.")
     parser.add_argument("--output_dir", type=Path, help="Folder for recipes/view.py.")
     flags = parser.parse_args(arguments)
     sft = importlib.import_module("03_sft")
     try:
-        tok = sft.load_tokenizer(flags.tokenizer, flags.chat_template_kwargs)
-        rows = [row for _, row in sft.read_jsonl(flags.rows)]
-        dump = read_dump(flags.labels, rows, sft)
+        tok = sft.load_tokenizer(flags.tokenizer, sft.read_switches(flags))
+        rows = list(sft.read_jsonl(flags.rows))
+        names = [str(row.get("query_id", where)) for where, row in rows]
+        dump = read_dump(flags.labels, names, sft)
     except (sft.InputError, OSError) as error:
         print(f"label_doctor.py: {error}", file=sys.stderr)
         return 2
     counts = Counter()
-    for number, (row, samples) in enumerate(zip(rows, dump), 1):
+    for (where, row), name, samples in zip(rows, names, dump):
         findings = examine_row(sft, tok, row, samples)
         counts.update(finding.kind for finding in findings)
         verdicts = [str(finding) for finding in findings if finding.kind != "exact"]
         for verdict in verdicts:
-            print(f"{flags.rows}:{number}: {verdict}")
+            print(f"{where}: {verdict}")
         for sample in samples:
-            sample |= {"query_id": row.get("query_id", str(number)), "verdicts": verdicts}
+            sample |= {"query_id": name, "verdicts": verdicts}
     print(", ".join(f"{kind}: {count}" for kind, count in counts.most_common()))
     if flags.output_dir:
         sft.write_samples(flags.output_dir, sum(dump, []), tok)

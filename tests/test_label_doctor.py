@@ -93,6 +93,12 @@ def truncated(sample):
     sample["labels"] = sample["labels"][:end]
 
 
+def truncated_before(sample):
+    end = spans(sample)[-1][0] - 4
+    sample["input_ids"] = sample["input_ids"][:end]
+    sample["labels"] = sample["labels"][:end]
+
+
 def other_context(sample):
     sample["input_ids"][2] += 1
 
@@ -117,6 +123,38 @@ def test_a_planted_fault_is_named(clinic, family, kind):
     PLANTED[kind](given[0])
     assert kind in examine(messages, given)
     assert set(examine(messages, given)) <= {kind, "exact"}
+
+
+@pytest.mark.parametrize("family", FAMILY)
+def test_a_sample_that_ends_before_a_turn_is_truncated(clinic, family):
+    _, samples, examine = clinic(family)
+    messages = TALK[:4]
+    given = samples(messages)
+    truncated_before(given[0])
+    assert examine(messages, given) == ["exact", "truncated"]
+
+
+def test_no_fault_of_a_turn_hides_behind_another(clinic):
+    _, samples, examine = clinic("Qwen2.5")
+    messages = CONVERSATIONS["plain"]
+    given = samples(messages)
+    for fault in (cut_beginning, no_stop):
+        fault(given[0])
+    start = given[0]["labels"].index(next(label for label in given[0]["labels"] if label != -100))
+    silence(given[0], {start + 2})
+    assert examine(messages, given) == ["beginning", "hole", "stop token"]
+
+
+def test_a_row_is_read_as_03_reads_it(clinic):
+    """Keys without a value are left out; what 03 would not take is refused, not a traceback."""
+    _, samples, examine = clinic("GLM-4.5")
+    messages = CONVERSATIONS["a call"]
+    given = samples(messages)
+    empty = {"tool_calls": None, "reasoning_content": None, "weight": 1}
+    assert examine([empty | message if message["role"] == "assistant" else message for message in messages], given) == [
+        "exact", "exact"]
+    for message in ({"role": "assistant", "content": None}, {"role": "assistant", "content": "<|user|>"}, {"content": "A"}):
+        assert examine([*messages[:2], message], given) == ["refused"]
 
 
 def test_loss_on_what_the_user_says_is_extra(clinic):
@@ -217,5 +255,34 @@ def test_from_the_shell(sft, monkeypatch, tmp_path, capsys, clinic):
     assert label_doctor.main(flags) == 1
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith(f"{rows}:1: messages[1]: stop token: ") and lines[-1] == "stop token: 4"
-    dump.write_text(json.dumps(sample | {"query_id": "b"}) + "\n")
-    assert label_doctor.main(flags) == 2 and "dump.jsonl:1: belongs to no row" in capsys.readouterr().err
+    told = "dump.jsonl:1: input_ids and labels must be lists of one length, each label -100 or the token of its place"
+    shifted = sample | {"labels": [*sample["labels"][1:], -100]}
+    for line, error in [
+        (sample | {"query_id": "b"}, "dump.jsonl:1: belongs to no row"),
+        (shifted, told),
+        ({"input_ids": 5, "labels": [5]}, told),
+        ({"input_ids": [5], "labels": []}, told),
+    ]:
+        dump.write_text(json.dumps(line) + "\n")
+        assert label_doctor.main(flags) == 2 and error in capsys.readouterr().err
+
+
+def test_samples_belong_to_the_row_of_their_query_id(sft, monkeypatch, tmp_path, capsys, clinic):
+    """As 03 names them: a number as text, a row without a name by its place; no guess where two rows have one name."""
+    tok, samples, _ = clinic("Qwen2.5")
+    monkeypatch.setattr(sft, "load_tokenizer", lambda *_: tok)
+    rows = tmp_path / "rows.jsonl"
+    dump = tmp_path / "dump.jsonl"
+    row = {"messages": TALK, "tools": TOOLS}
+    (sample,) = samples(TALK)
+    flags = ["--tokenizer", "x", "--rows", str(rows), "--labels", str(dump)]
+    rows.write_text(json.dumps(row | {"query_id": 5}) + "\n" + json.dumps(row) + "\n")
+    named = [sample | {"query_id": name} for name in (f"{rows}:2", "5")]
+    dump.write_text("".join(json.dumps(line) + "\n" for line in named))
+    assert label_doctor.main(flags) == 0
+    rows.write_text((json.dumps(row | {"query_id": "5"}) + "\n") * 2)
+    dump.write_text((json.dumps(sample | {"query_id": "5"}) + "\n") * 2)
+    assert label_doctor.main(flags) == 2
+    assert "dump.jsonl:1: belongs to no row of --rows, or to several of one query_id" in capsys.readouterr().err
+    dump.write_text((json.dumps(sample) + "\n") * 2)
+    assert label_doctor.main(flags) == 0
