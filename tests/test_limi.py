@@ -572,7 +572,7 @@ def test_generalization_stands_beside_tables_3_and_4(table, tmp_path):
             folder.mkdir()
             (folder / "summary.json").write_text(json.dumps(TINY_SUMMARY | {"metrics": metrics}))
     (tmp_path / "base-no_tools-tau2-retail").mkdir()
-    lost = json.dumps({"metrics": {"pass^4": None}})
+    lost = json.dumps({"metrics": {"pass^4": None}, "tasks": 114, "not_run": {"fault": 2}})
     (tmp_path / "base-no_tools-tau2-retail" / "summary.json").write_text(lost)
     lines = table.runs_table(tmp_path, "glm-4.5").splitlines()
     start = lines.index("") + 1
@@ -584,6 +584,10 @@ def test_generalization_stands_beside_tables_3_and_4(table, tmp_path):
         "| SciCode, pass@1 | 1.5 | 3.1 | 2.0 | 2.0 | 3.3 | 3.3 | 2.0 | 2.0 |",
         "| SciCode, SR@1 over turns | 25.3 | 25.3 | 25.0 | 25.0 | 27.8 | 28.1 | 25.0 | 25.0 |",
     ]
+    for run in ("base-tools", "tuned-no_tools-humaneval"):
+        assert f"- {run}: 4 tasks, 7 episodes, 1 not run" in lines
+    assert "- tuned-no_tools-humaneval, beware: every answer was cut" in lines
+    assert "- base-no_tools-tau2-retail: 114 tasks, 2 not run" in lines
     (tmp_path / "base-tools-mbpp").mkdir()  # cut short: no line of its own, and the table is there
     assert table.runs_table(tmp_path, "glm-4.5").splitlines() == lines
     dense = table.runs_table(tmp_path, "qwen3-8b")

@@ -115,7 +115,17 @@ def published(arm: str, model: str, benchmark: str, metric: str) -> list[str]:
     return [str(numbers.get(name, "")) for name in IN_TABLE_2["glm-4.5"]]
 
 
-def generalization_table(folder: Path, model: str) -> str:
+def generalization_runs(folder: Path) -> dict[str, dict]:
+    """{name of a run's folder: its summary} of what is there; a run that was cut short has none."""
+    runs = {}
+    for name in dict.fromkeys(name for name, _, _ in BENCHMARKS):
+        for run in (f"{arm}-{name}" for arm in ARMS):
+            if (folder / run / "summary.json").exists():
+                runs[run] = read_run(folder / run)
+    return runs
+
+
+def generalization_table(runs: dict[str, dict], model: str) -> str:
     """A line for each benchmark of which a run is there; "" for none."""
     columns = ["%"]
     for arm, table in TABLES.items():
@@ -124,15 +134,12 @@ def generalization_table(folder: Path, model: str) -> str:
     rows = []
     for name, benchmark, metric in BENCHMARKS:
         row = [f"{benchmark}, {metric}"]
-        found = False
         for arm in TABLES:
             row += published(arm, model, benchmark, metric)
             for which in ("base", "tuned"):
-                path = folder / f"{which}-{arm}-{name}"
-                ran = (path / "summary.json").exists()  # what was cut short has none
-                found |= ran
-                row.append(shown(read_run(path), metric) if ran else "")
-        if found:
+                run = runs.get(f"{which}-{arm}-{name}")
+                row.append(shown(run, metric) if run else "")
+        if any(f"{arm}-{name}" in runs for arm in ARMS):
             rows.append(row)
     return "\n" + markdown(columns, rows) if rows else ""
 
@@ -144,12 +151,14 @@ def runs_table(folder: Path, model: str) -> str:
     rows = []
     for metric in METRICS:
         rows.append([metric, *paper[metric], *(shown(summaries[arm], metric) for arm in ARMS)])
+    others = generalization_runs(folder)
     lines = []
-    for arm, summary in summaries.items():
+    for run, summary in (summaries | others).items():
         away = sum(summary["not_run"].values())
-        lines.append(f"- {arm}: {summary['tasks']} tasks, {summary['episodes']} episodes, {away} not run")
-        lines += [f"- {arm}, beware: {warning}" for warning in summary["warnings"]]
-    text = markdown(columns, rows) + generalization_table(folder, model)
+        episodes = f" {summary['episodes']} episodes," if "episodes" in summary else ""  # tau2.py counts none
+        lines.append(f"- {run}: {summary['tasks']} tasks,{episodes} {away} not run")
+        lines += [f"- {run}, beware: {warning}" for warning in summary.get("warnings", [])]
+    text = markdown(columns, rows) + generalization_table(others, model)
     return text + "\n" + "\n".join(lines) + "\n\n" + remarks(model)
 
 
