@@ -705,7 +705,7 @@ def take_tools(columns):
 
 def read_row(record):
     """Rows of this project, 04's episodes, GAIR/LIMI, public data sets; a bare list of messages."""
-    columns = dict(record) if isinstance(record, dict) else {"messages": record}
+    columns = dict(record) if isinstance(record, dict) else {"messages": one_session(record)}
     refuse_media(columns, ("images", "videos", "audios"))
     for key, value in columns.items():
         if FLAG.search(key) and isinstance(value, list):
@@ -718,6 +718,14 @@ def read_row(record):
     system = not_said(beside, first)
     columns.pop("served", None)  # ids of the tokens that 04's server took and gave; messages have their text
     return {"messages": system + messages, "tools": tools, "meta": row_meta(columns), "checked": checked}
+
+
+def one_session(messages):
+    """A list of messages; one of several sessions is no conversation."""
+    for key in ("session_id", "sessionId", "conversation_id", "thread_id", "trajectory_id", "traj_id"):
+        if len({str(message[key]) for message in messages if key in message}) > 1:
+            raise Reject(f"several_sessions: by {key}; a file or a row holds one")
+    return messages
 
 
 def not_said(beside, first):
@@ -1754,23 +1762,25 @@ def check_where(row, conditions, columns):
 
 # 8. Secrets and private names
 # What pybetterleaks 0.6.2 does not find; letters first and \b after: re looks for letters ten times as fast
+NEXT = r"(?:\s|\\+[nr])+(?:\d*[^\w+/=\\-]{1,4})?"  # a line's end, also in JSON, and what begins the next
 OWN_SECRETS = {
     "aws-access-key-id": re.compile(r"A(?<!\wA)(?:KIA|SIA)[A-Z0-9]{16}\b"),
     "aws-secret-access-key": re.compile(r"(?i)(?<=secret_access_key)[\"' ]*[:=][\"' ]*[a-z0-9/+=]{40}\b"),
     "github-fine-grained-pat": re.compile(r"github_pat_\w{22,}"),
-    "openai-api-key": re.compile(
-        r"sk-(?<!\wsk-)(?!ant-|or-)(?:proj-|svcacct-)?(?=[A-Za-z_]*\d)[A-Za-z0-9_]{32,}"),
+    "openai-api-key": re.compile(  # SiliconFlow's have no digit
+        r"sk-(?<!\wsk-)(?!ant-|or-)(?:proj-|svcacct-)?(?=[A-Za-z_]*\d|[a-z]{48}\b)[A-Za-z0-9_]{32,}"),
     "huggingface-token": re.compile(r"hf_(?<!\whf_)[A-Za-z0-9]{30,}"),
     "zai-api-key": re.compile(r"\b[0-9a-f]{32}\.[A-Za-z0-9]{16}\b"),
     "bearer-token": re.compile(r"[Bb]earer (?=[A-Za-z._-]*\d)[\w.~+/-]{30,}=*"),
-    "named-token": re.compile(r"\b(?:lsv2_[ps][tk]_[0-9a-f]{32}_|tvly-[\w-]{20}|ntn_[A-Za-z0-9]{40}"
+    "authorization": re.compile(r"[Aa]uthorization[\"': ]+[Bb]asic [\w+/]{30,}=*"
+                                r"|[Xx]-[Aa][Pp][Ii]-[Kk]ey[\"': ]+(?=[A-Za-z._-]*\d)[\w.-]{30,}"),
+    "named-token": re.compile(r"\b(?:(?:sk-ant-[a-z]+\d+-|sk-lf-|pcsk_|whsec_|GOCSPX-|ya29\.|tskey-|sntrys_"
+                              r"|ATATT3|tvly-)[\w-]{20}|lsv2_[ps][tk]_[0-9a-f]{32}_|ntn_[A-Za-z0-9]{40}"
                               r"|e2b_[0-9a-f]{40}|fc-[0-9a-f]{32})[\w-]*"),
     "telegram-bot-token": re.compile(r":AA(?<=\d{8}:AA)[\w-]{33}\b"),
     "azure-sas": re.compile(r"[?&]sig=[\w%+/]{40,}"),
-    # its lines end as such, or as in a JSON text
-    "private-key-cut": re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(?:\s|\\+[nr])+"
-                                  r"(?:[\w-]+: .*(?:\s|\\+[nr])+)*"
-                                  r"(?:[A-Za-z0-9+/=]{30,}(?:\s|\\+[nr])*)+(?:-----END [A-Z ]*-----)?"),
+    "private-key-cut": re.compile(rf"-----BEGIN [A-Z ]*PRIVATE KEY(?: BLOCK)?-----(?:{NEXT}[\w-]+: .*)*"
+                                  rf"(?:{NEXT}-?[A-Za-z0-9+/=]{{30,}})+(?:{NEXT}-----END [A-Z ]*-----)?"),
     "password-in-url": re.compile(r"\b[a-z][a-z0-9+.-]{1,20}://[^\s/:@<>{}$*]{0,64}:[^\s/:@]{3,128}@"
                                   r"(?!localhost|127\.|10\.|192\.168\.|\[::1\]|0\.0\.0\.0)[\w.-]+"),
 }  # fmt: skip

@@ -544,6 +544,13 @@ def test_a_result_finds_its_call_by_the_id_that_it_has():
         assert made == (["2", "1"] if first == "c2" else ["1", "2"])
 
 
+def test_messages_of_two_sessions_are_no_conversation():
+    for key in ("session_id", "conversation_id", "traj_id"):
+        one, other = [USER | {key: "a"}, DONE | {key: "a"}], [USER | {key: "b"}, DONE | {key: "b"}]
+        assert format_one(one)[1] == []
+        assert format_one(one + other)[1] == [f"several_sessions: by {key}; a file or a row holds one"]
+
+
 def test_a_column_and_a_key_of_meta_of_one_name_are_both_kept():
     made, reasons = format_one({"messages": [USER, DONE], "resolved": False, "meta": {"resolved": True, "lang": "en"}})
     assert reasons == ["not_solved: resolved=False"]

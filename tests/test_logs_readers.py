@@ -279,6 +279,8 @@ def test_claude_what_the_user_types_and_brings_along_is_user_text_at_its_place()
         line("user", "8", "7", [text("Base directory for this skill: /s\nSTEP 1")], isMeta=True),
         line("assistant", "9", "8", [text("B then")]),
     ]
+    formatted = {"type": "hook_success", "hookEvent": "PostToolUse", "content": "formatted"}  # is not told
+    log[8:8] = [line("attachment", "x", "6", attachment=formatted)]
     assert [turn for turn in said("claude_code", log) if turn[0] == "user"] == [
         ("user", "Explain @a.py"),
         ("user", "/w/a.py\nprint(1)"),
@@ -286,6 +288,42 @@ def test_claude_what_the_user_types_and_brings_along_is_user_text_at_its_place()
         ("user", "use tabs"),
         ("user", "Base directory for this skill: /s\nSTEP 1"),
     ]
+
+
+def test_claude_what_a_hook_tells_the_model_is_user_text():
+    started = {"type": "hook_success", "hookEvent": "SessionStart", "content": "use tabs", "stdout": "use tabs\n"}
+    stopped = {"type": "hook_stopped_continuation", "message": "that file is secret"}
+    late = {"systemMessage": "lint is red", "hookSpecificOutput": {"additionalContext": "3 errors"}}
+    log = [line("user", "1", None, "Do A"), line("assistant", "2", "1", [text("done")])]
+    for number, hook in enumerate([started, stopped, {"type": "async_hook_response", "response": late}]):
+        log[-1:-1] = [line("attachment", f"h{number}", "1", attachment=hook)]
+    assert [turn[1] for turn in said("claude_code", log)] == [
+        "Do A", "use tabs", "that file is secret", "lint is red\n3 errors", "done"]  # fmt: skip
+
+
+def test_two_sessions_in_one_file_are_named_and_not_cut_to_one():
+    first = [line("user", "1", None, "one"), line("assistant", "2", "1", [text("1")])]
+    other = [line("user", "3", None, "two"), line("assistant", "4", "3", [text("2")])]
+    for message in other:
+        message["sessionId"] = "S2"
+    meta, again = meta_line(**BASE), meta_line(**BASE | {"id": "S2"})
+    items = [spoken("user", "one"), spoken("assistant", "1")]
+    header, entries = {"sessionId": "G", "projectHash": "h"}, [{"id": "1", "type": "user", "content": "one"}]
+    lines = [qwen("user", "1", None, {"text": "one"}), qwen("user", "2", None, {"text": "two"}, sessionId="Q2")]
+    session = {"type": "session", "id": "P"}
+    asked = pi("message", "1", None, message={"role": "user", "content": "one"})
+    logs = {
+        "claude_code": first + other,
+        "codex": [meta, *items, again, *items],
+        "gemini_cli": [header, *entries, header | {"sessionId": "G2"}, *entries],
+        "qwen_code": lines,
+        "pi": [session, asked, session | {"id": "P2"}, asked],
+    }
+    for name, log in logs.items():
+        assert rejected(name, log) == "several_sessions: give each a file of its own", name
+    other[0]["parentUuid"] = "2"  # a session that was taken up again
+    assert [turn[1] for turn in said("claude_code", first + other)] == ["one", "1", "two", "2"]
+    assert len(said("codex", [meta, *items, meta, *items])) == 5  # its own line once more
 
 
 def test_claude_a_prompt_of_the_queue_counts_once_and_not_if_it_was_taken_back():

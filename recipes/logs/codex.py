@@ -114,7 +114,18 @@ def meta_of(record):
     return meta
 
 
+def check_session(record):
+    """A fork has its parents' ids before its first item; one that comes later is another session's."""
+    ids, begun = [], False
+    for _, kind, item in items_of(record):
+        if kind == "session_meta" and begun and item.get("id") not in ids:
+            raise ValueError("several_sessions: give each a file of its own")
+        ids += [item.get("id")] if kind == "session_meta" else []
+        begun = begun or kind == "response_item"
+
+
 def read(record):
+    check_session(record)
     pairs, again = [], []  # a line and its message; what an item says twice
     for line, kind, item in items_of(record):
         if kind == "compacted":

@@ -41,6 +41,8 @@ def check_parts(parts):
 def messages_of_session(entries):
     """The messages that stand, each in its last version; a state may list all of them anew."""
     latest = {}
+    if len({entry["sessionId"] for entry in entries if "sessionId" in entry}) > 1:
+        raise ValueError("several_sessions: give each a file of its own")
     for entry in entries:
         state = entry.get("$set", entry)
         if "$rewindTo" in entry:

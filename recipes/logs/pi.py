@@ -52,6 +52,8 @@ def ids_of(message):
 
 def read(record):
     entries = []
+    if "session" in [entry["type"] for entry in record[1:]]:
+        raise ValueError("several_sessions: give each a file of its own")
     for entry in branch_of(record[1:]):
         if entry["type"] not in KINDS:
             raise ValueError(f"unknown_kind: {entry['type']}")

@@ -26,7 +26,10 @@ def branch_of(lines):
         parent = lines[place].get("parentUuid")
         gap = place - 1 if place else None
         place = places.get(parent, gap) if parent else None
-    return [lines[place] for place in reversed(branch)]
+    kept = [lines[place] for place in reversed(branch)]
+    if {line["sessionId"] for line in lines} - {line["sessionId"] for line in kept}:
+        raise ValueError("several_sessions: give each a file of its own")
+    return kept
 
 
 def read(record):
