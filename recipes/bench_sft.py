@@ -236,16 +236,20 @@ def print_rows(sft, options, name: str) -> None:
             figures = run_one(which, options)
             if isinstance(figures, str):
                 print(f"{name:>10} {which:<10} {figures}", flush=True)
+                user[which].append(None)
                 continue
             user[which].append(figures["user"])
             figures["calculated"] = calculated_memory(skeleton, which, tokens, sft.torch.cuda.is_available())
             print_figures(f"{name:>10} {which:<10}", tokens, flops, figures)
-    if user.get(OURS) and user.get(THEIRS):
-        pairs = zip(user[OURS], user[THEIRS])
-        ratios = [mine / theirs for mine, theirs in pairs]
+    if ratios := ratios_of(user.get(OURS, ()), user.get(THEIRS, ())):
         middle = statistics.median(ratios)
         spread = f"{min(ratios):.3f} to {max(ratios):.3f}"
         print(f"{name:>10} user CPU seconds, ours : theirs, {len(ratios)} pairs: {middle:.3f} ({spread})")
+
+
+def ratios_of(mine, theirs) -> list[float]:
+    """Of each pair in which both ran; a failed measurement is None."""
+    return [own / other for own, other in zip(mine, theirs) if own and other]
 
 
 def print_figures(name: str, tokens: int, flops: float, figures: dict) -> None:

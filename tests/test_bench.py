@@ -9,12 +9,16 @@ import pytest
 from conftest import ROOT
 
 
-@pytest.fixture(scope="module")
-def bench():
-    spec = importlib.util.spec_from_file_location("bench", ROOT / "recipes/bench.py")
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, ROOT / f"recipes/{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def bench():
+    return load("bench")
 
 
 @pytest.mark.skipif(not shutil.which("bwrap"), reason="needs bubblewrap")
@@ -52,3 +56,7 @@ def test_a_part_that_does_not_exist_is_told(bench, capsys):
         bench.main(types.SimpleNamespace(parts=["agent", "date"]))
     assert ended.value.code == 2
     assert capsys.readouterr().err == "bench.py: date: no such part; there are data, agent, share, kill\n"
+
+
+def test_only_pairs_in_which_both_ran_are_compared():
+    assert load("bench_sft").ratios_of([None, 3.0, 8.0], [2.0, 6.0, 2.0]) == [0.5, 4.0]
