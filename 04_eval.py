@@ -398,7 +398,8 @@ LONGEST = 16_000  # characters of an output that the model sees
 # The call under way; why our own guard killed something of it; the room on the disk when it began
 CALL = {"id": None, "seconds": 0, "deadline": 0.0, "killed": None, "room": (0, 0)}
 DECIDES = re.compile(rb"^(?:ok|not ok|[Bb]ail out!|1\.\.0\b).{0,400}", re.MULTILINE)
-CALL_ERRORS = (OSError, ValueError, LookupError, ArithmeticError, RecursionError, MemoryError, re.error)
+CALL_ERRORS = (OSError, ValueError, LookupError, ArithmeticError, RuntimeError, MemoryError, re.error)
+CALL_ERRORS += (AttributeError, NameError, AssertionError, EOFError)
 PROCESSES = "a command started too many processes; everything was ended, files are kept"
 
 
@@ -562,7 +563,7 @@ def serve(root, limits, functions):
         CALL["deadline"] = time.monotonic() + seconds
         signal.setitimer(signal.ITIMER_REAL, seconds + 2)
         try:
-            reply = {"output": functions[request["name"]](**request["arguments"])}
+            reply = {"output": str(functions[request["name"]](**request["arguments"]))}
         except BlockingIOError:
             CALL["killed"] = "processes"  # a fork bomb has taken them all: the host starts a fresh sandbox
             tell({"error": PROCESSES})
@@ -800,7 +801,7 @@ def load_tools(path):
         try:
             tools = Path(path).read_text()
             exec(compile(tools, path, "exec"), names := {"__name__": Path(path).stem})
-        except (*CALL_ERRORS, SyntaxError, NameError, ImportError, TypeError, AttributeError) as error:
+        except (*CALL_ERRORS, SyntaxError, ImportError, TypeError) as error:
             raise InputError(f"--tools {path}: cannot be loaded: {error}") from None
     else:
         tools = "#" + tools.partition("# END OF THE PROGRAM")[0]
@@ -813,6 +814,8 @@ def load_tools(path):
     for name in schemas:
         if not callable(names.get(name)):
             raise InputError(f"--tools {path}: no function {name} for the schema of that name")
+    if "check" in schemas:
+        raise InputError(f"--tools {path}: check: the server itself has one of that name")
     imports = "import json, os, re, signal, subprocess, sys, tempfile, time\n"
     imports += "from contextlib import suppress\n"
     table = f"TABLE = {{name: globals()[name] for name in {list(schemas)!r}}}\n"
@@ -1021,6 +1024,8 @@ class Sandbox(AbstractAsyncContextManager):
         return [*command, python], [hosts, options]
 
     async def start(self):
+        if not self.limits:
+            self.workspace.mkdir(exist_ok=True)  # the agent could take it away
         self.workspace.chmod(self.workspace.stat().st_mode | 0o700)  # whatever the agent did to the door
         self.name = f"limi-{uuid.uuid4().hex}"
         command, descriptors = self.launcher(self.name)
@@ -2091,9 +2096,9 @@ class Regrade(Episode):
                 shutil.copyfile(kept, self.states / kept.name)
             await self.restore(record)
             self.close_round(*await self.grade())
-        row = self.row(0)
-        meta = {key: row["meta"][key] for key in ("source", "solved")}
-        return self.old | {"rounds": self.rounds, "meta": self.old["meta"] | meta}
+        new = self.row(0)["meta"]
+        meta = dict.fromkeys(STATS, 0) | self.old["meta"] | {key: new[key] for key in ("source", "solved")}
+        return self.old | {"rounds": self.rounds, "meta": meta}
 
 
 def answers_of(messages):
@@ -2332,8 +2337,9 @@ def tasks_of_all(folders, summaries, runs):
     if not tasks:
         raise InputError(f"{' and '.join(folders)} share no task")
     for task in tasks:
-        if len({summary["task_sha256"].get(task) for summary in summaries}) > 1:
-            told = f"the task {task} is not the same (its text, check or folders)"
+        same = all(run[task].keys() == runs[0][task].keys() for run in runs)
+        if not same or len({summary["task_sha256"].get(task) for summary in summaries}) > 1:
+            told = f"the task {task} is not the same (its text, check, folders or metrics)"
             raise InputError(f"{' and '.join(folders)}: {told}")
     return tasks
 
@@ -2657,7 +2663,9 @@ def check_same_settings(settings, fingerprints, output_dir):
     fixed = {key: value for key, value in asdict(settings).items() if key not in FREE} | fingerprints
     record = output_dir / "settings.json"
     made = [output_dir / "episodes.jsonl", *output_dir.glob("workspaces/*.json")]
-    begun = record.exists() and any(path.exists() and path.stat().st_size for path in made)
+    begun = any(path.exists() and path.stat().st_size for path in made)
+    if begun and not record.exists():
+        raise InputError(f"{output_dir} holds episodes, but no settings.json: name another --output_dir")
     old = read_json(record) if begun else fixed
     if old != fixed:
         changed = [key for key in fixed | old if old.get(key) != fixed.get(key)]

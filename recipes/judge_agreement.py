@@ -69,8 +69,9 @@ def main(arguments=None):
         (settings,) = TrlParser(stage.Settings).parse_args_and_config(arguments)
         if not (settings.judge_model and settings.judge_base_url):
             raise stage.InputError("name the judge: --judge_model NAME --judge_base_url URL")
+        stage.check_values(settings)
         verdicts = asyncio.run(judge_all(stage, settings, cases))
-    except (stage.InputError, ValueError) as error:
+    except (OSError, TypeError, ValueError, yaml.YAMLError) as error:  # as parse_settings has them
         print(f"judge_agreement.py: {error}", file=sys.stderr)
         return 2
     pairs = []

@@ -448,6 +448,15 @@ def test_a_damaged_summary_is_one_line(m, tmp_path, what):
     assert "\n" not in str(error.value)
 
 
+def test_other_metrics_are_not_compared(m, tmp_path):
+    for name, metric in (("old", "RC@3"), ("new", "SR@3")):
+        tmp_path.joinpath(name).mkdir()
+        summary = SUMMARY | {"by_task": {"a": {"FTFC": 0.5, metric: 1}}}
+        tmp_path.joinpath(name, "summary.json").write_text(json.dumps(summary))
+    with pytest.raises(m.InputError, match="the task a is not the same .*metrics"):
+        m.compare([str(tmp_path / "old"), str(tmp_path / "new")], None)
+
+
 def test_rows_that_are_no_episodes_are_told(m, tmp_path):
     """Another stage's rows in the folder of a run."""
     path = tmp_path / "episodes.jsonl"
@@ -637,6 +646,13 @@ def test_without_a_sandbox_the_states_are_those_of_their_episode(evaluate, tmp_p
     assert again["metrics"]["SR@1"] == 1 and again["metrics"]["states_not_kept"] == 0
 
 
+def test_without_a_sandbox_an_agent_may_take_its_folder_away(endpoint, evaluate):
+    """It has nothing to show then; its neighbours go on, and so does the run that is started again."""
+    endpoint.script["q"] = [call("run_shell_command", command='rm -r "$PWD"'), say("done")]
+    _, summary = evaluate(("t", [("q", "test -e x")]), sandbox="none", rounds=1)
+    assert summary["by_task"]["t"]["SR@1"] == 0
+
+
 def test_what_a_machine_lacks_is_named(endpoint, evaluate):
     turns = [{"query": "q", "check": "true"}]
     tasks = [
@@ -804,6 +820,27 @@ def test_another_tool_set_is_one_file(endpoint, evaluate, tmp_path, m):
         evaluate(("t", [("q", "true")]), tools=str(tools), n_runs=2)
 
 
+FAULTY = {  # what a tool returns, what the model reads
+    "None": "None",
+    "{1}": "{1}",
+    "re.nothing": "Error: AttributeError: module 're' has no attribute 'nothing'",
+    "nothing": "Error: NameError: name 'nothing' is not defined",
+    "next(generator)": "Error: RuntimeError: generator raised StopIteration",
+    "1 / 0": "Error: ZeroDivisionError: division by zero",
+}
+
+
+def test_a_tool_with_a_fault_ends_neither_its_server_nor_the_run(endpoint, evaluate, tmp_path):
+    tools = tmp_path / "shout.py"
+    lines = ["def shout(word):", "    generator = (next(iter(())) for _ in range(1))"]
+    for word in FAULTY:
+        lines += [f"    if word == {word!r}:", f"        return {word}"]
+    tools.write_text(SHOUT.partition("def shout")[0] + "\n".join(lines))
+    endpoint.script["q"] = [call("shout", word=word) for word in FAULTY] + [say("done")]
+    episodes, _ = evaluate(("t", [("q", "true")]), tools=str(tools))
+    assert tool_outputs(episodes["t", 0]) == list(FAULTY.values())
+
+
 @pytest.mark.parametrize(
     "text, told",
     [
@@ -819,6 +856,7 @@ def test_another_tool_set_is_one_file(endpoint, evaluate, tmp_path, m):
         ("TOOLS = [{'function': {}}]", "TOOLS.0..function: 'name' is a required property"),
         (SHOUT.replace('"parameters"', '"arguments"'), "'parameters' is a required property"),
         (SHOUT.replace('"type": "object"', '"type": "thing"'), "'thing' is not valid"),
+        (SHOUT.replace("shout", "check"), "check: the server itself has one of that name"),
     ],
 )
 def test_a_tool_without_its_function_fails_at_the_start(m, tmp_path, text, told):
@@ -952,6 +990,13 @@ def test_sigterm_leaves_finished_episodes(start):
     assert len(start.out.joinpath("episodes.jsonl").read_text().splitlines()) >= 4
     assert subprocess.run(["pgrep", "-f", str(start.out)], capture_output=True).returncode == 1  # no process is left
     assert start()[0] == 0
+
+
+def test_episodes_of_nobody_knows_which_settings_are_refused(evaluate, m, tmp_path):
+    evaluate(("t", [("q", "true")]), agent="nothing")
+    tmp_path.joinpath("out/settings.json").unlink()
+    with pytest.raises(m.InputError, match="holds episodes, but no settings.json"):
+        evaluate(("t", [("q", "true")]), agent="nothing")
 
 
 def test_other_settings_are_refused(endpoint, evaluate, m):

@@ -293,6 +293,19 @@ def test_agreement_with_a_person_is_measured(endpoint, capsys):
     assert judge_agreement.main(["--judge_model", "grader"]) == 2
 
 
+@pytest.mark.parametrize("text", ["", "- a list", "judge_base_url: here", "judge_request: 5", "judge_modle: x", "a: ["])
+def test_settings_of_the_agreement_that_cannot_be_are_told(tmp_path, capsys, text):
+    from recipes import judge_agreement
+
+    path = tmp_path / "judge.yaml"
+    path.write_text(text)
+    for config in (path, tmp_path / "none.yaml"):
+        flags = ["--config", str(config), "--judge_model", "grader"]
+        flags += [] if text.startswith("judge_base") else ["--judge_base_url", "http://localhost:1/v1"]
+        assert judge_agreement.main(flags) == 2
+        assert capsys.readouterr().err.startswith("judge_agreement.py: ")
+
+
 def test_kappa_by_hand():
     from recipes.judge_agreement import kappa
 

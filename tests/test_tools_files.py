@@ -161,6 +161,8 @@ def test_claude_keeps_the_folder_from_command_to_command_but_no_variables(tools,
     assert call("Bash", command='pwd; echo "[$X]"') == f"{tmp_path}/sub\n[]"
     assert call("Bash", command="echo no >&2; exit 2") == "Error: ValueError: Exit code 2\nno"
     assert call("Bash", command="sleep 5", timeout=200) == "Error: ValueError: Command timed out\n"
+    assert call("Bash", command="rm -r ../sub") == "(no output)"  # the folder that it is in
+    assert call("Bash", command="pwd") == str(tmp_path)
 
 
 def test_claude_runs_a_command_in_the_background_reads_and_stops_it(tools):

@@ -70,8 +70,9 @@ def one_of(*values):
 
 
 def full(path):
-    """An absolute path; a relative one starts at the folder of the last command."""
-    return os.path.join(STATE["folder"] or ROOT, path)  # noqa: F821
+    """An absolute path; a relative one starts at the folder of the last command, while there is one."""
+    here = STATE["folder"] if os.path.isdir(STATE["folder"] or "") else ROOT  # noqa: F821
+    return os.path.join(here, path)
 
 
 def text_of(path):
@@ -101,7 +102,7 @@ def Bash(command, timeout=120_000, description="", run_in_background=False, dang
     if run_in_background:
         return start(command, folder)
     with tempfile.NamedTemporaryFile("r") as place:
-        told = f"{command}\n_code=$?; pwd -P > {place.name}; exit $_code"
+        told = f"{command}\n_code=$?; pwd -P > {place.name} 2> /dev/null; exit $_code"
         code, stdout, stderr = run_command(told, folder, min(timeout, 600_000) / 1000)  # noqa: F821
         moved = place.read().strip()
     STATE["folder"] = moved or folder
