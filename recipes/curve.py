@@ -42,10 +42,23 @@ class InputError(ValueError):
 # ---- The plan ----
 
 
+def parsed(path, lines):
+    for number, line in enumerate(lines, 1):
+        try:
+            yield json.loads(line)
+        except ValueError as error:
+            raise InputError(f"{path}:{number}: not valid JSON ({error})") from None
+
+
 def row_tokens(model, rows):
     """Tokens of each row as 03 renders it, but for splitting."""
     from transformers import AutoTokenizer
 
+    rows = list(rows)
+    for number, row in enumerate(rows, 1):
+        if not isinstance(row, dict) or not {"messages", "tools"} <= row.keys():
+            told = "wants messages and tools; 02_format_trajectories.py makes rows of logs"
+            raise InputError(f"row {number}: {told}")
     tok = AutoTokenizer.from_pretrained(model)
     counts = []
     for row in rows:
@@ -134,7 +147,7 @@ def plan(recipe, rows_file, sizes, seeds, against=None):
     inputs = {"sft.yaml": ROOT / "recipes" / recipe / "sft.yaml", "rows": rows_file}
     inputs |= {"second set": against} if against else {}
     refuse_other_inputs(results, ROOT / f"outputs/curve-{recipe}", inputs)
-    tokens = row_tokens(model, map(json.loads, lines))
+    tokens = row_tokens(model, parsed(rows_file, lines))
     (ROOT / f"data/curve-{recipe}").mkdir(parents=True, exist_ok=True)
     equal = {}
     for seed in range(1, seeds + 1):  # what the largest size has
@@ -142,7 +155,7 @@ def plan(recipe, rows_file, sizes, seeds, against=None):
         equal[seed] = statistics.mean(tokens[place] for place in order[: max(sizes)])
     points = plan_set(recipe, "rows", lines, tokens, sizes, seeds, updates, equal)
     if against:
-        counts = row_tokens(model, map(json.loads, others))
+        counts = row_tokens(model, parsed(against, others))
         sizes = sorted({size for size in sizes if size < len(others)} | {len(others)})
         points += plan_set(recipe, "other", others, counts, sizes, seeds, updates, equal)
     runs = {"base": f"base\t{model}\t-\t0\t0"}

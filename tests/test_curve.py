@@ -148,6 +148,17 @@ def test_runs_of_other_files_are_not_points_of_the_same_curve(planner, tmp_path,
     assert points_of(tmp_path) == before
 
 
+def test_what_is_no_row_is_told(curve, planner, tmp_path, monkeypatch):
+    rows = small_recipe(tmp_path)
+    with rows.open("a") as file:
+        file.write("{\n")
+    with pytest.raises(planner.InputError, match="train.jsonl:9: not valid JSON"):
+        planner.plan("small", rows, [8], 1)
+    monkeypatch.undo()
+    with pytest.raises(curve.InputError, match="row 2: wants messages and tools; 02"):
+        curve.row_tokens("none", [{"messages": [], "tools": None}, {"conversations": []}])
+
+
 def test_a_row_may_hold_any_line_end_of_unicode(planner, tmp_path):
     small_recipe(tmp_path)
     row = {"query_id": "1", "text": "a\u2028b\x85c"}
