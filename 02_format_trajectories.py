@@ -315,7 +315,7 @@ def parts_of(message, role):
     keys = TEXT_KEYS + MORE_TEXT_KEYS.get(role, ())
     if role not in ("assistant", "thought") and not message.keys() & set(keys):
         raise Reject(f"missing_text: a {message.get('role', role)} message without content")
-    key = next((key for key in keys if message.get(key) not in (None, [])), keys[0])
+    key = next((key for key in keys if message.get(key)), keys[0])
     parts = {"text": [], "thought": [], "call": [], "result": []}
     for kind, value in blocks_of(message.get(key)):
         parts[kind].append(value)
@@ -344,6 +344,8 @@ def read_message(message):
     if role not in ("system", "user", "tool"):
         return [*results, read_answer(message, role, parts)]
     neutral = {"role": role, "content": text, "weight": weight_of(message, role)}
+    if any(parts["thought"]) or calls_of(message, role, parts):
+        raise Reject(f"misplaced: a call or a reasoning of a {role} message")
     if role == "tool":
         return results or read_result(message, text)
     return results if results and not text else [*results, neutral]
@@ -363,7 +365,10 @@ def read_answer(message, role, parts):
     with contextlib.suppress(Reject):  # a text that only looks like a call stays a text
         calls += [read_call(text) for text in found]
         content = TEXT_CALL.sub("", content).strip() if found else content
-    reasoning = "\n".join(filter(str.strip, dict.fromkeys(thoughts)))
+    once = {}  # <think> may repeat reasoning_content
+    for thought in filter(str.strip, thoughts):
+        once.setdefault(thought.strip(), thought)
+    reasoning = "\n".join(once.values())
     neutral = {"role": "assistant", "content": content, "reasoning_content": reasoning, "calls": calls}
     return neutral | {"weight": weight_of(message, "assistant")}
 
@@ -876,9 +881,9 @@ def beyond(messages, contents):
 
 
 BUILT_IN = [
-    Format("sii", fits_sii, read_sii),
     Format("openai_dump", fits_dump, read_dump, left_out=DUMP_LEFT_OUT),
     Format("row", fits_row, read_row),
+    Format("sii", fits_sii, read_sii),
 ]
 
 
@@ -1686,11 +1691,13 @@ def benchmark_texts(name):
         raise InputError(f"--benchmark {name}: no such file, nor a folder with AgencyBench's task files")
     for file in sorted(files):
         task = file.name if file == path else str(file.relative_to(path))
-        text = file.read_text(errors="replace")
-        for document in text.split("\n") if file.suffix == ".jsonl" else [text]:
-            with contextlib.suppress(ValueError, RecursionError):
-                document = json.loads(document)
-            yield from ((task, text) for text in strings_of(document))
+        try:
+            values = [value for _, value in values_of(file, Counter())]
+        except Reject:  # a text
+            values = [file.read_text(errors="replace")]
+        for bad in (value for value in values if isinstance(value, Reject)):
+            raise InputError(f"--benchmark {file}: {bad}")
+        yield from ((task, text) for text in strings_of(values))
 
 
 def load_benchmark(paths):
@@ -2192,14 +2199,23 @@ def write_all(records, units, run, paths):
     return cards
 
 
+def output_paths(settings):
+    """The files of rows, rejects and settings; none that a setting names to be read."""
+    output = Path(settings.output_file)
+    rejected = output.with_name(f"{output.stem}.rejected.jsonl")
+    paths = (output, rejected, output.with_name(f"{output.stem}.settings.json"))
+    for name in [settings.queries, *(settings.benchmark or []), *(settings.tools or [])]:
+        if name and Path(name.rpartition("=")[2]).resolve() in [path.resolve() for path in paths]:
+            raise InputError(f"{name}: would be overwritten by this run's output; give another --output_file")
+    return paths
+
+
 def main(settings, positional):
     inputs = [positional.inputs] if isinstance(positional.inputs, str) else positional.inputs
     if not inputs:
         raise InputError("no inputs; name files, folders or Hub ids before the options")
     check_settings(settings)
-    output = Path(settings.output_file)
-    rejected = output.with_name(f"{output.stem}.rejected.jsonl")
-    paths = (output, rejected, output.with_name(f"{output.stem}.settings.json"))
+    paths = output_paths(settings)
     units = find_units(inputs, {path.resolve() for path in paths})
     run = make_run(settings)
     readers = load_readers(settings.readers)
@@ -2216,9 +2232,9 @@ def main(settings, positional):
     rows = rows_of(cards)
     if not rows:
         names = ", ".join(reason for reason, _ in count_reasons(cards))
-        told = f"no trajectory left of {len(cards)} ({names}); see {rejected}"
-        raise InputError(f"{told}; {output} was not written")
-    print(f"rows: {len(rows)} -> {output}\nrejected: {len(cards) - len(rows)} -> {rejected}")
+        told = f"no trajectory left of {len(cards)} ({names}); see {paths[1]}"
+        raise InputError(f"{told}; {paths[0]} was not written")
+    print(f"rows: {len(rows)} -> {paths[0]}\nrejected: {len(cards) - len(rows)} -> {paths[1]}")
 
 
 def command_line():

@@ -337,6 +337,13 @@ def test_a_message_of_the_system_in_the_middle_stays_at_its_place():
     assert messages_of(USER, DONE, told, USER, DONE)[2] == {"role": "system", "content": "Plan only."}
 
 
+def test_a_reasoning_that_stands_twice_comes_once_and_a_text_behind_an_empty_content_is_read():
+    answer = {"role": "assistant", "content": "<think>\nHm.\n</think>\n\nDone.", "reasoning_content": "\nHm.\n"}
+    assert messages_of(USER, answer) == [USER, DONE | {"reasoning_content": "\nHm.\n"}]
+    empty = {"role": "assistant", "content": "", "text": "Go", "reasoning_content": "Hm."}
+    assert messages_of(USER, empty) == [USER, {"role": "assistant", "content": "Go", "reasoning_content": "Hm."}]
+
+
 def test_a_greeting_is_context_and_a_thought_alone_is_a_turn():
     greeting = {"role": "assistant", "content": "Hi!"}
     thought = {"role": "assistant", "content": "", "reasoning_content": "Hm."}
@@ -441,6 +448,7 @@ def test_tools_in_the_system_message_are_cut_if_they_are_the_rows(case):
 OTHER_COLUMNS = [
     {"history": []}, {"observations": []}, {"observations": ["a", "b"]}, {"custom_id": "c1", "response": "It says 42."},
     {"info": {}}, {"info": {"mode": "x"}, "trajectory": "a path"}, {"type": "GENERATION"}, {"tasks": ["a"]},
+    {"events": [{"type": "click"}]}, {"working_dir": "/w", "conversation": [USER]},
 ]  # fmt: skip
 
 
@@ -517,6 +525,8 @@ FAULTS = {
     "not_strict_json": row(meta={"x": float("nan")}),
     "missing_text: the first user message is empty": row(messages=[USER | {"content": " "}, DONE]),
     "unsupported_call: to functions.f": row(messages=[USER, DONE | {"recipient": "functions.f", "channel": "commentary"}]),
+    "misplaced: a call or a reasoning of a user message": edited(1, reasoning_content="Hm."),
+    "misplaced: a call or a reasoning of a tool message": edited(3, tool_calls=[call() | {"function": {"name": "stop"}}]),
     "malformed": row(messages=[{"role": "assistant", "content": "x", "tool_calls": [7]}]),
 }  # fmt: skip
 
@@ -940,6 +950,9 @@ def test_a_benchmarks_task_is_found_whoever_says_it(case, role, tmp_path):
 def test_a_benchmarks_task_is_found_in_a_call_and_a_reasoning_and_an_empty_line_hides_none(tmp_path):
     tasks = write(tmp_path / "tasks.jsonl", {"query": "请写一个程序计算湖上所有红色小船的数量"}, {"query": PROMPT})
     tasks.write_text(tasks.read_text() + "\n")
+    packed = tmp_path / "packed.jsonl.gz"
+    packed.write_bytes(gzip.compress(json.dumps({"query": PROMPT}).encode() + b"\n"))
+    assert format_one(edited(1, content=PROMPT), benchmark=[str(packed)])[1] == ["benchmark_overlap: packed.jsonl.gz"]
     faults = [edited(2, reasoning_content=PROMPT), edited(2, tool_calls=[call(PROMPT)]), edited(1, content="请写一个程序计算湖上所有红色小船的数量")]
     assert [reasons for _, reasons in format_each(faults, benchmark=[str(tasks)])] == [["benchmark_overlap: tasks.jsonl"]] * 3
 
@@ -1372,6 +1385,7 @@ def test_bad_arguments(tmp_path, monkeypatch):
     good = write(tmp_path / "in.jsonl", row())
     write(tmp_path / "bad.json", {"tools": 7})
     write(tmp_path / "tools.json", {"tools": [READ_FILE]})
+    (tmp_path / "bad.jsonl").write_text('{"task": "one"}\n{"task": \n{"task": "two"}\n')
     (tmp_path / "latin.jsonl").write_bytes('{"query_id": "café"}'.encode("latin-1"))
     wrong = {
         ("absent.jsonl",): ["absent.jsonl", "no such file"],
@@ -1385,6 +1399,9 @@ def test_bad_arguments(tmp_path, monkeypatch):
         (good, "--readers", "absent"): ["--readers absent"],
         (good, "--weight_bad_calls", "2"): ["0 or 1"],
         (good, "--queries", "bad.json"): ["--queries bad.json:1"],
+        (good, "--queries", "latin.jsonl", "--output_file", "latin.jsonl"): ["latin.jsonl: would be overwritten"],
+        (good, "--tools", "row=rows.settings.json", "--output_file", "rows.jsonl"): ["rows.settings.json: would be overwritten"],
+        (good, "--benchmark", "bad.jsonl"): ["--benchmark bad.jsonl: unreadable: line 2"],
         (good, "--queries", "latin.jsonl"): ["--queries latin.jsonl:1", "utf-8"],
         (good, "--where", "reward>=1"): ["--where reward>=1", "KEY>NUMBER"],
         (good, "--tools", "tools.json", "tools.json"): ["--tools tools.json: a second list for all formats", "FORMAT=FILE"],

@@ -10,7 +10,7 @@ LEFT_OUT = {"metadata": "who sees the message"}
 
 def fits(record):
     header = record if isinstance(record, dict) else record[0]
-    return "working_dir" in header and bool(messages_of(record))
+    return "working_dir" in header and isinstance(messages_of(record)[0]["content"], list)
 
 
 def messages_of(record):
