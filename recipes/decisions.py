@@ -35,6 +35,17 @@ def edited(item, edits):
     return item
 
 
+def names_of(items):
+    """What decisions call each item: its query_id, with a number where it is not the first of that id."""
+    times = Counter()
+    names = []
+    for item in items:
+        name = item["query_id"]
+        times[name] += 1
+        names.append(name if times[name] == 1 else f"{name}.{times[name]}")
+    return names
+
+
 def store(path, record):
     """Add a line: appended under a lock, what a killed writer left of its last line is cut off first."""
     with open(path, "ab+") as file:  # O_APPEND

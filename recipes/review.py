@@ -17,6 +17,7 @@ import argparse
 import datetime
 import http.server
 import json
+import re
 import secrets
 import sys
 from pathlib import Path
@@ -24,32 +25,16 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from decisions import agreement, assign, edited, read_reviews, store, verdict  # noqa: E402
+from decisions import agreement, assign, edited, names_of, read_reviews, store, verdict  # noqa: E402
 from pages import ENVIRONMENT  # noqa: E402
 from plot import InputError, read_lines  # noqa: E402
 
 DOMAINS = ["vibe_coding", "research"]
 # The paper's four annotators asked whether a query matches its pull request; the rest makes a task unfair
-TASK_REASONS = [
-    "does not match the pull request",
-    "belongs to neither domain",
-    "quality: vague",
-    "quality: trivial",
-    "tells the solution",
-    "cannot be verified",
-    "repeats another",
-    "other",
-]
-ROW_REASONS = [
-    "does not do what was asked",
-    "belongs to neither domain",
-    "quality: careless work",
-    "quality: wrong answer",
-    "broken tool calls",
-    "private data",
-    "repeats another",
-    "other",
-]
+TASK_REASONS = ["does not match the pull request", "belongs to neither domain", "quality: vague"]
+TASK_REASONS += ["quality: trivial", "tells the solution", "cannot be verified", "repeats another", "other"]
+ROW_REASONS = ["does not do what was asked", "belongs to neither domain", "quality: careless work"]
+ROW_REASONS += ["quality: wrong answer", "broken tool calls", "private data", "repeats another", "other"]
 
 
 # ---- What is reviewed, and what was said ----
@@ -76,7 +61,8 @@ def default_output(path, items):
 def report(items, path, reject):
     """Print what was decided and how far the reviewers agree; return what stays, edited."""
     found, edits = read_reviews(path)
-    given = [list(found[item["query_id"]].values()) for item in items]
+    names = names_of(items)
+    given = [list(found[name].values()) for name in names]
     stays = [verdict(decisions, reject) for decisions in given]
     units = []
     for decisions in given:
@@ -85,18 +71,22 @@ def report(items, path, reject):
     said = f"Krippendorff's alpha {alpha:.2f} over {count} items" if count else "no item has two reviewers"
     print(f"accepted: {stays.count(True)}\nrejected: {stays.count(False)} ({reject} of the reviewers)")
     print(f"open: {stays.count(None)}\nagreement: {said}")
-    kept = [item for item, stay in zip(items, stays) if stay]
-    return [edited(item, edits[item["query_id"]]) for item in kept]
+    return [edited(item, edits[name]) for item, name, stay in zip(items, names, stays) if stay]
 
 
 # ---- The page ----
+
+
+def as_it_was(text):
+    """A text of the page, with the character itself where the page shows what cannot be seen."""
+    return re.sub("⟨U\\+((?!D[89A-F])[0-9A-F]{4})⟩", lambda found: chr(int(found[1], 16)), text)
 
 
 class Desk:
     """The items on the reviewers' desks. reviewers: {secret part of the address: name}."""
 
     def __init__(self, items, path, reviewers, overlap):
-        self.items, self.path = items, path
+        self.items, self.names, self.path = items, names_of(items), path
         self.reviewers = {secrets.token_urlsafe(12): name for name in reviewers}
         self.work = assign(items, reviewers, overlap)
         self.reasons = TASK_REASONS if "turns" in items[0] else ROW_REASONS
@@ -106,22 +96,25 @@ class Desk:
         found, _ = read_reviews(self.path)
         places = range(1, len(self.work[reviewer]) + 1)
         for place in [*places[after:], *places[:after]]:
-            if reviewer not in found[self.item(reviewer, place)["query_id"]]:
+            if reviewer not in found[self.item(reviewer, place)[1]]:
                 return place
         return None
 
     def item(self, reviewer, place):
-        return self.items[self.work[reviewer][place - 1]]
+        """(item, what its decisions call it)"""
+        number = self.work[reviewer][place - 1]
+        return self.items[number], self.names[number]
 
     def page(self, reviewer, place):
         found, edits = read_reviews(self.path)
-        item = self.item(reviewer, place)
-        name, own = item["query_id"], self.work[reviewer]
+        item, name = self.item(reviewer, place)
+        own = self.work[reviewer]
         return ENVIRONMENT.get_template("review.html").render(
             item=edited(item, edits[name]),
+            name=name,
             editors=sorted({editor for editor, _ in edits[name]} - {reviewer}),
             given=found[name].get(reviewer, {}),
-            done=sum(reviewer in found[self.items[number]["query_id"]] for number in own),
+            done=sum(reviewer in found[self.names[number]] for number in own),
             place=place,
             count=len(own),
             reviewer=reviewer,
@@ -139,25 +132,27 @@ class Desk:
             raise InputError("choose one of the reasons")
         if said.get("reason") == "other" and not said.get("note", "").strip():
             raise InputError("other: say in the note what it is")
-        item = self.item(reviewer, place)
-        record = {"query_id": item["query_id"], "reviewer": reviewer, "decision": said["decision"]}
+        item, name = self.item(reviewer, place)
+        record = {"query_id": name, "reviewer": reviewer, "decision": said["decision"]}
         record |= {key: said[key] for key in ("reason", "note") if said.get(key)}
-        if edit := self.edit_of(item, said):
+        if edit := self.edit_of(item, name, said):
             record["edit"] = edit
         now = datetime.datetime.now(datetime.UTC)
         store(self.path, record | {"at": now.isoformat(timespec="microseconds")})
 
-    def edit_of(self, item, said):
+    def edit_of(self, item, name, said):
         """What a reviewer changed. said["queries"]: {number of a turn: its new text}."""
-        edit = {key: said[key] for key in ("rubric", "domain") if key in said}
+        edit = {"domain": said["domain"]} if "domain" in said else {}
+        if "rubric" in said:
+            edit["rubric"] = list(map(as_it_was, said["rubric"]))
         if said.get("queries"):
             _, edits = read_reviews(self.path)
-            turns = edited(item, edits[item["query_id"]])["turns"]  # as all have made them by now
+            turns = edited(item, edits[name])["turns"]  # as all have made them by now
             queries = [turn["query"] for turn in turns]
             for number, text in said["queries"].items():
                 if not text.strip():
                     raise InputError("a query cannot be empty")
-                queries[int(number)] = text
+                queries[int(number)] = as_it_was(text)
             edit["queries"] = queries
         return edit
 
@@ -239,8 +234,9 @@ def main(arguments):
     items = read_items(settings.path)
     path = settings.reviews or default_output(settings.path, items)
     if not settings.accepted:
-        overlap = max(1, min(settings.overlap, len(settings.reviewers)))
-        serve(Desk(items, path, dict.fromkeys(settings.reviewers), overlap), settings.port)
+        reviewers = dict.fromkeys(settings.reviewers)
+        overlap = max(1, min(settings.overlap, len(reviewers)))
+        serve(Desk(items, path, reviewers, overlap), settings.port)
     kept = report(items, path, settings.reject)
     if settings.accepted:
         lines = [json.dumps(item) + "\n" for item in kept]

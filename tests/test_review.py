@@ -170,6 +170,34 @@ def test_the_last_decision_of_a_reviewer_counts(desk, decisions):
     assert found["a"]["ada"]["decision"] == "reject" and len(read_lines(one.path)) == 2
 
 
+def test_rows_of_one_task_are_decided_each_for_itself(desk, review):
+    """As 04's several runs of a task leave them."""
+    rows = [{"query_id": "a", "messages": [{"role": "user", "content": text}], "meta": {}} for text in "xy"]
+    one = desk(*rows)
+    one.take("ada", 1, {"decision": "accept", "note": ""})
+    assert one.first_open("ada") == 2
+    one.take("ada", 2, {"decision": "reject", "reason": review.ROW_REASONS[0]})
+    assert review.report(rows, one.path, "any") == rows[:1]
+    assert [record["query_id"] for record in read_lines(one.path)] == ["a", "a.2"]
+
+
+def test_what_the_page_makes_visible_is_stored_as_it_was(desk):
+    one = desk(task("a", "left\u200bright"))
+    assert "left⟨U+200B⟩right" in one.page("ada", 1)
+    said = {"queries": {"0": "left⟨U+200B⟩wrong ⟨U+D800⟩"}, "rubric": ["⟨U+202E⟩runs"]}
+    one.take("ada", 1, said | {"decision": "accept"})
+    edit = {"rubric": ["\u202eruns"], "queries": ["left\u200bwrong ⟨U+D800⟩"]}
+    assert read_lines(one.path)[0]["edit"] == edit
+
+
+def test_a_reviewer_named_twice_is_one(review, tmp_path, monkeypatch):
+    monkeypatch.setattr(review, "serve", lambda desk, port: desks.append(desk))
+    desks = []
+    path = write_lines(tmp_path / "tasks.jsonl", [task("a"), task("b")])
+    review.main([str(path), "--reviewers", "ada", "ada"])
+    assert desks[0].work == {"ada": [0, 1]}
+
+
 def test_what_stays_is_written_with_its_edits(tmp_path):
     rows = [{"query_id": name, "messages": [{"role": "user", "content": name}], "meta": {}} for name in "abc"]
     path = write_lines(tmp_path / "train.jsonl", rows)
