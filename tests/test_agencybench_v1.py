@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import http.server
+import importlib
 import json
 import os
 import shutil
@@ -117,6 +118,24 @@ def test_a_rubric_has_the_commands_the_bullets_and_the_criteria(convert, clone):
     commands = tasks[4]["turns"][1]["rubric"][0]
     assert commands == "These commands work: python3 workspace/task2_kvstore.py --test-recovery"
     assert tasks[5]["turns"][7]["rubric"] == ["Clean up unnecessary or redundant scripts and test outputs."]
+
+
+def test_a_file_that_only_a_check_reads_is_missed_before_anything_is_asked(tmp_path, monkeypatch):
+    """The loss of task 8 beside the equation that was given: without it every answer would score 0."""
+    monkeypatch.syspath_prepend(str(ROOT / "recipes/benchmarks"))
+    converter = importlib.import_module("agencybench_v1")
+    blobs = ""
+    tasks = [f"task{number}/Task{number}.json" for number in range(1, 11)]
+    for name in (*tasks, "task8/workspace/equation.parquet"):
+        (tmp_path / "clone" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "clone" / name).write_text(name)
+        blobs += f"{converter.blob(tmp_path / 'clone' / name)}  {name}\n"
+    (tmp_path / "BLOBS").write_text(blobs + f"{'0' * 40}  task8/workspace/equation.py\n")
+    monkeypatch.setattr(converter, "HERE", tmp_path)
+    with pytest.raises(ValueError, match="task8/workspace/equation.py: is missing; check out commit ec65324"):
+        converter.find_tasks(tmp_path / "clone")
+    (tmp_path / "clone/task8/workspace/equation.parquet").unlink()  # the task is left out, and named
+    assert list(converter.find_tasks(tmp_path / "clone")) == list(range(1, 11))
 
 
 def test_mistakes_are_one_line(run_stage, one_line_error, clone, tmp_path):

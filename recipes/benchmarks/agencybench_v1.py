@@ -26,12 +26,18 @@ def find_tasks(clone: Path) -> dict[int, Path]:
     files = {int(path.parent.name[4:]): path for path in clone.rglob("task*/Task*.json")}
     if sorted(files) != list(range(1, 11)):
         raise ValueError(f"{clone}: not a clone of GAIR-NLP/AgencyBench, whose version 1 has task1 to task10")
-    root = files[1].parents[1]
+    missing = []
     for line in (HERE / "BLOBS").read_text().splitlines():
         digest, name = line.split("  ")
-        file = root / name
-        if file.exists() and blob(file) != digest:
+        file = files[1].parents[1] / name
+        if not file.exists():
+            missing.append(file)
+        elif blob(file) != digest:
             raise ValueError(f"{file}: is not the file of commit ec65324; check it out again")
+    named = set().union(*GRADING["needs"].values())  # what a task is left out without
+    for file in missing:
+        if f"file:{file.name}" not in named and any(file.parent.glob("*")):
+            raise ValueError(f"{file}: is missing; check out commit ec65324 again")
     return dict(sorted(files.items()))
 
 
