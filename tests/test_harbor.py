@@ -152,7 +152,8 @@ def test_the_reward_of_a_verifier(read_in, harbor_task, tmp_path, test, code):
 
 @needs_bwrap
 @pytest.mark.parametrize(
-    "name, reward", [("txt", "pass"), ("txt", ""), ("txt", "nan"), ("json", '["1"]'), ("json", "{")]
+    "name, reward",
+    [("txt", "pass"), ("txt", ""), ("txt", "nan"), ("json", '["1"]'), ("json", "{"), ("json", "[" * 9999)],
 )
 def test_a_reward_that_is_no_number_is_no_verdict(read_in, harbor_task, tmp_path, name, reward, capfd):
     test = f"echo '{reward}' > /logs/verifier/reward.{name}\n"
@@ -199,6 +200,8 @@ def test_steps_become_turns(read_in, harbor_task, tmp_path):
         ("RUN apt-get install -y no-such-program\n", "apt no-such-program"),
         ("RUN cp /app/nowhere /app/x\n", "cannot stat"),
         ("COPY missing.txt /app/\n", "missing.txt is missing"),
+        ("COPY data/*.csv /app/\n", "*.csv is missing"),
+        ("COPY /data/*.csv /app/\n", "*.csv is missing"),
         ("USER nobody\n", "a line of the Dockerfile: nobody"),
         ("WORKDIR /\n", "no working folder"),
         ("FROM\n", "image "),
@@ -292,6 +295,59 @@ def test_copies_with_flags_and_stars(read_in, harbor_task, tmp_path):
     folder = harbor_task(**{"environment/Dockerfile": "FROM ubuntu\nWORKDIR /app\n" + lines})
     read_in(folder, "again")
     assert texts_below(tmp_path / "again/sums-easy/workspace") == {"all/numbers.txt": b"1\n2\n39\n"}
+
+
+@needs_bwrap
+def test_a_source_with_a_slash_before_it_is_one_of_the_build_folder(read_in, harbor_task, tmp_path):
+    lines = "COPY /data/numbers.txt /app/one/\nCOPY /data/*.txt /app/all/\nCOPY / /app/whole/\n"
+    folder = harbor_task(**{"environment/Dockerfile": "FROM ubuntu\nWORKDIR /app\n" + lines})
+    [row], _ = read_in(folder)
+    found = texts_below(tmp_path / "in/sums-easy/workspace")
+    assert "image" not in row and found.pop("whole/Dockerfile")
+    assert sorted(found) == ["all/numbers.txt", "one/numbers.txt", "whole/data/numbers.txt"]
+
+
+@needs_bwrap
+def test_arguments_and_variables_stand_for_others_and_in_commands(read_in, harbor_task, tmp_path):
+    lines = "ARG VERSION=3\nARG EMPTY\nENV HOME_PATH=/app\nWORKDIR ${HOME_PATH}/\n"
+    lines += 'ENV NAME="v$VERSION" TOP=$HOME_PATH/top\nENV BOTH=$NAME-${NAME}\n'
+    lines += 'RUN echo "$BOTH" > /app/made.txt\n'
+    [row], _ = read_in(harbor_task(**{"environment/Dockerfile": "FROM ubuntu\n" + lines}))
+    assert tmp_path.joinpath("in/sums-easy/workspace/made.txt").read_text() == "v3-v3\n"
+    check = "env NAME=v3 TOP=/workspace/top BOTH=v3-v3 bash /private/check.sh /private"
+    assert row["turns"][0]["check"] == check and "image" not in row
+
+
+@pytest.mark.parametrize("docker, toml", [("FROM ubuntu\n", ""), ("FROM ubuntu\n", 'workdir = "/app/"\n')])
+def test_a_working_folder_of_any_form_is_renamed_and_the_root_is_not(read_in, harbor_task, docker, toml):
+    query = "Put 1 / 2 into /app/half.txt.\n"
+    files = {"instruction.md": query, "environment/Dockerfile": docker, "task.toml": TOML + toml}
+    [row], _ = read_in(harbor_task(**files))
+    renamed = query.replace("/app/", "/workspace/") if toml else query
+    assert row["turns"][0]["query"] == renamed.strip()
+
+
+@needs_bwrap
+def test_one_task_alone_and_what_looks_like_one_in_a_task(read_in, harbor_task):
+    folder = harbor_task(**{"environment/data/task.toml": TOML, "environment/data/tests/test.sh": "true"})
+    for place, name in ((folder, "sums-easy"), (folder / "sums/easy", "easy")):
+        rows, lines = read_in(place, name)
+        assert [row["query_id"] for row in rows] == [name] and "1 of 1 tasks" in lines[-2]
+
+
+@pytest.mark.parametrize("name", ["instruction.md", "environment/Dockerfile", "tests", "steps/a/solution"])
+def test_a_link_out_of_the_set_is_not_read(read_in, harbor_task, tmp_path, name):
+    """The tasks are a stranger's: what a link leads to would be asked, or shown to the agent."""
+    folder = harbor_task(**{"task.toml": STEP, "steps/a/instruction.md": "Do it."})
+    (tmp_path / "secret").mkdir()
+    for place in ("test.sh", "solve.sh"):
+        (tmp_path / "secret" / place).write_text("secret")
+    place = folder / "sums/easy" / name
+    subprocess.run(["rm", "-rf", place])
+    place.symlink_to(tmp_path / "secret" / ("test.sh" if "." in name else ""))
+    rows, lines = read_in(folder)
+    assert rows == [] and f"{name} leads out of " in lines[0] and "secret" not in lines[0]
+    assert not [path for path in tmp_path.glob("in/**/*.sh") if path.read_text() == "secret"]
 
 
 @pytest.mark.parametrize(

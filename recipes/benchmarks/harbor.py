@@ -4,11 +4,11 @@
     python recipes/benchmarks/harbor.py in FOLDER --output_dir data/harbor --venv ENVIRONMENT
     python recipes/benchmarks/harbor.py out data/harbor/tasks.jsonl FOLDER
 
-in: every folder below FOLDER with a task.toml. Its working folder becomes /workspace (paths in its texts are
-changed), tests/ and solution/ become private, tests/test.sh runs under harbor/check.sh. What its Dockerfile
-copies and writes below the working folder is the workspace; packages that it installs must be in --venv or on
-this machine. A task that asks for more gets an "image", for 04 with a container (`docker build -t IMAGE
-TASK/environment` makes it); the reason is printed. The steps of a task are turns.
+in: every folder below FOLDER with a task.toml, but those in a task. Its working folder becomes /workspace
+(paths in its texts are changed), tests/ and solution/ become private, tests/test.sh runs under
+harbor/check.sh. What its Dockerfile copies and writes below the working folder is the workspace; packages
+that it installs must be in --venv or on this machine. A task that asks for more gets an "image", for 04 with
+a container (`docker build -t IMAGE TASK/environment` makes it), and the reason is printed. Steps are turns.
 out: a folder a task, a step a turn, with the row itself in task.toml, so that `in` gives the same row again.
 The check's environment becomes packages of the Dockerfile. Tools and rounds are those of the other harness.
 """
@@ -37,6 +37,8 @@ STUBS = ("uv", "uvx", "pytest", "pip", "pip3", "apt", "apt-get", "curl")
 # What a folder that is no task here may raise
 FAULTS = (ValueError, OSError, RecursionError, subprocess.TimeoutExpired, yaml.YAMLError)
 
+# The files that are read, and the folders that are copied
+READ = "task.toml instruction.md tests tests/private solution environment/workspace environment/Dockerfile"
 # What is read of a task.toml
 VARIABLES = {"type": "object", "additionalProperties": {"type": "string"}}
 TABLE = {"type": "object", "properties": {"timeout_sec": {"type": "number"}, "env": VARIABLES}}
@@ -82,7 +84,8 @@ def change_paths(folder, root, private="/private"):
 
 
 def renamed(text, root, private):
-    places = {"/tests": f"{private}/tests", "/solution": f"{private}/solution", root: "/workspace"}
+    places = {"/tests": f"{private}/tests", "/solution": f"{private}/solution"}
+    places |= {root: "/workspace"} if root != "/" else {}  # a single stroke is many things
     places |= {"/logs/verifier": "/tmp/verifier", "/logs/agent": "/tmp/agent"}
     names = "|".join(map(re.escape, sorted(places, key=len, reverse=True)))
     return re.sub(rf"(?<![\w.$}}/-])({names})(?![\w-])", lambda match: places[match[1]], text)
@@ -127,6 +130,14 @@ def read_config(folder):
     return config
 
 
+def check_inside(folder, root):
+    """Raises ValueError where a link leads out of the set: the tasks are a stranger's."""
+    for place in (folder, *folder.glob("steps/*")):
+        for path in map(place.joinpath, READ.split()):
+            if not path.resolve().is_relative_to(root):
+                raise ValueError(f"{path.relative_to(folder)} leads out of {root}")
+
+
 def steps_of(folder, config):
     """[place of a step in the task's folder, "." for a task of one]. Raises ValueError."""
     steps = [f"steps/{step['name']}" for step in config["steps"]] or ["."]
@@ -152,8 +163,10 @@ def with_variables(command, *tables):
 
 def task_of(folder, options):
     """(row, [reason why it needs a container]). Raises ValueError: it cannot be a task here."""
+    check_inside(folder, options.folder.resolve())
     config = read_config(folder)
-    name = re.sub(r"[^\w.@#-]", "-", str(folder.relative_to(options.folder)) or folder.name)
+    parts = folder.relative_to(options.folder).parts or [folder.resolve().name]
+    name = re.sub(r"[^\w.@#-]", "-", "-".join(parts))
     target = options.output_dir / name
     if target.exists():
         raise ValueError(f"another task is called {name}")
@@ -195,40 +208,43 @@ def turn_of(folder, step, config, made):
     return turn
 
 
+def task_folders(root):
+    """The tasks' folders; what lies in one is its own. Raises ValueError where there is none."""
+    folders = {file.parent for file in root.rglob("task.toml")}
+    if not folders:
+        raise ValueError(f"{root}: no task.toml below it")
+    return sorted(folder for folder in folders if folders.isdisjoint(folder.parents))
+
+
 def read_folders(options):
     """`in`: every task below the folder."""
-    files = sorted(options.folder.rglob("task.toml"))
-    if not files:
-        raise ValueError(f"{options.folder}: no task.toml below it")
+    folders = task_folders(options.folder)
     make_new(options.output_dir)
     rows = []
     ids = set()
     here = 0
-    for file in files:
+    for folder in folders:
         try:
-            row, reasons = task_of(file.parent, options)
+            row, reasons = task_of(folder, options)
             if row["query_id"] in ids:
                 raise ValueError(f"another task has the query_id {row['query_id']}")
         except FAULTS as error:
-            print(f"left out: {file.parent}: {' '.join(str(error).split())[:120]}")
+            print(f"left out: {folder}: {' '.join(str(error).split())[:120]}")
             continue
         rows.append(row)
         ids.add(row["query_id"])
         here += "image" not in row
         if reasons:
             print(f"needs a container: {row['query_id']}: {'; '.join(dict.fromkeys(reasons))[:150]}")
-    write_rows(options.output_dir / "tasks.jsonl", rows)
+    path = options.output_dir / "tasks.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     solved = sum("solution" in row["turns"][0] for row in rows)
-    counts = f"{len(rows)} of {len(files)} tasks, {here} of them for bubblewrap, {solved} with a solution"
-    print(f"{options.output_dir}/tasks.jsonl: {counts}")
+    counts = f"{len(rows)} of {len(folders)} tasks, {here} of them for bubblewrap, {solved} with a solution"
+    print(f"{path}: {counts}")
     for part, flag in (("agent", "max_seconds"), ("verifier", "check_seconds")):
         longest = max((row["meta"].get(f"{part}_seconds", 0) for row in rows if "meta" in row), default=0)
         if longest:
             print(f"the longest {part} may take {longest:.0f} s: 04_eval.py --{flag} {longest:.0f}")
-
-
-def write_rows(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -74,12 +74,12 @@ def has_several_services(compose):
     return isinstance(services, dict) and len(services) > 1
 
 
-def variables_in(text):
-    """{name: value} of an ENV line, but for what leads to places of the image (PATH and the like)."""
+def variables_in(text, known):
+    """{name: value} of an ENV or ARG line, with what is known before it in the place of $NAME."""
     if "=" not in text.partition(" ")[0]:
         text = text.replace(" ", "=", 1)
     pairs = [word.partition("=")[::2] for word in shlex.split(text)]
-    return {name: value for name, value in pairs if not name.endswith("PATH")}
+    return {name: string.Template(value).safe_substitute(known) for name, value in pairs}
 
 
 def packages_of(command):
@@ -107,6 +107,7 @@ class Environment:
 
     def __init__(self, folder, settings):
         self.folder = folder
+        self.known = {}  # of ARG and ENV
         self.variables = {}
         self.copies = []  # (file or folder, its place below the working folder)
         self.runs = []  # shell commands that make files there
@@ -114,7 +115,7 @@ class Environment:
         self.reasons = [name for key, name in BEYOND.items() if settings.get(key)]
         lines = read_dockerfile(folder / "Dockerfile")
         root = self.find_root(lines)
-        self.root = settings.get("workdir") or root
+        self.root = str(Path("/", settings.get("workdir") or root))
         if self.root == "/" or "$" in self.root:
             self.reasons.append("no working folder")
         if any(map(has_several_services, folder.glob("*compose*.y*ml"))):
@@ -128,19 +129,26 @@ class Environment:
         """The last WORKDIR, of which a COPY before it must know."""
         self.here = "/"
         for word, rest in lines:
-            if word == "ENV":
-                self.read_env(rest)
-            if word == "WORKDIR":
-                self.read_workdir(rest)
+            if word in ("ARG", "ENV", "WORKDIR"):
+                getattr(self, f"read_{word.lower()}")(rest)
         root = self.here
         self.here = "/"
         return root
 
+    def read_arg(self, rest):
+        self.known |= variables_in(rest, self.known)
+
     def read_env(self, rest):
-        self.variables |= variables_in(rest)
+        self.read_arg(rest)
+        for name in variables_in(rest, self.known):
+            if not name.endswith("PATH"):  # which leads to places of the image
+                self.variables[name] = self.known[name]
 
     def read_workdir(self, rest):
-        self.here = str(Path(self.here, string.Template(rest).safe_substitute(self.variables)))
+        self.here = str(self.place_of(rest))
+
+    def place_of(self, text):
+        return Path(self.here, string.Template(text).safe_substitute(self.known))
 
     def read_from(self, rest):
         name = " ".join(word for word in rest.split() if not word.startswith("--")).partition(" ")[0]
@@ -157,7 +165,7 @@ class Environment:
             self.reasons.append(f"COPY {rest[:40]}")
             return
         *sources, target = words
-        place = Path(self.here, string.Template(target).safe_substitute(self.variables))
+        place = self.place_of(target)
         if not place.is_relative_to(self.root):
             self.reasons.append(f"files in {target}")
             return
@@ -168,12 +176,12 @@ class Environment:
 
     def sources_of(self, names):
         for name in names:
-            if "*" in name:
-                yield from sorted(self.folder.glob(name))
+            name = name.lstrip("/") or "."  # its root is the build's folder
+            found = sorted(self.folder.glob(name)) if "*" in name else [self.folder / name]
+            if any(path.exists() for path in found):
+                yield from found
             else:
-                path = self.folder / name
-                # some build from the task's folder
-                yield path if path.exists() else self.folder.parent / name
+                yield self.folder.parent / name  # some build from the task's folder
 
     def read_run(self, rest):
         try:
@@ -199,7 +207,7 @@ class Environment:
     def read_label(self, rest):
         pass  # nothing of it is seen here
 
-    read_cmd = read_arg = read_shell = read_label
+    read_cmd = read_shell = read_label
 
     def read_other(self, rest):
         self.reasons.append(f"a line of the Dockerfile: {rest[:40]}")
@@ -216,6 +224,8 @@ class Environment:
                 self.reasons.append(f"{source.name} is missing")
         for command in self.runs:
             place = ["--bind", str(target), self.root, "--chdir", self.root]
+            for variable in self.variables.items():
+                place += ["--setenv", *variable]
             words = [*shlex.split(SANDBOX), *place, "bash", "-c", without_installs(command)]
             result = subprocess.run(words, capture_output=True, text=True, timeout=60)
             if result.returncode:

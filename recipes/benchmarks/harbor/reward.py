@@ -25,7 +25,7 @@ def rewards():
 
 try:
     values = rewards()
-except ValueError as error:
+except (ValueError, RecursionError) as error:
     sys.exit(print(f"Bail out! the verifier's reward is no number: {error}") or 1)
 if not values:
     sys.exit(int(sys.argv[1]))
