@@ -401,7 +401,7 @@ def test_a_step_that_is_done_is_skipped_and_one_that_failed_runs_again(run, tmp_
     ("reasons", "code"),
     [([], 0), (["missing_need"], 0), (["missing_need", "endpoint_error"], 1), (None, 1)],
 )
-def test_a_warning_does_not_end_the_run_and_an_episode_to_repeat_does(run, checkout, tmp_path, reasons, code):
+def test_neither_a_warning_nor_an_episode_to_repeat_keeps_the_table_away(run, checkout, tmp_path, reasons, code):
     """04 ends with 1 in all these cases; None: it has written no summary."""
     (tmp_path / "fails").write_text("base-tools")
     folder = checkout / "results/limi-qwen3-8b/base-tools"
@@ -410,8 +410,12 @@ def test_a_warning_does_not_end_the_run_and_an_episode_to_repeat_does(run, check
         (folder / "summary.json").write_text("{}")
         lines = [json.dumps({"query_id": "q", "run": 0, "reason": reason}) for reason in reasons]
         (folder / "not_run.jsonl").write_text("".join(line + "\n" for line in lines))
-    done, _ = run("Qwen/Qwen3-8B")
+    done, calls = run("Qwen/Qwen3-8B")
     assert done.returncode == code
+    tried_again = "run.sh: not all episodes ran in base-tools; the same command tries them again\n"
+    assert done.stderr == (tried_again if code and reasons else "")
+    assert ("recipes/limi/table.py" in calls[-1]) == (reasons is not None)  # made of what there is
+    assert (checkout / "results/limi-qwen3-8b/done/base-tools").exists() == (code == 0)
 
 
 def test_a_run_that_is_killed_twice_does_what_is_left_and_no_more(run, tmp_path):
