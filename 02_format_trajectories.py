@@ -812,22 +812,34 @@ DUMP_LEFT_OUT = {"headers": "of the HTTP message", "request.url": "where it was 
                  "request.functions": "read as schemas", "body.functions": "read as schemas"}  # fmt: skip
 
 
-def dump_hashes(dump):
-    """A hash of each prefix of a dump's conversation, answer included; [] for a dump that will be rejected.
+def states_of(dump):
+    """[(message, its reasoning, a hash of the conversation up to it)]; [] for a dump that will be rejected.
 
     What clients change between two calls stays out: the system prompt, reasoning, ids, spaces at the ends.
     """
-    digest, hashes = hashlib.sha256(), []
+    digest, states, thoughts = hashlib.sha256(), [], []
     try:
-        for message in itertools.chain.from_iterable(map(read_message, read_dump(dump)["messages"])):
-            if message["role"] != "system":
-                calls = [call["function"] for call in message.get("calls", [])]
-                text = json.dumps([message["role"], message["content"].strip(), calls], sort_keys=True)
-                digest.update(text.encode())
-                hashes.append(digest.hexdigest())
+        for message in read_dump(dump)["messages"]:
+            for neutral in read_message(message):
+                calls = [call["function"] for call in neutral.get("calls", [])]
+                said = [neutral["role"], neutral["content"].strip(), calls]
+                thoughts.append(neutral.get("reasoning_content", ""))
+                if neutral["role"] != "system" and any(said[1:]):  # a reasoning may be an item of its own
+                    digest.update(json.dumps(said, sort_keys=True).encode())
+                    thought = "\n".join(filter(None, thoughts)) if neutral["role"] == "assistant" else ""
+                    states.append((message, thought, digest.hexdigest()))
+                    thoughts = []
     except MALFORMED:
         return []  # make_row() says why
-    return hashes
+    return states
+
+
+def restore_thoughts(dump, thoughts):
+    """Give earlier answers the reasoning that their own dumps hold: most clients do not send it again."""
+    dump["request"] = body_of(dump["request"])
+    for message, thought, state in states_of(dump):
+        if not thought and state in thoughts:
+            message["reasoning_content"] = thoughts[state]
 
 
 def fits_sii(record):
@@ -1297,19 +1309,26 @@ def read_all(units, readers, notes):
     Dumps hold one API call each: a call whose conversation continues in another dump is part of that one.
     Hashes of conversations are kept until all files are read; then the files with a last dump are read again.
     """
-    dumps, continued = {}, set()
+    dumps, continued, thoughts = {}, set(), {}
     for unit in tqdm(units, unit=" files", disable=None):
         for source, reader, record in read_safely(unit, readers, notes):
-            hashes = dump_hashes(record) if reader and reader.name == "openai_dump" else []
-            if hashes:
-                continued.update(hashes[:-1])
-                dumps[hashes[-1]] = (unit, source)
+            states = states_of(record) if reader and reader.name == "openai_dump" else []
+            if states:
+                continued.update(state for _, _, state in states[:-1])
+                dumps[states[-1][2]] = (unit, source)
+                thoughts |= {state: thought for _, thought, state in states if thought}
             else:
                 yield source, reader, record
     last = {place: None for key, place in dumps.items() if key not in continued}
-    for unit in dict.fromkeys(unit for unit, _ in last):
+    yield from read_dumps(last, readers, thoughts)
+
+
+def read_dumps(places, readers, thoughts):
+    """The dumps at some places, read again and with the reasoning that those before them hold."""
+    for unit in dict.fromkeys(unit for unit, _ in places):
         for source, reader, record in read_safely(unit, readers, Counter()):
-            if (unit, source) in last:
+            if (unit, source) in places:
+                restore_thoughts(record, thoughts)
                 yield source, reader, record
 
 

@@ -1052,6 +1052,27 @@ def test_dumps_of_two_sessions_with_the_same_query(tmp_path):
     assert [(Path(r["source"]).name, r["reasons"][0][:21]) for r in rejects] == [("4.json", "request_without_tools")]
 
 
+def test_a_reasoning_that_only_an_earlier_dump_holds_is_given_back(tmp_path):
+    """Most clients send no reasoning again; in the Responses API it is an item of its own."""
+    thought = {"role": "assistant", "content": "I look.", "reasoning_content": "Read it.", "tool_calls": [call()]}
+    sent = {key: value for key, value in thought.items() if key != "reasoning_content"}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "42"}
+    chat = [dump([USER], thought), dump([USER, sent, result], DONE)]
+    for record in chat:  # as a proxy logs them, too
+        record["request"] = {"url": "u", "body": json.dumps(record["request"])}
+    text = {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look."}]}
+    asked = {"type": "function_call", "call_id": "c1", "name": "read_file", "arguments": json.dumps({"path": "a.txt"})}
+    items = [{"type": "reasoning", "summary": [{"type": "summary_text", "text": "Read it."}]}, text, asked]
+    again = [USER, text, asked, {"type": "function_call_output", "call_id": "c1", "output": "42"}]
+    responses = []
+    for given, output in ((USER["content"], items), (again, [text | {"content": [{"type": "output_text", "text": "Done."}]}])):
+        request = {"tools": [READ_FILE["function"] | {"type": "function"}], "input": given}
+        responses.append({"request": request, "response": {"output": output, "status": "completed"}})
+    for records in (chat, responses):
+        [made] = run_here(tmp_path, write(tmp_path / "in.jsonl", *records))
+        assert made["messages"] == [USER, thought, result, DONE]
+
+
 def test_dumps_of_anthropic_and_of_responses():
     body = {"system": "Be brief.", "tools": [{"name": "read_file", "input_schema": {}}], "messages": [USER]}
     body["metadata"] = {"user_id": json.dumps({"device_id": "0123456789abcdef" * 4, "account": ""})}  # Claude Code's
