@@ -706,7 +706,7 @@ def test_what_a_check_leaves_out_is_no_pass(m, tmp_path, line, told):
     flood = m.without_middle("\n".join(["x" * 30_000, line, "y" * 30_000]).encode(), 40_000).decode()
     with pytest.raises(m.NotRun):
         m.refuse_to_decide(0, flood, tmp_path)
-    m.refuse_to_decide(0, "1..4\nok - a\nok - we skip nothing\n# SKIP\nok - 2 # 1", tmp_path)
+    m.refuse_to_decide(0, "1..4\nok - a\nok - we skip nothing\n# SKIP\nok - 2 # 1\nok - a # skip-list", tmp_path)
 
 
 @pytest.mark.parametrize("size", range(15_998, 16_003))
