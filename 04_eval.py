@@ -1647,7 +1647,7 @@ def add_served(served, step):
 # ------------------------------------------------------------------------------------------------------------
 # Grading
 
-UNDECIDED = r"^(?:[Bb]ail out!|1\.\.0\b|(?:not )?ok\b.*\s# ?(?i:skip(?:ped)?)(?![\w-]))(.*)$"
+UNDECIDED = r"^(?:[Bb]ail out!|1\.\.0\b|(?:not )?ok\b.*[ \t]# ?(?i:skip(?:ped)?)(?![\w-]))(.*)$"
 COMPLAINTS = r"^.*(?:not found|No such file|denied|cannot execute|Can't open| a directory|symbolic link).*$"
 # Of a shell that was told to run a script, or a folder
 NO_SCRIPT = r"(?:ba|da)?sh: (?:0: Can't open )?[\w.+-]+(?:: No such file|$)|([\w.+-]+): \1: Is a directory"
