@@ -1669,7 +1669,8 @@ def refuse_to_decide(code, output, folder):
     if bail := re.search(UNDECIDED, output, re.MULTILINE):
         raise NotRun("bailed_out", bail[1] or bail[0])
     complaints = re.findall(COMPLAINTS, output, re.MULTILINE)
-    if code in (126, 127) and not any(is_of_the_work(line, folder) for line in complaints):
+    ours = complaints and not any(is_of_the_work(line, folder) for line in complaints)
+    if code in (126, 127) and ours:  # a program of the agent may end with these, too
         raise NotRun("check_not_started", f"exit code {code}: {output[-300:]}")
 
 
@@ -2951,5 +2952,5 @@ if __name__ == "__main__":
     except KeyboardInterrupt:
         sys.exit(130)
     except (InputError, OSError, subprocess.CalledProcessError) as error:
-        print(f"{Path(__file__).name}: {error}", file=sys.stderr)
+        print(f"{Path(__file__).name}: {flat(printable(str(error)))}", file=sys.stderr)
         sys.exit(2)

@@ -740,13 +740,17 @@ def test_half_a_copy_is_not_graded(m, evaluate, monkeypatch, copy):
     assert summary["not_run"] == {"killed": 1}
 
 
-@pytest.mark.parametrize("check", ["./folder", "./loop", "./file/run", "bash none.sh", "sh none.sh", "bash folder",
-                                   "env ./folder", "timeout 5 ./loop", "exec ./folder"])  # fmt: skip
+@pytest.mark.parametrize("check", [
+    "./folder", "./loop", "./file/run", "bash none.sh", "sh none.sh", "bash folder", "env ./folder", "timeout 5 ./loop",
+    "exec ./folder", "./gives_up > out && diff out in", "./gives_up 126 > out 2>&1",
+])  # fmt: skip
 def test_what_an_agent_puts_in_the_place_of_a_program_is_its_failure(m, tmp_path, check):
     """Nor may it get away with having made none."""
     tmp_path.joinpath("folder").mkdir()
     tmp_path.joinpath("loop").symlink_to("loop")
     tmp_path.joinpath("file").touch()
+    tmp_path.joinpath("gives_up").write_text("#!/bin/bash\nexit ${1:-127}")
+    tmp_path.joinpath("gives_up").chmod(0o755)
     result = subprocess.run(["bash", "-c", f"exec 2>&1; {check}"], cwd=tmp_path, capture_output=True, text=True)
     m.refuse_to_decide(result.returncode, result.stdout.replace(str(tmp_path), "/workspace"), tmp_path)
     assert m.read_check(result.returncode, result.stdout) == [{"requirement": "the check exits with 0", "passed": False}]
@@ -1233,6 +1237,8 @@ def test_a_private_folder_that_no_check_could_read_is_told(m, tmp_path, path, mo
 
 
 def test_bad_tasks_from_the_shell(tmp_path, run_stage, one_line_error):
+    path = write_tasks(tmp_path, GOOD | {"workspace": "a\nb\x1b[2J"})
+    one_line_error(run_stage("04_eval.py", "--model", "x", "--tasks", path), "a b[2J does not exist")
     path = tmp_path / "queries.jsonl"
     path.write_text('{"query_id": "t", "tur\n')
     flags = ["--model", "x", "--base_url", "http://127.0.0.1:9/v1", "--tasks", path, "--output_dir", tmp_path / "out"]
