@@ -173,7 +173,7 @@ def main(settings):
     # A package that is missing would be a fault of the grader, once the agent has worked
     common.installed(Path(settings.venv), *re.findall(r"^\S+==\S+", REQUIREMENTS, re.MULTILINE))
     if Path(settings.clone, ".git").exists():
-        common.unchanged(settings.clone, COMMIT, ":(glob)**/eval_task.py", ":(glob)**/description.json")
+        common.unchanged(settings.clone, COMMIT, ":(glob)**/scenario*/**", ":(exclude,glob)**/.env")
     print_missing(tasks, settings)
     tools = stage.load_tools(settings.tools)
     # 04's run, with our kind of episode and its metrics
