@@ -178,8 +178,7 @@ def parse_settings(parser):
     except (ValueError, TypeError, IndexError, yaml.YAMLError) as error:
         told = re.sub("Some specified arg.* HfArgumentParser", "no such setting (see --help)", str(error))
         if unknown := re.findall(r"'--([\w-]+)", told):
-            known = [action.dest for action in parser._actions]
-            nearest = difflib.get_close_matches(unknown[0], known, 1)
+            nearest = difflib.get_close_matches(unknown[0], [one.dest for one in parser._actions], 1)
             place = f"{sys.argv[sys.argv.index('--config') + 1]}: " if "config file" in told else "--"
             told = f"{place}{unknown[0]}: no such setting; nearest: {nearest[0] if nearest else 'see --help'}"
         raise InputError(" ".join(told.split())) from None
@@ -459,7 +458,7 @@ def repository_name(clone, deny):
     for file in ("pyproject.toml", "setup.cfg", "setup.py"):
         if blob_of(clone, "HEAD", file):
             names += re.findall(r"""(?m)^\s*name\s*=\s*["']?([\w.-]+)""", show(clone, "HEAD", file))[:1]
-    if set(deny) & {name.split("/")[-1].lower() for name in names}:
+    if set(map(str.lower, deny)) & {name.split("/")[-1].lower() for name in names}:
         raise InputError(f"{clone}: {names[0]} is part of a benchmark: leave it out, or give another --deny")
     return names[0]
 
@@ -1142,7 +1141,10 @@ def verify_group(settings, work, name, group, environment):
             continue
         found = {key: verdict[key] for key in ("fail_to_pass", "pass_to_pass")}
         row["meta"] |= found
-        row["task"] = place_task(settings, row, environment, work, found)
+        try:
+            row["task"] = place_task(settings, row, environment, work, found)
+        except (InputError, OSError) as error:
+            row["reasons"] = [f"{UNDECIDED}: {error}"]
 
 
 def verify_real(folder, rows):
@@ -1267,8 +1269,6 @@ FORM = """Answer with one JSON object: {"reason": str, "answerable": true or fal
 JUDGE = """Below are a task for a coding agent and the change that solves it. Does the task give the \
 solution away: code of it, the place to change, the technique or helper to use, beyond what the tests \
 demand? Answer with one JSON object: {"leaks": true or false, "why": one sentence}."""
-
-
 Text = pydantic.constr(pattern=r"^[^\x00-\x08\x0e-\x1f]*$")  # no control character, no half of a character
 
 
@@ -1850,9 +1850,8 @@ def check(settings, work, rows):
     if settings.judge_model:
         ask_judge(settings, work, list(filter(is_mined, open_rows(live))))
     fill_chains(rows)
-    live = open_rows(rows)
-    mark_repetitions(live)
-    print(f"to review: {work / '4_check.jsonl'} ({len(open_rows(live))} tasks)")
+    mark_repetitions(open_rows(rows))
+    print(f"to review: {work / '4_check.jsonl'} ({len(open_rows(rows))} tasks)")
     return rows
 
 
@@ -2136,6 +2135,8 @@ def check_settings(settings):
     for name in ("concurrency", "timeout", "call_seconds", "setup_seconds"):
         if getattr(settings, name) < 1:
             raise InputError(f"--{name} must be 1 or more")
+    if settings.timeout > 500:
+        raise InputError("--timeout must be 500 or less: 04 ends a check after 600 s (--check_seconds)")
     if settings.test_command and "{report}" not in settings.test_command:
         raise InputError("--test_command must write JUnit XML: pytest --junitxml={report} {files}")
 

@@ -509,6 +509,7 @@ def test_bad_repositories(tmp_path, small_repo, demo_clone):
     assert "both called pr_repo" in refused(*flags, demo_clone, demo_clone)
     assert "nothing to read" in refused()
     assert "must be 1 or more" in refused(*flags, demo_clone, "--concurrency", 0)
+    assert "500 or less: 04 ends a check after 600 s" in refused(*flags, demo_clone, "--timeout", 501)
     paper = "--rule", "paper"
     assert "--max_candidates does nothing with --rule paper" in refused(*flags, demo_clone, *paper, "--max_candidates", 10)
     assert "--seed does nothing with --rule tests" in refused(*flags, demo_clone, "--seed", 1)
@@ -537,7 +538,7 @@ def test_the_last_line_speaks_of_what_came_farthest():
 def test_repository_of_a_benchmark_is_refused_whatever_its_folder_is_called(small_repo, demo_clone):
     repo, commit = small_repo
     with pytest.raises(stage.InputError, match="pr_repo is part of a benchmark"):
-        mined(demo_clone, deny=["other", "pr_repo"])
+        mined(demo_clone, deny=["other", "PR_repo"])
     commit({"pyproject.toml": '[project]\nname = "requests"\n'}, "name")
     with pytest.raises(stage.InputError, match="small is part of a benchmark"):
         mined(repo)
@@ -798,6 +799,19 @@ def test_a_task_is_found_from_a_relative_output_and_proven_anew_where_its_histor
         for step in ("mine", "verify"):
             run("--repos", repo, "--setup_command", "true", "--output_file", "out/q.jsonl", "--step", step)
     assert [text for _, text in ran] == [b"x = 5\n", b"x = 7\n"] and ran[0][0] != ran[1][0]
+
+
+def test_a_proven_task_whose_clone_is_gone_stops_no_other(small_repo, tmp_path, monkeypatch):
+    repo, commit = small_repo
+    commit({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)")
+    found = {"reason": None, "fail_to_pass": ["test_a::test_2"], "pass_to_pass": []}
+    monkeypatch.setattr(stage, "verify_repository", lambda *given: {"small-7": found})
+    settings = stage.Settings(repos=[str(repo)], setup_command="true")
+    rows = stage.mine(settings, None, [])
+    assert stage.verify(settings, tmp_path, [dict(rows[0])])[0]["task"]["query_id"] == "small-7"
+    repo.rename(tmp_path / "gone")
+    [row] = stage.verify(settings, tmp_path, rows)
+    assert row["reasons"][0].startswith("could not be decided: ") and "small" in row["reasons"][0]
 
 
 def test_what_04_found_before_proves_nothing_where_it_refuses_now(tmp_path, monkeypatch):
