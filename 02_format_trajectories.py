@@ -935,9 +935,9 @@ ENCRYPTED = ("signature", "thought_signature", "thoughtSignature", "encrypted_co
              "content.encrypted", "reasoning_details.data")  # fmt: skip
 TEXT_ENDS = tuple("." + key for key in TEXT_KEYS)
 # Whatever these hold is said, however short it is
-SAID_KEYS = {"content", "contents", "text", "value", "thought", "thoughts", "thinking", "thinking_content",
-             "reasoning", "analysis", "monologue", "internal_monologue", "explanation", "refusal", "answer",
-             "alternatives", "stdout", "stderr", "error"}  # fmt: skip
+SAID_KEYS = {"content", "contents", "text", "value", "output", "thought", "thoughts", "thinking", "analysis",
+             "thinking_content", "reasoning", "reasoning_content", "monologue", "internal_monologue",
+             "explanation", "refusal", "answer", "alternatives", "stdout", "stderr", "error"}  # fmt: skip
 KIND_KEYS = ("type", "kind", "role", "subtype", "action", "observation", "source")
 CALL_NAMES = ("name", "function_name", "tool_name", "function")
 TAGS = re.compile(r"\n|</?\w+>")

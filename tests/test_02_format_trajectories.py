@@ -587,6 +587,7 @@ SAID = {  # short texts where a reader of the content alone would miss them: ind
     "alternatives": (4, {"alternatives": ["43."]}),
     "error": (3, {"error": "EOF"}),
     "stderr": (3, {"stderr": "warn: x"}),
+    "output": (3, {"output": "43"}),
     "tool_calls.explanation": (2, {"tool_calls": [call() | {"explanation": "To see."}]}),
     "tool_calls.function call read_file": (2, {"tool_calls": [call() | {"function": {
         "name": "read_file", "arguments": {"path": "a.txt"}, "input": {"path": "b"}}}]}),

@@ -52,5 +52,5 @@ def read(record):
     meta = {key: record[key] for key in record.keys() - left}
     checked = []
     for other in generations:
-        checked += [other["input"], other["output"]] if opening_of(other) == opening_of(generation) else []
+        checked += [other["input"], answers_of(other)] if opening_of(other) == opening_of(generation) else []
     return {"messages": messages + answers_of(generation), "tools": tools, "meta": meta, "checked": checked}
