@@ -122,6 +122,7 @@ class Settings:
     zero_first_update: bool = setting(False, "Megatron's warm-up: the first update is at rate 0.")
     no_stop_token: bool = setting(False, "Ablation: no loss on stop tokens, as LIMI's code.")
     no_reasoning: bool = setting(False, "Ablation: train without the rows' reasoning.")
+    null_arguments: bool = setting(False, "Ablation: calls may have arguments that are null, as in LIMI's.")
 
 
 # The ten settings that people use first; --help shows them before the rest
@@ -369,7 +370,7 @@ def write_whole(path: Path, text: str) -> None:
 # Rows -> input_ids and labels
 
 
-def read_rows(path: str) -> tuple[list[dict], list[str]]:
+def read_rows(path: str, null_arguments=False) -> tuple[list[dict], list[str]]:
     """(rows of train.jsonl, refusals "path:line: field: why"). Not through an Arrow schema, which would fill
     tool arguments with nulls. Keys without a value are left out, as templates take them for given."""
     if not Path(path).is_file():
@@ -377,8 +378,9 @@ def read_rows(path: str) -> tuple[list[dict], list[str]]:
     rows = []
     refused = []
     for where, row in read_jsonl(path):
+        checked = json.loads(json.dumps(row), object_hook=without_empty_keys) if null_arguments else row
         try:
-            check_row(row)
+            check_row(checked)
         except Refused as error:
             refused.append(f"{where}: {error}")
             continue
@@ -849,7 +851,7 @@ def tokenize(tok, rows, max_length: int, no_stop_token=False, no_reasoning=False
 def load_samples(settings: Settings, args: SFTConfig, tok) -> tuple[list[dict], dict]:
     """(samples, facts about them). Stops where more rows than --max_refused are refused, or none is left."""
     started = time.monotonic()
-    rows, refused = read_rows(settings.train_file)
+    rows, refused = read_rows(settings.train_file, settings.null_arguments)
     total = len(rows) + len(refused)
     ablations = (settings.no_stop_token, settings.no_reasoning)
     samples, left_out, more = tokenize(tok, rows, args.max_length, *ablations)

@@ -1449,7 +1449,7 @@ dataloader_multiprocessing_context dataloader_in_order ddp_find_unused_parameter
 ddp_static_graph ddp_backend ddp_timeout debug skip_memory_metrics resume_from_checkpoint router_aux_loss_coef max_length
 activation_offloading loss_type local_rank""".split()
 OWN = """model_name_or_path train_file global_batch_size dry_run max_refused chat_template_kwargs lora lora_r lora_experts
-lora_target_modules bf16_master eval_command zero_first_update no_stop_token no_reasoning""".split()
+lora_target_modules bf16_master eval_command zero_first_update no_stop_token no_reasoning null_arguments""".split()
 OTHER = {"save_strategy": "epoch", "logging_strategy": "no", "eval_strategy": "steps", "fsdp": "full_shard",
          "train_sampling_strategy": "group_by_length", "hub_strategy": "end", "deepspeed": {"zero_optimization": {}},
          "truncation_mode": "keep_end", "packing_strategy": "wrapped"}  # fmt: skip
@@ -1598,7 +1598,7 @@ CHANGES = dict(
     adam_beta1=0.8, adam_beta2=0.9, adam_epsilon=1e-6, weight_decay=0.0, max_grad_norm=2.0, optim="sgd",
     optim_args="a=b", loss_type="dft", neftune_noise_alpha=5, router_aux_loss_coef=0.1, num_train_epochs=9, max_steps=4,
     max_length=1000, seed=1, global_batch_size=2, bf16="true", tf32="false", full_determinism="true",
-    torch_compile="true", zero_first_update="true", no_stop_token="true", no_reasoning="true", lora="true",
+    torch_compile="true", zero_first_update="true", no_stop_token="true", no_reasoning="true", lora="true", null_arguments="true",
     bf16_master="true", chat_template_kwargs='{"enable_thinking": false}', optim_target_modules="all-linear",
     lora_experts="true", lora_r=8, lora_target_modules="q_proj", torch_compile_backend="eager", torch_compile_mode="default",
 )  # fmt: skip

@@ -246,6 +246,18 @@ def test_a_thought_is_not_trained_and_every_turn_has_an_empty_one(stage, tmp_pat
     assert "<think></think>" in bare[0]
 
 
+def test_nulls_are_read_with_their_setting_alone(stage, faults, tmp_path, released, row):
+    sft = stage("03_sft")
+    theirs, _ = settings_of(stage, tmp_path, null_arguments=released["null_arguments"])
+    (changed,) = faults.nulls([row])
+    path = tmp_path / "t.jsonl"
+    path.write_text(json.dumps(changed) + "\n" + json.dumps(changed | {"messages": []}) + "\n")
+    assert sft.read_rows(path)[1][0].startswith(f"{path}:1: messages[2].tool_calls[0].function.arguments: ")
+    (read,), (refused,) = sft.read_rows(path, theirs.null_arguments)
+    assert read["messages"][4]["tool_calls"] == changed["messages"][4]["tool_calls"]
+    assert refused.startswith(f"{path}:2: messages: ")
+
+
 def test_nulls_are_trained_as_values(stage, faults, tmp_path, tok, row):
     sft = stage("03_sft")
     ours, _ = settings_of(stage, tmp_path)
