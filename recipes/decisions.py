@@ -13,7 +13,8 @@ from plot import read_lines
 def read_reviews(path):
     """({query_id: {reviewer: the last decision}}, {query_id: [(reviewer, edit) in the order of time]})"""
     found, edits = defaultdict(dict), defaultdict(list)
-    records = [record for _, record in read_lines(path, append_only=True)] if path.exists() else []
+    lines = read_lines(path, "query_id", "reviewer", "decision", append_only=True) if path.exists() else ()
+    records = [record for _, record in lines]
     for record in sorted(records, key=lambda record: record.get("at", "")):
         found[record["query_id"]][record["reviewer"]] = record
         if record.get("edit"):

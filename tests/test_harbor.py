@@ -318,13 +318,24 @@ def test_arguments_and_variables_stand_for_others_and_in_commands(read_in, harbo
     assert row["turns"][0]["check"] == check and "image" not in row
 
 
-@pytest.mark.parametrize("docker, toml", [("FROM ubuntu\n", ""), ("FROM ubuntu\n", 'workdir = "/app/"\n')])
+@pytest.mark.parametrize(
+    "docker, toml", [("", ""), ("", 'workdir = "/app/"\n'), ("WORKDIR '/app'\nCOPY data \"/app/in\"\n", "")]
+)
 def test_a_working_folder_of_any_form_is_renamed_and_the_root_is_not(read_in, harbor_task, docker, toml):
     query = "Put 1 / 2 into /app/half.txt.\n"
-    files = {"instruction.md": query, "environment/Dockerfile": docker, "task.toml": TOML + toml}
-    [row], _ = read_in(harbor_task(**files))
-    renamed = query.replace("/app/", "/workspace/") if toml else query
+    files = {"instruction.md": query, "environment/Dockerfile": "FROM ubuntu\n" + docker}
+    [row], _ = read_in(harbor_task(**files | {"task.toml": TOML + toml}))
+    assert ("image" in row) is (not docker and not toml)
+    renamed = query.replace("/app/", "/workspace/") if docker or toml else query
     assert row["turns"][0]["query"] == renamed.strip()
+
+
+def test_a_name_that_04_would_refuse_leaves_one_task_out_and_not_all(read_in, harbor_task):
+    folder = harbor_task()
+    place = folder / ("a" * 120) / ("b" * 120)
+    shutil.copytree(folder / "sums/easy", place)
+    rows, lines = read_in(folder)
+    assert [row["query_id"] for row in rows] == ["sums-easy"] and lines[0].startswith(f"left out: {place}: ")
 
 
 @needs_bwrap
@@ -458,6 +469,15 @@ def test_a_workspace_that_is_an_archive(run_stage, own_tasks, tmp_path):
     own_tasks.joinpath("tasks.jsonl").write_text(json.dumps(ALL | {"workspace": "ws.tgz"}) + "\n")
     write_out(run_stage, own_tasks / "tasks.jsonl", tmp_path / "out")
     assert files_below(tmp_path / "out/one/environment/workspace") == files_below(own_tasks / "ws")
+
+
+def test_an_archive_that_is_cut_is_named(run_stage, one_line_error, own_tasks, tmp_path):
+    own_tasks.joinpath("ws/big.bin").write_bytes(os.urandom(100_000))
+    subprocess.run(["tar", "-C", own_tasks / "ws", "-cf", own_tasks / "ws.tar", "."], check=True)
+    os.truncate(own_tasks / "ws.tar", 50_000)
+    path = own_tasks / "tasks.jsonl"
+    path.write_text(json.dumps(ALL | {"workspace": "ws.tar"}) + "\n")
+    one_line_error(run_stage(HARBOR, "out", path, tmp_path / "out"), f"{path}:1: unexpected end of data")
 
 
 def test_what_a_task_of_ours_needs_is_in_its_dockerfile(run_stage, own_tasks, tmp_path):

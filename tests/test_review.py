@@ -226,6 +226,9 @@ def test_a_mistake_is_told_in_one_line(one_line_error, tmp_path):
     one_line_error(run(tmp_path / "none.jsonl"), "none.jsonl")
     one_line_error(run(write_lines(tmp_path / "x.jsonl", [{"query_id": "a"}])), "x.jsonl:1", "neither turns")
     one_line_error(run(write_lines(tmp_path / "x.jsonl", [task("a", reasons=["vague"])])), "nothing")
+    path = write_lines(tmp_path / "x.jsonl", [task("a")])
+    write_lines(tmp_path / "reviews.jsonl", [{"query_id": "a", "decision": "accept"}])
+    one_line_error(run(path, "--accepted", tmp_path / "y.jsonl"), "reviews.jsonl:1: no reviewer")
 
 
 # ---- The page ----

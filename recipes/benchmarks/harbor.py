@@ -21,6 +21,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tarfile
 import tomllib
 from pathlib import Path
 
@@ -182,6 +183,7 @@ def task_of(folder, options):
     if programs := dict.fromkeys(filter(environment.program_path, made.packages["apt"])):
         row["needs"] = list(programs)
     limits = {part: config[part].get("timeout_sec") for part in ("agent", "verifier")}
+    check_row(row)
     row["meta"] = {f"{part}_seconds": seconds for part, seconds in limits.items() if seconds}
     reasons = made.reasons + environment.absent(made.packages, options.venv)
     if config["verifier"].get("environment"):
@@ -264,7 +266,7 @@ def write_folders(options):
                 continue
             row = with_places(row, options.folder.parent)
             write_folder(row, options.folder.parent, options.output_dir / row["query_id"])
-        except (ValueError, OSError) as error:
+        except (ValueError, OSError, tarfile.TarError) as error:
             raise ValueError(f"{where}: {error}") from None
         written += 1
     print(f"{options.output_dir}: {written} of {len(rows)} tasks")
