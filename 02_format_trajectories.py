@@ -388,11 +388,11 @@ def calls_of(message, role, parts):
 
 
 def read_result(message, text):
-    """A tool message; Hermes wraps one or several results in tags."""
+    """A tool message; Hermes, which has no ids, wraps one or several results in tags."""
     ids = message.get("tool_call_ids") or [None]
     result = {"role": "tool", "id": first_of(message, RESULT_IDS) or ids[0], "own_id": message.get("id")}
     result["name"] = message.get("name") or None
-    wrapped = TEXT_RESULT.findall(text)
+    wrapped = [] if result["id"] else TEXT_RESULT.findall(text)
     if not wrapped or TEXT_RESULT.sub("", text).strip():
         return [result | {"content": text}]
     results = []
@@ -747,8 +747,6 @@ def row_meta(columns):
     for key, name in (("source", "query_source"), ("format", "row_format")):
         if key in columns:
             columns[name] = columns.pop(key)
-    if isinstance(columns.get("task"), dict) and "domain" in columns["task"]:
-        columns.setdefault("domain", columns["task"]["domain"])
     twins = {f"meta_{key}": own[key] for key in own.keys() & columns.keys() if own[key] != columns[key]}
     return own | twins | columns
 

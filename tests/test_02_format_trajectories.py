@@ -541,6 +541,8 @@ def test_a_result_that_says_more_than_its_content_stays_as_it_is():
     answers = ['{"name": "read_file", "content": "42", "warning": "cut"}', '{"content": "42", "content": "43"}']
     for answer in answers:
         assert result_of({"role": "tool", "content": f"<tool_response>\n{answer}\n</tool_response>"}) == answer
+    told = "<tool_response>\n42\n</tool_response>"  # what a file says, say
+    assert result_of({"role": "tool", "tool_call_id": "c1", "content": told}) == told
     response = {"output": "42", "status": "cancelled", "code": 3}
     parts = [{"functionResponse": {"name": "read_file", "response": response}}]
     assert json.loads(result_of({"role": "user", "parts": parts})) == response

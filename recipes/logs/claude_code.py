@@ -174,7 +174,7 @@ def branch_of(lines):
     parents, last = parents_of(lines)
     turns = turns_before(last, parents)
     branch = {None, *map(id, turns)}
-    answers = set(map(answer_id, turns)) - {None}
+    answers = set(map(answer_id, turns)) - {None, ""}
     called, beside, kept = set(), set(), []
     for line in lines:
         on_branch = id(line) in branch
