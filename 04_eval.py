@@ -2879,7 +2879,8 @@ def check_values(settings):
 def check_url(name, url):
     good = False
     with suppress(httpx.InvalidURL):
-        good = httpx.URL(url).host and url.startswith(("http://", "https://"))
+        parts = httpx.URL(url)
+        good = parts.host and (parts.port or 80) < 1 << 16 and url.startswith(("http://", "https://"))
     if not good:
         raise InputError(f"--{name} {url}: expected something like http://localhost:8000/v1")
 

@@ -1056,7 +1056,7 @@ def test_bad_settings(m, tmp_path):
     assert "--model" in error(tasks=known["tasks"])
     assert "http://" in error(**known | {"base_url": ["localhost:8000"]})
     assert "--base_url x:1" in error(**known | {"base_url": ["http://x/v1", "x:1"]})
-    for url in ("http://[::1/v1", "http://x\0/v1", "http://:80/v1", "ftp://x/v1", "http://x\u2028y..com/v1"):
+    for url in ("http://[::1/v1", "http://x\0/v1", "http://:80/v1", "ftp://x/v1", "http://x\u2028y..com/v1", "http://x:99999/v1"):
         assert f"--base_url {url}: expected" in error(**known | {"base_url": [url]})
     judge = {"feedback": "judge", "judge_model": "j"}
     assert "--judge_base_url x:1" in error(**known, **judge, judge_base_url="x:1")
