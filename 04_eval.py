@@ -243,6 +243,7 @@ TEXT = {"type": "string", "pattern": r"\S"}
 FUNCTION = {"name": TEXT, "parameters": {"$ref": "https://json-schema.org/draft/2020-12/schema"}}
 TOOL = {"type": "object", "required": list(FUNCTION), "properties": FUNCTION}
 TOOL = {"type": "object", "required": ["function"], "properties": {"function": TOOL}}
+PATTERNS = jsonschema.FormatChecker(["regex"])  # in the schema of a tool
 TURN = {
     "type": "object",
     "required": ["query"],
@@ -270,7 +271,7 @@ PRIVATE_FILE = re.compile(r"(?<!-[defrsx] )/private/([\w./-]*\w)(?![\w.*?\[{$-])
 def read_tasks(settings, tools):
     """The tasks of all files, in order, with full paths. tools: by name, those that exist here."""
     tasks = {}
-    validator = jsonschema.Draft202012Validator(TASK)
+    validator = jsonschema.Draft202012Validator(TASK, format_checker=PATTERNS)
     for path in settings.tasks:
         if not Path(path).exists():
             raise InputError(f"{path}: no such file; 01_build_queries.py writes one, --tasks names another")
@@ -807,7 +808,8 @@ def load_tools(path):
         tools = "#" + tools.partition("# END OF THE PROGRAM")[0]
     if not names.get("TOOLS"):
         raise InputError(f"--tools {path}: TOOLS, a list of function schemas, is missing or empty")
-    described = jsonschema.Draft202012Validator({"type": "array", "items": TOOL})
+    described = {"type": "array", "items": TOOL}
+    described = jsonschema.Draft202012Validator(described, format_checker=PATTERNS)
     if problem := jsonschema.exceptions.best_match(described.iter_errors(names["TOOLS"])):
         raise InputError(f"--tools {path}: TOOLS{problem.json_path[1:]}: {problem.message[:200]}")
     schemas = {schema["function"]["name"]: schema for schema in names["TOOLS"]}
@@ -2590,7 +2592,8 @@ class Ledger:
     def stop_in_time(self):
         """Raises Stopped where one more episode would cost too much, or fail as all the last ones have."""
         limit = self.settings.max_usd
-        if limit and (spent := usd(self.settings, self.tokens)) >= limit:
+        spent = usd(self.settings, self.tokens) or 0
+        if limit is not None and spent >= limit:
             raise Stopped(f"--max_usd {limit}: {spent:.2f} dollars are spent")
         if self.streak >= 20:
             *_, newest = self.not_run.values()

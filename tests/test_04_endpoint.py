@@ -688,6 +688,11 @@ def test_an_endpoint_that_is_away_for_a_while_costs_a_round_no_time(endpoint, ev
     assert sum(ahead) == 60 and episodes["t", 0]["rounds"][0]["stop"] == "answer"
 
 
+def test_no_dollar_to_spend_is_no_dollar_spent(m):
+    with pytest.raises(m.Stopped, match="--max_usd 0.0: 0.00 dollars are spent"):
+        m.Ledger(m.Settings(max_usd=0.0, price_in=1.0), None, {}).stop_in_time()
+
+
 def test_only_failures_at_the_endpoint_in_a_row_end_a_run(m):
     ledger = m.Ledger(m.Settings(), None, {})
     for n in range(30):

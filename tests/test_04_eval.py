@@ -860,6 +860,7 @@ def test_a_tool_with_a_fault_ends_neither_its_server_nor_the_run(endpoint, evalu
         ("TOOLS = [{'function': {}}]", "TOOLS.0..function: 'name' is a required property"),
         (SHOUT.replace('"parameters"', '"arguments"'), "'parameters' is a required property"),
         (SHOUT.replace('"type": "object"', '"type": "thing"'), "'thing' is not valid"),
+        (SHOUT.replace('{"type": "string"}', '{"type": "string", "pattern": "("}'), "'[(]' is not a 'regex'"),
         (SHOUT.replace("shout", "check"), "check: the server itself has one of that name"),
     ],
 )
@@ -1182,6 +1183,8 @@ BAD_TASKS = [
     (json.dumps(GOOD | {"tools": [{"function": GLOB | {"parameters": {"type": "strng"}}}]}), ["'strng'"]),
     (json.dumps(GOOD | {"turns": [TURN, TURN | {"check": "bash /private/a.sh; echo"}]}),
      ["queries.jsonl:1: turns[1].check: /private/a.sh is not in", "it has none"]),
+    (json.dumps(GOOD | {"tools": [{"function": GLOB | {"parameters": {"properties": {"a": {"pattern": "["}}}}}]}),
+     ["queries.jsonl:1: tools[0]", "'[' is not a 'regex'"]),
     (json.dumps(GOOD | {"query_id": "\u9df9" * 70}), ["queries.jsonl:1: query_id: more than 200 bytes"]),
     (json.dumps(GOOD | {"query_id": "t\ud83d"}), ["queries.jsonl:1: query_id"]),
     (json.dumps(GOOD | {"source": {"url": "x"}}), ["queries.jsonl:1: source", "is not of type 'string', 'null'"]),
