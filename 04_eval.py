@@ -1671,8 +1671,8 @@ def refuse_to_decide(code, output, folder):
     if bail := re.search(UNDECIDED, output, re.MULTILINE):
         raise NotRun("bailed_out", bail[1] or bail[0])
     complaints = re.findall(COMPLAINTS, output, re.MULTILINE)
-    ours = complaints and not any(is_of_the_work(line, folder) for line in complaints)
-    if code in (126, 127) and ours:  # a program of the agent may end with these, too
+    # A program of the agent may end with these as well: rather an episode to look at than a fault as a 0
+    if code in (126, 127) and not any(is_of_the_work(line, folder) for line in complaints):
         raise NotRun("check_not_started", f"exit code {code}: {output[-300:]}")
 
 
