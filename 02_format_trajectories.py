@@ -1435,6 +1435,7 @@ def make_row(source, reader: Format, record, run: Run):
         given = read_tools(loose.get("tools"))
         cut += cut_tool_list(row, given)
         row["tools"] = given or tools_for(row, reader.name, run.tools)
+        cut += cut_tool_list(row, row["tools"])  # of those that came from outside
         named = [loose.get("left_out"), cut, {} if "checked" in loose else row["meta"]]
         kept = Kept(row["messages"], row["tools"], named)
         if lost := lost_content(loose.get("checked", record), kept, reader.kinds, reader.left_out):

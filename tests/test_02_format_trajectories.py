@@ -1133,6 +1133,14 @@ def test_02_is_idempotent(tmp_path):
         assert run_here(tmp_path, copied, near_duplicate=2, redact=redact) == first
 
 
+def test_a_list_of_tools_that_come_from_outside_is_cut_the_first_time(tmp_path):
+    told = "You are an agent." + stage.TOOL_LIST + "1. **read_file**: Read a file.\n\n## Rules\nBe brief."
+    listed = edited(0, content=told) | {"tools": None}
+    made, reasons = format_one(listed, tools=[str(write(tmp_path / "tools.json", {"tools": [READ_FILE]}))])
+    assert reasons == [] and made["messages"][0]["content"] == "You are an agent.\n\n## Rules\nBe brief."
+    assert format_one(made) == (made, [])
+
+
 def test_half_an_emoji_is_replaced():
     made, _ = format_one(edited(3, content="a\ud83d b \ud83d\ude00"))
     assert made["messages"][3]["content"] == "a\ufffd b \U0001f600"
