@@ -2229,6 +2229,9 @@ def warnings_of(episodes, stops):
     told = []
     if not any(episode["meta"]["steps"] for episode in episodes):
         told.append("no episode has a single step of the model; look at one before you believe a score")
+    for stop in ("empty", "refused"):
+        if stops[stop] == sum(stops.values()):
+            told.append(f"every round ended by {stop}; look at one before you believe a score")
     lengths = [episode["meta"]["completion_tokens"] for episode in episodes]
     if stops["length"] == sum(stops.values()):
         told.append(f"every answer was cut by its length (at most {max(lengths)} tokens an episode): set")
@@ -2706,7 +2709,7 @@ def rounds_of(settings):
     same = folder.resolve() == Path(settings.output_dir).resolve()
     if same or not folder.joinpath("episodes.jsonl").exists():
         raise InputError(f"--regrade {folder}: no episodes.jsonl there, or the same as --output_dir")
-    return read_json(folder / "settings.json")["rounds"]
+    return read_json(folder / "settings.json").get("rounds", settings.rounds)
 
 
 def wanted_episodes(settings, tasks):

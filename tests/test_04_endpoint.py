@@ -800,6 +800,14 @@ def test_a_run_in_which_nothing_worked_is_told_in_words(endpoint, evaluate):
     assert "no episode has a single step" in summary["warnings"][0]
 
 
+@pytest.mark.parametrize("stop, told", [("empty", 1), ("refused", 1), ("answer", 0), ("max_steps", 0)])
+def test_a_run_in_which_nobody_answered_is_told_in_words(m, stop, told):
+    episodes = [{"meta": {"steps": 1, "completion_tokens": 0}}]
+    warnings = m.warnings_of(episodes, m.Counter({stop: 3}))
+    assert [f"every round ended by {stop}; " in text for text in warnings] == [True] * told
+    assert m.warnings_of(episodes, m.Counter({stop: 3, "max_seconds": 1})) == []
+
+
 @needs_bwrap
 def test_a_prompt_that_is_cut_in_silence_is_no_score(endpoint, evaluate):
     """Ollama's way: prompt_tokens stay at the window while the conversation grows."""
