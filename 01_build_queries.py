@@ -73,6 +73,7 @@ IN_FILE_TEST = r"(?m)^[+@ -].*(#\[(\w+::)?test\]|#\[cfg\(test\)\]|\bmod tests?\b
 TOOLCHAINS = {"python": "python3", "node": "npm", "go": "go", "rust": "cargo"}
 BOT = r"(?i)\[bot\]|dependabot|renovate|pre-commit-ci|greenkeeper|pyup-bot"
 LICENCES = {
+    None: "Business Source License|Functional Source License|Commons Clause",  # they name others as well
     "MIT": "Permission is hereby granted, free of charge", "Apache-2.0": "Apache License",
     "BSD": "Redistribution and use in source and binary forms", "ISC": "Permission to use, copy, modify, and",
     "Unlicense": "free and unencumbered software", "Zlib": "This software is provided 'as-is'",
@@ -398,8 +399,8 @@ def issues(path, clones):
         if kind != "issues":  # GitHub's REST interface lists pull requests too
             continue
         repo = f"{owner}/{name}"
-        query_id = f"{owner}__{name}-issue-{number}"
-        row = source_row(query_id, None, "", "issue", f"{title}\n\n{body}", repo=repo)
+        text = f"{title}\n\n{body}"
+        row = source_row(f"{owner}__{name}-issue-{number}", None, "", "issue", text, repo=repo)
         if repo in clones:
             row["tree"] = [clones[repo], head_of(clones[repo])]
         else:
@@ -569,7 +570,7 @@ def licence(clone, commit):
         if re.search(r"(?i)licen[cs]e|copying", path):
             text = " ".join(show(clone, commit, path).split())
             for known, words in LICENCES.items():
-                if words in text:
+                if re.search(words, text):
                     return known
     return None
 
@@ -1034,8 +1035,7 @@ def stands_in(known_lines, diff):
 
 def verify_repository(settings, work, rows, environment, keys):
     """{query_id: verdict} on the candidates of a repository, after two rounds of 04's two agents."""
-    # A killed run of 04 goes on there
-    folder = work / "verify" / digest(sorted(keys), EVALUATE.read_text())[:16]
+    folder = work / "verify" / digest(sorted(keys), EVALUATE.read_text())[:16]  # a killed run goes on there
     tasks = []
     lost = {}
     for row in rows:

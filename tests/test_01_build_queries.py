@@ -317,6 +317,15 @@ def test_the_licence_at_the_base_decides_and_any_file_of_it_counts(small_repo):
     ]
 
 
+@pytest.mark.parametrize("name", ["Business Source License 1.1", "Functional Source License", "Commons Clause"])
+def test_a_licence_that_only_names_a_permissive_one_is_none(small_repo, name):
+    repo, commit = small_repo
+    text = f"{name}\n\nChange License: Apache License, Version 2.0\n{LICENCE}"
+    commit({"LICENSE": text}, "another licence")
+    commit({"a.py": "x = 2\n", "test_a.py": "# 2\n"}, "Two (#7)")
+    assert [row["reasons"] for row in mined(repo)] == [["no permissive licence file at the base commit"]]
+
+
 FORGES = {
     "Merge pull request #1 from ada/one": "Title\n\nMore",
     "Merge pull request 'Title' (#2) from ada/two into main": "Reviewed-on: somewhere",

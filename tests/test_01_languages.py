@@ -5,6 +5,8 @@ import importlib.util
 import json
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -182,6 +184,16 @@ def test_one_line_a_test_that_must_pass_and_one_for_each_that_broke(capsys):
     assert check.report(plan, found) == 1
     assert capsys.readouterr().out == "ok - new\nnot ok - gone\nnot ok - old (passed before)\n"
     assert check.report(plan, found | {"gone": (True, ""), "old": (True, "")}) == 0
+
+
+def test_no_python_begins_with_a_file_of_the_agents(tmp_path):
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path / "venv"], check=True)
+    load("environment").tell_paths(tmp_path / "tree", tmp_path / "venv")
+    [paths] = tmp_path.glob("venv/lib/python*/site-packages/workspace.pth")
+    paths.write_text(paths.read_text().replace("/workspace", str(tmp_path)))
+    (tmp_path / "sitecustomize.py").write_text("print('ok - all')")
+    command = [tmp_path / "venv/bin/python3", "-I", "-c", "import sys; print(sys.path[-1])"]
+    assert subprocess.run(command, capture_output=True, text=True).stdout == f"{tmp_path}\n"
 
 
 def test_what_a_python_project_declares_for_its_tests_is_installed(tmp_path, monkeypatch):

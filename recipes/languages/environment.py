@@ -59,6 +59,7 @@ def tell_paths(tree, venv):
     written = [*(venv / "bin").iterdir(), venv / "pyvenv.cfg"]
     for site in venv.glob("lib/python*/site-packages"):
         (site / "workspace.pth").write_text("/workspace/src\n/workspace\n")
+        (site / "sitecustomize.py").touch()  # else every Python, the check's own too, begins with the agent's
         written += [
             *site.glob("*.pth"),
             *site.glob("__editable__*.py"),
