@@ -526,6 +526,8 @@ def load_tokenizer(model: str, template_kwargs: dict | None = None):
 def check_template(tok, model: str, switches: dict) -> None:
     if not tok.chat_template:
         raise InputError(f"{model}: the tokenizer has no chat template")
+    if switches and not isinstance(tok.chat_template, str):
+        raise InputError(f"--chat_template_kwargs: {model} has several chat templates; keep one in a copy")
     if not tok.is_fast:
         raise InputError(f"{model}: the tokenizer is no fast one, which knows where its tokens begin")
     known = _get_template_variables(tok.get_chat_template()) if switches else set()
@@ -743,13 +745,14 @@ def parts_of(message: dict, thoughts: bool) -> list[tuple[str, object]]:
     for j, call in enumerate(message.get("tool_calls", [])):
         field_name = f"tool_calls[{j}].function"
         parts.append((f"{field_name}.name", call["function"]["name"]))
-        parts += leaves(call["function"]["arguments"], f"{field_name}.arguments")
+        if call["function"]["arguments"]:
+            parts += leaves(call["function"]["arguments"], f"{field_name}.arguments")
     return parts
 
 
 def leaves(value, name: str) -> list[tuple[str, object]]:
     """[(path, key or value)] of everything in a JSON value."""
-    if not isinstance(value, (dict, list)):
+    if not isinstance(value, (dict, list)) or not value:
         return [(name, value)]
     found = [(name, key) for key in value] if isinstance(value, dict) else []
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
@@ -1336,12 +1339,6 @@ def without_adapters(model):
     return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
-def in_autocast(tensor):
-    """The tensor in the type that autocast gives it: the choice of a kernel is made after that cast."""
-    device = tensor.device.type
-    return tensor.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else tensor
-
-
 @contextlib.contextmanager
 def watched_attention(kernels: set):
     """Adds to `kernels` which of torch's implementations the first call of attention takes."""
@@ -1349,7 +1346,10 @@ def watched_attention(kernels: set):
 
     def watched(*tensors, **options):
         if not kernels:
-            computed = [in_autocast(tensor) for tensor in tensors]
+            device = tensors[0].device.type
+            inside = torch.is_autocast_enabled(device)  # the choice is made after its cast
+            dtype = torch.get_autocast_dtype(device) if inside else tensors[0].dtype
+            computed = [tensor.to(dtype) for tensor in tensors]
             kernel = SDPBackend(torch._fused_sdp_choice(*computed, **options)).name
             kernels.add(kernel)
             slow = torch.cuda.is_available() and kernel not in ("CUDNN_ATTENTION", "FLASH_ATTENTION")

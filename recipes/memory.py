@@ -199,19 +199,19 @@ def main(sft) -> None:
     parser.add_argument("--card", type=float, default=80, help="GB of a device (default: 80)")
     options, rest = parser.parse_known_args()
     settings, args = sft.read_settings(sft.make_parser(), rest)
+    if options.cp != 1 and (options.cp < 1 or not options.devices or options.devices % options.cp):
+        raise sft.InputError(f"--cp {options.cp} needs --devices, a multiple of it")
     longest = options.longest
     if not longest:
         tok = sft.load_tokenizer(settings.model_name_or_path, sft.read_switches(settings))
         longest = sft.load_samples(settings, args, tok)[1]["longest"]
     config = known_config(sft, settings.model_name_or_path, longest)
     skeleton = sft.model_without_weights(config)
-    settings.lora |= settings.lora_experts
-    adapters = adapter_parameters(sft, settings, config) if settings.lora else 0
-    runs = []
+    adapters = adapter_parameters(sft, settings, config) if settings.lora or settings.lora_experts else 0
     layouts = [(options.devices, options.cp, options.devices > 1)] if options.devices else USUAL
-    for devices, cp, fsdp in layouts:
-        run = Run(longest, devices, cp, fsdp, adapters, settings.lora_experts, settings.bf16_master)
-        runs.append(run)
+    common = dict(lora_parameters=adapters, lora_experts=settings.lora_experts)
+    common |= dict(bf16_master=settings.bf16_master, checkpointing=args.gradient_checkpointing)
+    runs = [Run(longest, *layout, **common) for layout in layouts]
     print_table(skeleton, runs, options.card)
 
 

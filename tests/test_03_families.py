@@ -344,6 +344,7 @@ def test_an_odd_row_is_trained_exactly_or_refused(stage, family):
 # GLM-4.5's own template changed at one place: (text of it, what stands there instead, conversation, what is told)
 NUMBER = [user("Do it."), assistant("", ("run_it", {"command": "sleep seconds 5", "seconds": 5})), result("a"), assistant("D")]
 PADDED = [user("Do it."), assistant("", ("run_it", {"command": "  x = 1\n"})), result("a"), assistant("D")]
+EMPTIES = [user("Do it."), assistant("", ("look", {"path": "", "deep": {}})), result("a"), assistant("D")]
 SAME = [user("Done."), assistant("Done."), user("Done."), assistant("Done.")]
 TWICE = [user("Go."), assistant("", LS), result("A & B"), assistant("", LS), result("A & B"), assistant("End.")]
 CONTENT = "{{ '\\n' + content.strip() }}"
@@ -352,6 +353,8 @@ BREAKS = [
     ("for tc in m.tool_calls", "for tc in m.tool_calls[::-1]", "two calls", "writes calls in another order"),
     ("for tc in m.tool_calls", "for tc in m.tool_calls * 2", "a call", "writes calls in another order, or a text twice"),
     ("if v is not string else v }}", "if v is not string else v | trim }}", PADDED, "function.arguments.command"),
+    ("if v is not string else v }}", "if v is not string and v else v or '' }}", EMPTIES,
+     "function.arguments.deep"),
     ("for k, v in _args.items()", "for k, v in {}.items()", "a call", "tool_calls[0].function.arguments"),
     ("for k, v in _args.items()", "for k, v in _args.items() if v is string", NUMBER, "tool_calls[0].function.arg"),
     ("reasoning_content.strip() +", "'' +", "thoughts", "messages[1].reasoning_content"),

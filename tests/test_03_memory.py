@@ -51,6 +51,24 @@ def test_floating_point_operations_by_hand(memory):
     assert memory.sample_flops(config, 1000, 100, 30) == pytest.approx(expected)
 
 
+def tabled(sft, memory, monkeypatch, *flags):
+    """The runs that the table of these flags would show."""
+    tables = []
+    monkeypatch.setattr(memory, "print_table", lambda skeleton, runs, card: tables.append(runs))
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--model_name_or_path", "Qwen/Qwen3-4B", "--longest", "9000", *flags])
+    memory.main(sft)
+    return tables[0]
+
+
+def test_flags_of_a_layout_are_calculated_or_refused(stage, memory, monkeypatch):
+    sft = stage("03_sft")
+    (run,) = tabled(sft, memory, monkeypatch, "--devices", "16", "--cp", "8", "--gradient_checkpointing", "false")
+    assert run == memory.Run(9000, devices=16, cp=8, fsdp=True, checkpointing=False)
+    for flags in (["--cp", "8"], ["--cp", "8", "--devices", "12"], ["--cp", "0", "--devices", "8"]):
+        with pytest.raises(sft.InputError, match=f"--cp {flags[1]} needs --devices, a multiple of it"):
+            tabled(sft, memory, monkeypatch, *flags)
+
+
 # Shapes of which one part of the memory is large each: weights, activations, experts, the rounding of bf16 weights
 SHAPES = {
     "weights": dict(kind="qwen", hidden_size=512, intermediate_size=2048, num_hidden_layers=8, tokens=400),

@@ -1552,6 +1552,16 @@ def test_a_tokenizer_that_does_not_know_its_offsets_is_refused(stage, monkeypatc
         sft.load_tokenizer(str(glm_base))
 
 
+def test_switches_of_several_templates_are_refused(stage, glm_base):
+    """Which of them would have been meant, when a row has tools and when it has none?"""
+    sft = stage("03_sft")
+    tok = sft.load_tokenizer(str(glm_base))
+    tok.chat_template = {"default": tok.chat_template, "tool_use": tok.chat_template}
+    sft.check_template(tok, "base", {})
+    with pytest.raises(sft.InputError, match="--chat_template_kwargs: base has several chat templates"):
+        sft.check_template(tok, "base", {"enable_thinking": False})
+
+
 def test_a_setting_without_a_value_is_named(stage, tmp_path):
     sft = stage("03_sft")
     for name in ("learning_rate", "train_file", "max_length", "global_batch_size"):

@@ -4,8 +4,8 @@
     python recipes/limi/faults.py data/train.jsonl --output_file data/nulls.jsonl --nulls    # one alone
     python 03_sft.py --config recipes/limi/faults.yaml --train_file data/faults.jsonl
 
-Reads rows of 02_format_trajectories.py, writes rows that 03_sft.py trains (nulls: --null_arguments), and counts what each
-switch has changed. A row of which nothing would be left is left out, and counted.
+Reads rows of 02_format_trajectories.py, writes rows that 03_sft.py trains (nulls: with --null_arguments),
+and counts what each switch has changed. A row of which nothing would be left is left out, and counted.
 """
 
 import argparse
