@@ -63,8 +63,10 @@ def expected_turns(sft, tok, row):
         while run:
             spans.append((ids[: run.start], ids[run.start : run.stop]))
             run = exact.run(run.stop)
-    numbered = zip(numbers, spans, strict=True)
-    return [Turn(number, messages[number], *span) for number, span in numbered]
+    turns = []
+    for number, span in zip(numbers, spans, strict=True):
+        turns.append(Turn(number, messages[number], *span))
+    return turns
 
 
 def places_of(part, ids, start):
@@ -73,9 +75,10 @@ def places_of(part, ids, start):
 
 
 def first_difference(ours, theirs):
-    pairs = enumerate(zip(ours, theirs))
-    shorter = min(len(ours), len(theirs))
-    return next((place for place, (one, other) in pairs if one != other), shorter)
+    for place, (one, other) in enumerate(zip(ours, theirs)):
+        if one != other:
+            return place
+    return min(len(ours), len(theirs))
 
 
 def next_place(flag, flags, start):
@@ -123,9 +126,7 @@ def compare_labels(tok, turn, trained):
 def compare_end(tok, turn, patient, end):
     other = patient.ids[end : end + 1]  # none if the sample ends
     trained = any(patient.trained[end : end + 1])
-    kind = "stop token"
-    if trained and other[0] in tok.stop_ids:
-        kind = "another stop token"
+    kind = "another stop token" if trained and other[0] in tok.stop_ids else "stop token"
     return Finding(kind, turn.number, f"{shown(tok, other)} for {shown(tok, turn.target[-1:])}")
 
 
@@ -141,7 +142,8 @@ def written_otherwise(sft, tok, turn, patient, place):
     missing = [name for name, value in parts if not sft.stands_in(value, text)]
     empty = sum(value == "" for _, value in parts)
     kind = "missing" if missing else "written otherwise"
-    found = [Finding(kind, turn.number, "".join(f"{name}; " for name in missing) + told)]
+    told = "; ".join([*missing, told])
+    found = [Finding(kind, turn.number, told)]
     if not tok.stop_ids & set(theirs):
         found.append(Finding("stop token", turn.number, "there is none"))
     if len(missing) + empty == len(parts):

@@ -16,8 +16,8 @@ import yaml
 HERE = Path(__file__).resolve().parent
 LONGEST = 20_000  # characters of one text: a page must open quickly
 SHORT = 80  # characters of an argument that stands in the line of its call
-# Control characters, direction marks, half surrogate pairs, tags (models read them, nobody sees them); not the
-# joiners that emoji and Persian need
+# Control characters, direction marks, half surrogate pairs, tags (models read them, nobody sees them);
+# but not the joiners that emoji and Persian need
 UNSEEN = re.compile(
     "[\0-\x08\x0b-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ufeff"
     "\ud800-\udfff\U000e0000-\U000e007f]"

@@ -148,7 +148,8 @@ class Environment:
         self.here = str(self.place_of(rest))
 
     def place_of(self, text):
-        return Path(self.here, string.Template(text.strip("\"'")).safe_substitute(self.known))
+        plain = text.strip("\"'")
+        return Path(self.here, string.Template(plain).safe_substitute(self.known))
 
     def read_from(self, rest):
         name = " ".join(word for word in rest.split() if not word.startswith("--")).partition(" ")[0]
