@@ -13,6 +13,7 @@ code=${PIPESTATUS[0]}
 find /workspace -mindepth 1 -delete
 cp -aT /workspace.before /workspace
 rm -rf /workspace.before /private
-# No reward: the check could not run
-grep -q '^Bail out!' /logs/verifier/check.txt || [ "$code" = 126 ] || [ "$code" = 127 ] && exit
+# No reward: the check could not run, or decide
+undecided='^([Bb]ail out!|1\.\.0\b|(not )?ok\b.* # ?([Ss]kip|SKIP))'
+grep -Eq "$undecided" /logs/verifier/check.txt || [ "$code" = 126 ] || [ "$code" = 127 ] && exit
 echo $((code == 0)) > /logs/verifier/reward.txt
