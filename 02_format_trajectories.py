@@ -105,8 +105,7 @@ def parse_settings(parser):
     except (ValueError, TypeError, IndexError, yaml.YAMLError) as error:
         told = re.sub("Some specified arg.* HfArgumentParser", "no such setting (see --help)", str(error))
         if unknown := re.findall(r"'--([\w-]+)", told):
-            known = [action.dest for action in parser._actions]
-            nearest = difflib.get_close_matches(unknown[0], known, 1)
+            nearest = difflib.get_close_matches(unknown[0], [one.dest for one in parser._actions], 1)
             place = f"{sys.argv[sys.argv.index('--config') + 1]}: " if "config file" in told else "--"
             told = f"{place}{unknown[0]}: no such setting; nearest: {nearest[0] if nearest else 'see --help'}"
         raise InputError(" ".join(told.split())) from None

@@ -347,9 +347,8 @@ def read_jsonl(path, append_only=False):
             try:
                 row = json.loads(line)
             except (ValueError, RecursionError) as error:
-                raise InputError(
-                    f"{path}:{number}: not valid JSON ({error}); one JSON object a line"
-                ) from None
+                told = f"{path}:{number}: not valid JSON ({error}); one JSON object a line"
+                raise InputError(told) from None
             if not isinstance(row, dict):
                 raise InputError(f"{path}:{number}: expected a JSON object, found {type(row).__name__}")
             yield f"{path}:{number}", row
