@@ -454,7 +454,7 @@ ATTACKS = {  # what -> (commands, what the last output must match)
 
 
 def test_attacks_that_are_held(sandboxed):
-    told = sandboxed(jobs=[commands for commands, _ in ATTACKS.values()], memory=600 << 20)
+    told = sandboxed(jobs=[commands for commands, _ in ATTACKS.values()], memory=350 << 20)
     held = {}
     for (what, (_, expected)), replies in zip(ATTACKS.items(), told):
         held[what] = True if re.search(expected, replies[-1]) else [reply[:300] for reply in replies]
