@@ -825,22 +825,21 @@ def test_a_clone_of_another_version_is_asked_nothing(run, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("name", ["eval_task.py", "data/reference.txt"])
-def test_a_file_of_a_scenario_that_is_missing_is_told_before_anything_is_asked(
-    run, v2, tmp_path, monkeypatch, capsys, name
-):
+def test_a_scenario_with_a_file_that_is_missing_is_left_out(v2, tmp_path, monkeypatch, name):
     """A grader without its data crashes once the agent has worked: a 0 for the model."""
     clone = tmp_path / "clone"
     path = clone / "AgencyBench-v2/Code/scenario1" / name
-    path.parent.mkdir(parents=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text("x")
     for words in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm all"):
         subprocess.run(["git", "-C", clone, *words.split()], check=True)
     commit = subprocess.check_output(["git", "-C", clone, "rev-parse", "HEAD"], text=True).strip()
     monkeypatch.setattr(v2, "COMMIT", commit)
     path.unlink()
-    with pytest.raises(SystemExit) as stop:
-        run()
-    assert stop.value.code == 2 and "are not as in its commit" in capsys.readouterr().err
+    assert v2.other_files(clone / "AgencyBench-v2/Code/scenario1") == f"not as in commit {commit}: {name}"
+    other = clone / "AgencyBench-v2/MCP/scenario2"
+    other.mkdir(parents=True)
+    assert v2.other_files(other) is None
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -19,6 +19,7 @@ A grader runs what the model wrote, some in its own process: a program made for 
 import fnmatch
 import importlib
 import re
+import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -64,7 +65,7 @@ def read_scenarios(settings):
     left_out = {}
     for name in dict.fromkeys(names):
         query_id = f"agencybench-v2-{name.replace('/', '-')}"
-        if reason := why_not(name, settings):
+        if reason := why_not(name, settings) or other_files(files[name]):
             left_out[query_id] = reason
         else:
             tasks.append(task_of(query_id, name, files[name], settings))
@@ -82,6 +83,15 @@ def why_not(name, settings):
     if facts.get("repository") and not settings.repository:
         return "needs --repository"
     return None
+
+
+def other_files(folder):
+    """Which files of a scenario are not as in the commit, or None: a grader whose data is missing crashes once
+    the agent has worked. Of a folder without history nothing can be said."""
+    command = ["git", "-C", folder, "diff", "--name-only", "--relative", COMMIT]
+    command += ["--", ".", ":(exclude,glob)**/.env"]
+    names = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
+    return f"not as in commit {COMMIT}: {', '.join(names[:3])}" if names else None
 
 
 def facts_of(name):
@@ -173,7 +183,7 @@ def main(settings):
     # A package that is missing would be a fault of the grader, once the agent has worked
     common.installed(Path(settings.venv), *re.findall(r"^\S+==\S+", REQUIREMENTS, re.MULTILINE))
     if Path(settings.clone, ".git").exists():
-        common.unchanged(settings.clone, COMMIT, ":(glob)**/scenario*/**", ":(exclude,glob)**/.env")
+        common.unchanged(settings.clone, COMMIT, ":(glob)**/eval_task.py", ":(glob)**/description.json")
     print_missing(tasks, settings)
     tools = stage.load_tools(settings.tools)
     # 04's run, with our kind of episode and its metrics
