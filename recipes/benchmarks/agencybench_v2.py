@@ -86,8 +86,8 @@ def why_not(name, settings):
 
 
 def other_files(folder):
-    """Which files of a scenario are not as in the commit, or None: a grader whose data is missing crashes once
-    the agent has worked. Of a folder without history nothing can be said."""
+    """Which files of a scenario are not as in the commit, or None: a grader whose data is missing crashes
+    once the agent has worked. Of a folder without history nothing can be said."""
     command = ["git", "-C", folder, "diff", "--name-only", "--relative", COMMIT]
     command += ["--", ".", ":(exclude,glob)**/.env"]
     names = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
