@@ -836,10 +836,10 @@ def test_a_scenario_with_a_file_that_is_missing_is_left_out(v2, tmp_path, monkey
     commit = subprocess.check_output(["git", "-C", clone, "rev-parse", "HEAD"], text=True).strip()
     monkeypatch.setattr(v2, "COMMIT", commit)
     path.unlink()
-    assert v2.other_files(clone / "AgencyBench-v2/Code/scenario1") == f"not as in commit {commit}: {name}"
+    assert v2.other_files("Code/scenario1", path.parents[name.count("/")]) == f"not as in commit {commit}: {name}"
     other = clone / "AgencyBench-v2/MCP/scenario2"
     other.mkdir(parents=True)
-    assert v2.other_files(other) is None
+    assert v2.other_files("MCP/scenario2", other) is None
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -65,7 +65,7 @@ def read_scenarios(settings):
     left_out = {}
     for name in dict.fromkeys(names):
         query_id = f"agencybench-v2-{name.replace('/', '-')}"
-        if reason := why_not(name, settings) or other_files(files[name]):
+        if reason := why_not(name, settings) or other_files(name, files[name]):
             left_out[query_id] = reason
         else:
             tasks.append(task_of(query_id, name, files[name], settings))
@@ -85,11 +85,12 @@ def why_not(name, settings):
     return None
 
 
-def other_files(folder):
+def other_files(name, folder):
     """Which files of a scenario are not as in the commit, or None: a grader whose data is missing crashes
     once the agent has worked. Of a folder without history nothing can be said."""
     command = ["git", "-C", folder, "diff", "--name-only", "--relative", COMMIT]
     command += ["--", ".", ":(exclude,glob)**/.env"]
+    command.append(f":(exclude,glob)**/{facts_of(name).get('spare', '.env')}")
     names = subprocess.run(command, capture_output=True, text=True).stdout.splitlines()
     return f"not as in commit {COMMIT}: {', '.join(names[:3])}" if names else None
 
