@@ -2,9 +2,9 @@
 
     python recipes/judge_agreement.py --judge_model NAME --judge_base_url URL [--config recipes/endpoints/...]
 
-Takes 04_eval.py's settings of the judge (key, request, headers, sandbox) and its way of judging. Prints each
-disagreement, what was undecided, and Cohen's kappa with its n; the work stands in judge_agreement.yaml. What
-speaks to the judge in it is part of the test.
+Takes 04_eval.py's settings of the judge (key, request, headers, sandbox) and its way of judging; --max_tokens
+is for a judge that does not end by itself. Prints each disagreement, what was undecided, and Cohen's kappa
+with its n; the work stands in judge_agreement.yaml. What speaks to the judge in it is part of the test.
 """
 
 import asyncio
@@ -14,6 +14,7 @@ import tempfile
 from pathlib import Path
 
 import yaml
+from tqdm import tqdm
 from trl import TrlParser
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,14 +49,15 @@ async def judge_all(stage, settings, cases):
     """[verdict_on each case]"""
     tools = stage.load_tools(None)
     keys = [settings.judge_api_key_env, settings.api_key_env]
-    endpoint = stage.Endpoint(stage.judge_settings(settings), settings.judge_base_url, keys)
+    judge = stage.with_changes(stage.judge_settings(settings), max_tokens=settings.max_tokens)
+    endpoint = stage.Endpoint(judge, settings.judge_base_url, keys)
     verdicts = []
     with tempfile.TemporaryDirectory() as folder:
         settings.output_dir = folder
         Path(folder).chmod(0o755)
         await stage.try_sandbox(settings, tools[1])
         await stage.probe(endpoint, tools[0], stage.JUDGE_PROMPT % "probe")
-        for case in cases:
+        for case in tqdm(cases, unit="piece of work"):
             workspace = Path(folder, "workspace")
             verdicts.append(await verdict_on(stage, endpoint, settings, tools, case, workspace))
         stage.remove(Path(folder, "workspace"))

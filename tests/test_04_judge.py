@@ -283,8 +283,9 @@ def test_agreement_with_a_person_is_measured(endpoint, capsys):
         return verdicts((quote, True))(body) if len(quote) > 8 else say("I cannot tell")
 
     endpoint.otherwise = answer
-    flags = ["--judge_model", "grader", "--judge_base_url", endpoint.url]
+    flags = ["--judge_model", "grader", "--judge_base_url", endpoint.url, "--max_tokens", "300"]
     assert judge_agreement.main(flags) == 0
+    assert {body["max_tokens"] for body in endpoint.requests} == {300}
     lines = capsys.readouterr().out.splitlines()
     told = dict(line.split(": ", 1) for line in lines if line.startswith(("decided", "agreement", "kappa")))
     decided = int(told["decided"].split()[0])
