@@ -88,7 +88,7 @@ def main(arguments=None):
     print(f"decided: {len(pairs)} of {len(cases)}")
     print(f"agreement: {sum(one == other for one, other in pairs)} of {len(pairs)}")
     print("kappa: " + ("none" if value is None else f"{value:.2f}"))
-    return 0
+    return 0 if pairs else 1
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ class Finding:
 class Patient:
     def __init__(self, sample):
         self.ids = sample["input_ids"]
-        self.trained = [label != -100 for label in sample["labels"]]
+        self.labels = sample["labels"]
+        self.trained = [label != -100 for label in self.labels]
         self.right = sample["right"] = []  # places that should carry loss
         self.taken = set()  # places of turns
         self.end = 0  # of the last turn that was found
@@ -123,6 +124,16 @@ def compare_labels(tok, turn, trained):
     return found
 
 
+def compare_tokens(tok, turn, patient, places):
+    """[Finding] of the first label that is another token than the one that stands there."""
+    for place in places:
+        label = patient.labels[place]
+        if label not in (-100, patient.ids[place]):
+            told = f"{shown(tok, [label])} for {shown(tok, patient.ids[place : place + 1])}"
+            return [Finding("another token", turn.number, told)]
+    return []
+
+
 def compare_end(tok, turn, patient, end):
     other = patient.ids[end : end + 1]  # none if the sample ends
     trained = any(patient.trained[end : end + 1])
@@ -169,6 +180,7 @@ def examine_turn(sft, tok, turn, patient):
         others, taken = written_otherwise(sft, tok, turn, patient, place)
         return found + others, taken, 0
     found += compare_labels(tok, turn, patient.trained[place:end])
+    found += compare_tokens(tok, turn, patient, range(place, end))
     if same == length - 1:
         found.append(compare_end(tok, turn, patient, end))
     elif same < length:
@@ -214,13 +226,11 @@ def read_dump(path, names, sft):
     samples = [[] for _ in names]
     for number, (where, line) in enumerate(sft.read_jsonl(path)):
         try:
-            pairs = zip(line["input_ids"], line["labels"], strict=True)
-            right = all(label in (-100, token) for token, label in pairs)
-        except (KeyError, TypeError, ValueError):
+            right = len(line["input_ids"]) == len(line["labels"])
+        except (KeyError, TypeError):
             right = False
         if not right:
-            told = "lists of one length, each label -100 or the token of its place"
-            raise sft.InputError(f"{where}: input_ids and labels must be {told}")
+            raise sft.InputError(f"{where}: input_ids and labels must be lists of one length")
         at = numbers.get(str(line["query_id"])) if "query_id" in line else number
         if at is None or at >= len(names):
             raise sft.InputError(f"{where}: belongs to no row of --rows, or to several of one query_id")
