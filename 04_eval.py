@@ -1198,7 +1198,7 @@ ODD_ANSWERS += (RecursionError,)
 NO_ANSWER = "(no answer)"  # many refuse an empty message, or two of the user in a row
 # After so many refusals of a kind a round ends, or the episode comes to nothing
 ENDS = {"context_full": 1, "refused": 1, "unparsed_call": 3}
-GIVEN_UP = {"unknown": 2, "timeout": 2, "reasoning": 2}
+GIVEN_UP = {"unknown": 2, "timeout": 2, "reasoning": 2, "provider": 4}
 REASONING = ("reasoning_content", "reasoning", "thinking")
 BESIDE = (*REASONING, "reasoning_details", "thinking_blocks", "extra_content")  # what some want to see again
 
@@ -1229,6 +1229,7 @@ def why_refused(status, text):
         ("again", status in PASSING or not 400 <= status < 500),
         ("refused", status in CONTENT and re.search(REFUSED, text)),
         ("reasoning", re.search("reasoning|thinking", text) and re.search("supported|extra|permit", text)),
+        ("provider", "provider returned error" in text),  # OpenRouter's, of one that may be well again
     ]
     return next((kind for kind, holds in kinds if holds), "unknown")
 
