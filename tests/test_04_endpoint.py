@@ -280,6 +280,13 @@ def test_a_retry_after_that_is_no_number_of_seconds_is_none(m, text):
     assert m.Refusal(429, "slow down", text).wait == WAITS[text]
 
 
+@pytest.mark.parametrize("raw, kind", {"": "provider", "prompt is too long": "context_full", "content_filter": "refused"}.items())
+def test_a_provider_behind_another_may_be_well_again(m, raw, kind):
+    """Four tries, unless it says what it is."""
+    text = json.dumps({"error": {"message": "Provider returned error", "metadata": {"raw": raw}}})
+    assert m.Refusal(400, text).kind == kind and m.GIVEN_UP["provider"] == 4
+
+
 READ = {
     "text": (say("done"), "answer", "done", None),
     "no text": (say(""), "empty", "", None),
